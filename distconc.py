@@ -15,7 +15,8 @@ import traceback
 import types
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, TimeoutError as FutureTimeout
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import AuthenticationError
@@ -35,10 +36,13 @@ __all__ = """
 """.split()
 __version__ = "0.1.0"
 
+Handle = Union["Thread", "RemoteThread"]
+Address = Union[tuple[str, int], str]
+NodeLike = Union[int, Address, "os.PathLike[str]", "Node", "ChildNode"]
 Predicate = Union[Callable[[Any], Any], type, tuple[type, ...], types.UnionType]
 
 
-######## Errors: what a caller may see, each carrying what it is about
+######## Errors: what a caller may see, each with what it is about
 
 
 class DistconcError(Exception):
@@ -48,7 +52,7 @@ class DistconcError(Exception):
 class LinkedError(DistconcError):
     """A thread from `spawn_linked` failed: `.error` is why, `.thread` which.  Factor: linked-error."""
 
-    def __init__(self, error: BaseException, thread: "Handle") -> None:
+    def __init__(self, error: BaseException, thread: Handle) -> None:
         super().__init__(error, thread)
         self.error, self.thread = error, thread
 
@@ -69,7 +73,7 @@ class NoSuchThread(DistconcError, LookupError):
 
 
 class ThreadDied(DistconcError):
-    """The thread ended before it replied, of `.reason` (None: it returned).  Erlang: exit."""
+    """The thread ended before it replied, of `.reason` (None: it returned)."""
 
     def __init__(self, text: str, reason: BaseException | None = None) -> None:
         super().__init__(text, reason)
@@ -80,14 +84,7 @@ class ThreadDied(DistconcError):
 
 
 class SynchronousToSelfError(DistconcError):
-    """A thread called itself and would wait for ever.  Factor: cannot-send-synchronous-to-self."""
-
-    def __init__(self, message: Any, thread: "Handle") -> None:
-        super().__init__(message, thread)
-        self.message, self.thread = message, thread
-
-    def __str__(self) -> str:
-        return f"{self.thread} cannot wait for its own reply; call the function itself"
+    """A thread that calls itself would wait for ever.  Factor: cannot-send-synchronous-to-self."""
 
 
 class SerializationError(DistconcError, ValueError):
@@ -95,7 +92,7 @@ class SerializationError(DistconcError, ValueError):
 
 
 class RemoteError(DistconcError):
-    """Stands in for an error that could not cross: `.type` is its name, the text its traceback."""
+    """Stands in for what could not cross: `.type` is its name, the text its traceback."""
 
     def __init__(self, type: str, text: str) -> None:
         super().__init__(type, text)
@@ -105,7 +102,8 @@ class RemoteError(DistconcError):
         return str(self.args[1])
 
 
-######## Waiting: deadlines and bells
+################ Part one: one process ################
+######## Waiting: deadlines, and locks that serve as bells
 
 
 def _deadline(timeout: float | None) -> float | None:
@@ -114,37 +112,34 @@ def _deadline(timeout: float | None) -> float | None:
 
 def _left(deadline: float | None) -> float:
     """The seconds until `deadline`, as `Lock.acquire` takes them: -1 means for ever."""
-    if deadline is None:
-        return -1
-    return min(max(deadline - monotonic(), 0.0), threading.TIMEOUT_MAX)
+    return -1 if deadline is None else min(max(deadline - monotonic(), 0), threading.TIMEOUT_MAX)
 
 
 def _bell() -> threading.Lock:
-    """A lock that is held until someone rings: waiting for it is to acquire it."""
+    """A lock that is held until someone rings: to wait for it is to acquire it."""
     bell = threading.Lock()
     bell.acquire()
     return bell
 
 
 def _ring(bell: threading.Lock) -> None:
-    """Wake who waits for `bell`, or spare its next wait.  Never blocks; rung twice is rung once."""
-    try:
-        if bell.locked():
+    """Wake who waits for `bell`, or spare the next wait.  Never blocks; twice is once."""
+    if bell.locked():
+        try:
             bell.release()
-    except RuntimeError:
-        pass  # another thread rang it between these two lines
+        except RuntimeError:
+            pass  # another thread rang it between the two lines
 
 
 ######## Mailbox: put, get, get_if, get_all, empty
 
 
 class Mailbox:
-    """A queue of messages, from which the oldest that fits can be taken.  Factor: mailbox.
+    """A queue from which the oldest message that fits can be taken.  Factor: mailbox.
 
-    Each message lies in a cell of its own, a list of one.  Taking it is `del cell[0]`: only one
-    thread succeeds, without a lock, and Ctrl-C cannot strike between that and the `return` after
-    it.  The empty cell is swept out by the next who meets it.  Any number of threads may put and
-    get; putting is safe in a signal handler.
+    Each message lies in a cell of its own, a list of one.  To take it is `del cell[0]`: only one
+    thread succeeds, without a lock, and Ctrl-C cannot strike between that and the `return`.  The
+    empty cell is swept out by who meets it next.  Any number of threads may put and get.
     """
 
     __slots__ = ("_cells", "_waiters")
@@ -154,7 +149,10 @@ class Mailbox:
         self._waiters: list[tuple[deque[list[Any]], threading.Lock]] = []  # (news, its bell)
 
     def put(self, message: Any) -> None:
-        """Add `message` as the newest.  Never blocks.  Factor: mailbox-put."""
+        """Add `message` as the newest.  Never blocks, not even in a signal handler.
+
+        Factor: mailbox-put.
+        """
         cell = [message]
         self._cells.append(cell)
         if self._waiters:
@@ -185,9 +183,9 @@ class Mailbox:
         """Remove and return the oldest message for which `pred` is true; the others stay, in order.
 
         A class, or a tuple of classes, stands for its `isinstance`.  `pred` runs in this thread
-        with no lock held, once for each message (and again only if another thread snatches the
-        chosen one).  Blocks at most `timeout` seconds (None: for ever; 0: not at all).  Raises
-        TimeoutError or what `pred` raises, leaving the mailbox as it was.
+        with no lock held, once for each message (unless another thread snatches the one found).
+        Blocks at most `timeout` seconds (None: for ever; 0: not at all).  Raises TimeoutError, or
+        what `pred` raises, leaving the mailbox as it was.
 
         Factor: mailbox-get?, mailbox-get-timeout?.
         """
@@ -204,14 +202,14 @@ class Mailbox:
     def _find(self, accepts: Callable[[Any], Any], deadline: float | None) -> list[Any]:
         """Wait for a cell whose message fits; it is not taken yet."""
         waiter = news, bell = deque[list[Any]](), _bell()
-        self._waiters.append(waiter)  # before looking, so that nothing slips in between unseen
+        self._waiters.append(waiter)  # before looking, so that nothing slips in unseen
         try:
             here = list(self._cells)
             for cell in here:
                 for message in cell or self._sweep():
                     if accepts(message):
                         return cell
-            seen = set(map(id, here))  # a put that was under way can be both here and in the news
+            seen = set(map(id, here))  # a put that was under way is both here and in the news
             while True:
                 while news:
                     cell = news.popleft()
@@ -224,10 +222,8 @@ class Mailbox:
             self._waiters.remove(waiter)
 
     def _sweep(self) -> tuple[()]:
-        try:
+        with suppress(ValueError):
             self._cells.remove([])
-        except ValueError:
-            pass
         return ()
 
     def get_all(self, timeout: float | None = None) -> list[Any]:
@@ -236,40 +232,34 @@ class Mailbox:
         Blocks and raises as `get` does.  Factor: mailbox-get-all, mailbox-get-all-timeout.
         """
         taken = [self.get(timeout)]
-        try:
+        with suppress(TimeoutError):
             for _ in range(len(self._cells)):
                 taken.append(self.get(0))
-        except TimeoutError:
-            pass
-        except BaseException:  # Ctrl-C: put back what would be lost
-            self._cells.extendleft([message] for message in reversed(taken))
-            raise
         return taken
 
     def empty(self) -> bool:
-        """Whether no message is here now.  Never blocks; another thread may change it at once."""
-        return not self._unread()
-
-    def _unread(self) -> int:
-        return sum(map(len, list(self._cells)))
+        """Whether no message is here now.  Never blocks; it may change at once."""
+        return not any(list(self._cells))
 
 
 def _accepts(pred: Predicate) -> Callable[[Any], Any]:
     if isinstance(pred, (type, tuple, types.UnionType)):
-        kinds: Any = pred
-        return lambda message: isinstance(message, kinds)
+        return lambda message: isinstance(message, pred)
     return pred
 
 
-######## Outcomes: everything that awaits one, and who owes it
+######## Outcomes: whatever awaits one is one entry in one table, settled once
 
-_awaited: dict[str, "_Await"] = {}  # by tag, what this process waits for
-_debts: dict[str, "tuple[Thread, int, bool]"] = {}  # by tag: who owes it, to which node, linked
-_settling = threading.RLock()  # guards: taking from _awaited and telling who waits is one step
+_awaited: dict[str, "_Await"] = {}  # by tag: what this process waits for
+_debts: dict[str, "tuple[Thread, int, bool]"] = {}  # by tag: who owes it, to what node, if linked
+_settling = threading.RLock()  # guards: to take from _awaited and to tell who waits is one step
 
 
 class _Await:
-    """One thing that awaits an outcome, settled once: by a reply, an end or the loss of a node."""
+    """What awaits an outcome: the reply, the end of the thread that owes it, the loss of its node.
+
+    Calls, links and monitors are that.  The thread that owes the outcome has it among its debts.
+    """
 
     peer = 0  # the incarnation of the node whose loss settles it; 0: this node
 
@@ -278,7 +268,7 @@ class _Await:
         _awaited[self.tag] = self
 
     def settle(self, outcome: "Reply | DistconcError") -> bool:
-        """Take the outcome; runs under `_settling`, so must not block.  True if it was of use."""
+        """Take the outcome; must not block.  True if it is of use to somebody."""
         raise NotImplementedError
 
 
@@ -289,16 +279,29 @@ def _settle(tag: str, outcome: "Reply | DistconcError") -> bool:
 
 
 def _strike(tag: str) -> None:
-    """Nobody needs to hear any more of what is owed under `tag`."""
+    """Nobody needs to hear any more of the debt `tag`."""
     debt = _debts.pop(tag, None)
     if debt:
         debt[0]._owes.discard(tag)
 
 
+class _Call(_Await):
+    """A caller that waits for its reply."""
+
+    def __init__(self) -> None:
+        self.answered = _bell()
+        super().__init__()
+
+    def settle(self, outcome: "Reply | DistconcError") -> bool:
+        self.outcome = outcome
+        self.answered.release()
+        return True
+
+
 class _Link(_Await):
     """A parent that wants to hear of its child's failure."""
 
-    child: "Handle | None" = None  # not known yet when the child ends before its start has answered
+    child: Handle | None = None  # unknown yet if the child ends before its start has answered
     failure: BaseException | None = None
 
     def __init__(self, parent: "Thread") -> None:
@@ -306,12 +309,13 @@ class _Link(_Await):
         super().__init__()
 
     def settle(self, outcome: "Reply | DistconcError") -> bool:
-        self.failure = outcome.reason if isinstance(outcome, ThreadDied) else outcome  # type: ignore
+        if not isinstance(outcome, Reply):
+            self.failure = outcome.reason if isinstance(outcome, ThreadDied) else outcome
         self.deliver()
         return self.parent.is_alive()
 
     def deliver(self) -> None:
-        """Send the failure once both it and the child are known; called when either becomes so."""
+        """Send the failure, once both that and the child are known."""
         with _settling:
             if self.failure and self.child:
                 self.parent.send(LinkedError(self.failure, self.child))
@@ -320,35 +324,46 @@ class _Link(_Await):
 
 ######## Threads: Thread, current_thread, threads, spawn, spawn_linked, spawn_server
 
+_incarnation = int.from_bytes(os.urandom(8), "big")  # of this process; never 0 but by a miracle
 _ids = itertools.count(1)
 _threads: dict[int, "Thread"] = {}  # the living, by id
 _names: dict[str, "Thread"] = {}  # the registered, by name
-_registry = threading.RLock()  # guards: a thread's end and its names change as one step
-_incarnation = int.from_bytes(os.urandom(8), "big")
+_registry = threading.RLock()  # guards: a thread's end and the change of its names is one step
 
 
-class Thread:
+class _Handle:
+    """What `Thread` and `RemoteThread` share: they are equal if they mean the same thread."""
+
+    __slots__ = ("_key",)
+    _key: tuple[Any, Any]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Handle) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+class Thread(_Handle):
     """A thread with a mailbox, on this node; made by `spawn`.  Factor: thread.  Erlang: pid.
 
-    `.id`, `.name` and `.node` tell which.  Can be put into messages: pickled, it turns into a
-    `RemoteThread` that is equal to it; copying gives the thread itself.
+    `.id`, `.name` and `.node` (its address) say which.  Can be put into messages: pickled, it
+    turns into a `RemoteThread` that is equal to it; copied, it is itself.
     """
 
-    __slots__ = ("id", "name", "_key", "_mailbox", "_owes", "_names", "_ended", "_over")
+    __slots__ = ("id", "name", "_mailbox", "_owes", "_names", "_ended", "_over")
 
     def __init__(self, name: str) -> None:
-        self.id = next(_ids)
-        self.name = name
+        self.id, self.name = next(_ids), name
         self._key = (_incarnation, self.id)
         self._mailbox = Mailbox()
-        self._owes: set[str] = set()  # tags of the calls, monitors and links that hear of its end
+        self._owes: set[str] = set()  # the tags of its debts: who hears of its end
         self._names: tuple[str, ...] = ()  # registered; guarded by _registry
         self._ended = False  # guarded by _registry
         self._over = _bell()  # rung at the end, and passed on by each who waited for it
 
     @property
-    def node(self) -> "Address | None":
-        """The address of this thread's node, None while that does not listen."""
+    def node(self) -> Address | None:
         return local_node().address
 
     def is_alive(self) -> bool:
@@ -369,18 +384,18 @@ class Thread:
             _strike(message.tag)
             _settle(message.tag, message)
         elif self._ended:
-            _undelivered(self, f"{self} has ended")
+            _undelivered(repr(self), "it has ended")
         else:
             self._mailbox.put(message)
 
-    def _request(self, awaited: "_Await", message: Any) -> None:
-        if self._owe(awaited.tag):
-            self._mailbox.put(Synchronous(message, current_thread(), awaited.tag))
+    def _ask(self, awaited: _Await, caller: "Thread | None" = None, message: Any = None) -> None:
+        """Owe `awaited` its outcome; with a caller, deliver the message that asks for it."""
+        if caller is self:
+            raise SynchronousToSelfError(f"{self!r} cannot wait for its own reply")
+        if self._owe(awaited.tag) and caller:
+            self._mailbox.put(Synchronous(message, caller, awaited.tag))
 
-    def _watch(self, awaited: "_Await") -> None:
-        self._owe(awaited.tag)
-
-    def _forget(self, awaited: "_Await") -> None:
+    def _forget(self, awaited: _Await) -> None:
         _strike(awaited.tag)
 
     def _owe(self, tag: str, creditor: int = 0, linked: bool = False) -> bool:
@@ -388,23 +403,25 @@ class Thread:
         _debts[tag] = self, creditor, linked
         self._owes.add(tag)
         if self._ended:  # perhaps just now, before it could see this debt
-            self._tell(lambda: NoSuchThread(f"{self} has ended"))
-            return False
-        return True
+            self._default(lambda: NoSuchThread(f"{self!r} has ended"))
+        return not self._ended
 
-    def _tell(self, error: Callable[[], DistconcError]) -> bool:
-        """Settle all that this thread owes by its end; True if a link took the failure."""
+    def _default(self, error: Callable[[], DistconcError]) -> bool:
+        """Settle all that this thread owes with `error`; True if a link took it."""
         heard = False
         for tag in list(self._owes):
             self._owes.discard(tag)
-            _, creditor, linked = _debts.pop(tag, (None, 0, False))
-            told = _settle(tag, error()) if not creditor else _tell_node(creditor, tag, error())
-            heard = heard or (linked and told)
+            debt = _debts.pop(tag, None)
+            if debt:
+                _, creditor, linked = debt
+                told = _tell_node(creditor, tag, error()) if creditor else _settle(tag, error())
+                heard = heard or told and linked
         return heard
 
     def _start(self, func: Callable[..., Any], *args: Any) -> None:
+        run = threading.Thread(target=self._run, args=(func, args), name=self.name, daemon=True)
         try:
-            threading.Thread(target=self._run, args=(func, args), name=self.name, daemon=True).start()
+            run.start()
         except BaseException as error:
             self._end(error)
             raise
@@ -426,16 +443,10 @@ class Thread:
             self._ended = True
             _threads.pop(self.id, None)
             for name in self._names:
-                _names.pop(name, None)
-        heard = self._tell(partial(_obituary, self, reason))
+                del _names[name]
+        heard = self._default(partial(_obituary, self, reason))
         self._over.release()
         return heard
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, (Thread, RemoteThread)) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
 
     def __repr__(self) -> str:
         return f"<Thread {self.id} {self.name!r}{', ended' if self._ended else ''}>"
@@ -453,25 +464,15 @@ class Thread:
 def _obituary(thread: Thread, reason: BaseException | None) -> ThreadDied:
     """What the end of `thread` is to those who wait for it."""
     if reason is None:
-        return ThreadDied(f"{thread} ended before it replied")
+        return ThreadDied(f"{thread!r} returned without a reply")
     kind = type(reason).__name__
-    died = ThreadDied(f"{thread} died before it replied: {kind}: {reason}", reason)
+    died = ThreadDied(f"{thread!r} died before it replied: {kind}: {reason}", reason)
     died.__cause__ = RemoteError(kind, "".join(traceback.format_exception(reason)))
     return died
 
 
-class _Here(threading.local):
-    """What belongs to the running thread."""
-
-    thread: Thread | None = None
-    guest: "_Guest | None" = None
-
-
-_here = _Here()
-
-
 class _Guest:
-    """Lies in the locals of an adopted thread, so as to be dropped, and tell, when that ends."""
+    """Lies in the locals of an adopted thread, to be dropped, and to tell, when that ends."""
 
     def __init__(self, thread: Thread) -> None:
         self.thread = thread
@@ -480,57 +481,57 @@ class _Guest:
         self.thread._end(None)
 
 
+class _Here(threading.local):
+    """What belongs to the running thread."""
+
+    thread: Thread | None = None
+    guest: _Guest | None = None
+
+
+_here = _Here()
+
+
 def current_thread() -> Thread:
     """Return the handle of the calling thread.  Never blocks.  Factor: self.  Erlang: self().
 
     A thread that `spawn` did not make (the main thread, a `threading.Thread`) is adopted.
     """
     if _here.thread is None:
-        thread = _here.thread = Thread(threading.current_thread().name)
+        bearer = threading.current_thread()
+        thread = _here.thread = Thread(bearer.name)
         _threads[thread.id] = thread
-        if threading.current_thread() is not threading.main_thread():
+        if bearer is not threading.main_thread():
             _here.guest = _Guest(thread)
     return _here.thread
 
 
 def threads() -> dict[int, Thread]:
     """Return the living threads of this node by id, a new dict.  Never blocks.  Factor: threads."""
-    return dict(_threads)
+    return _threads.copy()
 
 
-def spawn(
-    func: Callable[..., Any],
-    *args: Any,
-    name: str | None = None,
-    node: "NodeLike | None" = None,
-    register: bool = False,
-) -> "Handle":
-    """Run `func(*args)` in a new daemon thread and return its handle.  Factor, Erlang: spawn.
+def spawn(func: Callable[..., Any], *args: Any, name: str | None = None,
+          node: NodeLike | None = None, register: bool = False) -> Handle:
+    """Run `func(*args)` in a new daemon thread; return its handle.  Factor, Erlang: spawn.
 
-    `name` defaults to the function's; with `register` it is registered before the thread runs.
-    With `node` the thread runs there: `func` is imported there, and this blocks until it has
-    started.  Raises there-raised errors here, NodeDown, SerializationError, AuthenticationError;
-    then nothing has started (after NodeDown: perhaps).  For keyword arguments use
+    `name` defaults to the function's; `register=True` registers it before the thread runs.  With
+    `node` the thread runs there, where `func` is imported; that blocks until it has started, and
+    raises what is raised there, NodeDown, SerializationError, RemoteError, AuthenticationError.
+    Then nothing has started (after NodeDown: perhaps).  For keyword arguments use
     `functools.partial`.
     """
-    return _spawn(func, args, name, node, register)
+    return _spawn(None, func, args, name, node, register)
 
 
-def spawn_linked(
-    func: Callable[..., Any],
-    *args: Any,
-    name: str | None = None,
-    node: "NodeLike | None" = None,
-    register: bool = False,
-) -> "Handle":
+def spawn_linked(func: Callable[..., Any], *args: Any, **options: Any) -> Handle:
     """Like `spawn`; if `func` fails or its node is lost, the calling thread gets a `LinkedError`.
 
-    Exactly one, in its mailbox, raised by the `receive` that takes it.  Returning and SystemExit
-    are no failure.  Factor: spawn-linked.
+    Exactly one, in its mailbox, raised by the `receive` that takes it.  To return or to raise
+    SystemExit is no failure.  Factor: spawn-linked.  Erlang: spawn_link, one way.
     """
     link = _Link(current_thread())
     try:
-        link.child = _spawn(func, args, name, node, register, link)
+        link.child = _spawn(link, func, args, **options)
     except BaseException:
         _awaited.pop(link.tag, None)  # what is raised here is the one error
         raise
@@ -538,15 +539,13 @@ def spawn_linked(
     return link.child
 
 
-def spawn_server(
-    func: Callable[..., Any],
-    *args: Any,
-    name: str | None = None,
-    node: "NodeLike | None" = None,
-    register: bool = False,
-) -> "Handle":
-    """Like `spawn`, calling `func(*args)` again while it returns something true.  Factor: spawn-server."""
-    return _spawn(_serve, (func, *args), name or _name_of(func), node, register)
+def spawn_server(func: Callable[..., Any], *args: Any, **options: Any) -> Handle:
+    """Like `spawn`, but calls `func(*args)` again while it returns something true.
+
+    Factor: spawn-server.
+    """
+    options["name"] = options.get("name") or _name_of(func)
+    return spawn(_serve, func, *args, **options)
 
 
 def _serve(func: Callable[..., Any], *args: Any) -> None:
@@ -554,20 +553,17 @@ def _serve(func: Callable[..., Any], *args: Any) -> None:
         pass
 
 
-def _spawn(
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    name: str | None,
-    node: "NodeLike | None",
-    register: bool,
-    link: "_Link | None" = None,
-) -> "Handle":
-    if not callable(func):
-        raise TypeError(f"spawn needs a function, then its arguments; {func!r} is none")
-    name = name or _name_of(func)
-    if node is not None and not local_node()._is_called(_address(node)):
-        return _spawn_there(_address(node), func, args, name, register, link)
-    return _spawn_here(func, args, name, register, link.tag if link else None)
+def _spawn(link: _Link | None, func: Callable[..., Any], args: tuple[Any, ...],
+           name: str | None = None, node: NodeLike | None = None, register: bool = False) -> Handle:
+    if not callable(func if func is not _serve else args[0]):
+        raise TypeError(f"spawn takes a function, then its arguments; {func!r} cannot be called")
+    request = func, args, name or _name_of(func), register, link and link.tag
+    if node is None or local_node()._is_called(_address(node)):
+        return _spawn_here(*request)
+    child = _ask_node(_address(node), "spawn", *request)
+    if link:
+        local_node()._depend(link, child._key[0])
+    return child
 
 
 def _spawn_here(func: Callable[..., Any], args: tuple[Any, ...], name: str, register: bool,
@@ -590,42 +586,35 @@ def _name_of(func: Any) -> str:
 
 ######## Messages: send, receive, receive_if
 
-_RAISE: Any = object()  # the default of `default`: raise TimeoutError
+_RAISE: Any = object()  # the default `default`: raise TimeoutError
 
 
-def send(message: Any, thread: "Handle") -> None:
+def send(message: Any, thread: Handle) -> None:
     """Send `message` to `thread`.  Factor: send.  Erlang, Termite: !.
 
     To a thread of this node: puts the object itself into its mailbox, never blocks, never raises.
-    To another node: sends a copy taken now; connects first if need be (at most the node's
-    `connect_timeout`) and waits while too much is queued.  Raises SerializationError, NodeDown,
-    AuthenticationError, with nothing sent.  Returning means accepted here; only a reply proves
-    more.  What arrives for nobody is dropped there and logged here.
+    To another node: sends a copy taken now; connects first if need be (at most `connect_timeout`
+    seconds), and waits while too much is queued.  Raises SerializationError, NodeDown,
+    AuthenticationError; then it was not sent, or was cut off on its way (a NodeDown that is no
+    NodeUnreachable).  To return means accepted here; only a reply proves more.  What finds nobody
+    there is dropped there and logged here.
     """
     try:
         deliver = thread.send
     except AttributeError:
-        raise TypeError(f"send(message, thread): {thread!r} is no thread") from None
+        raise TypeError(f"send(message, thread): {thread!r} is not a thread") from None
     deliver(message)
 
 
 def receive(timeout: float | None = None, default: Any = _RAISE) -> Any:
     """Remove and return the oldest message of the calling thread's mailbox.
 
-    Blocks at most `timeout` seconds (None: for ever; 0: not at all), then returns `default` or
+    Blocks at most `timeout` seconds (None: for ever; 0: not at all), then returns `default`, or
     raises TimeoutError.  Raises LinkedError if the message is the failure of a linked thread.
 
     Factor: receive, receive-timeout.
     """
-    try:
-        message = current_thread()._mailbox.get(timeout)
-    except TimeoutError:
-        if default is _RAISE:
-            raise
-        return default
-    if message.__class__ is LinkedError:
-        raise message
-    return message
+    return _received(current_thread()._mailbox.get, default, timeout)
 
 
 def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _RAISE) -> Any:
@@ -633,16 +622,19 @@ def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _RA
 
     A class, or a tuple of classes, stands for its `isinstance`.  `pred` runs in this thread with
     no lock held, once for each message.  Blocks at most `timeout` seconds (None: for ever; 0: not
-    at all), then returns `default` or raises TimeoutError.  Raises LinkedError if the search
+    at all), then returns `default`, or raises TimeoutError.  Raises LinkedError if the search
     meets the failure of a linked thread, and what `pred` raises, leaving the mailbox as it was.
 
     Factor: receive-if, receive-if-timeout.  Erlang: selective receive.
     """
     accepts = _accepts(pred)
+    fits = lambda message: message.__class__ is LinkedError or accepts(message)  # noqa: E731
+    return _received(current_thread()._mailbox.get_if, default, fits, timeout)
+
+
+def _received(take: Callable[..., Any], default: Any, *how: Any) -> Any:
     try:
-        message = current_thread()._mailbox.get_if(
-            lambda message: message.__class__ is LinkedError or accepts(message), timeout
-        )
+        message = take(*how)
     except TimeoutError:
         if default is _RAISE:
             raise
@@ -657,10 +649,10 @@ def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _RA
 
 @dataclass(frozen=True, slots=True)
 class Synchronous:
-    """A message whose `sender` waits for a reply.  Factor: synchronous.  Erlang: call."""
+    """A message whose `sender` waits for a reply.  Factor: synchronous."""
 
     data: Any
-    sender: "Handle"
+    sender: Handle
     tag: str
 
 
@@ -672,63 +664,47 @@ class Reply:
     tag: str
 
 
-class _Call(_Await):
-    """A caller that waits for its reply."""
+def send_synchronous(message: Any, thread: Handle, timeout: float | None = None) -> Any:
+    """Send `message`, wait for its reply, return that.  Factor: send-synchronous.
 
-    def __init__(self) -> None:
-        self._answered = _bell()
-        super().__init__()
-
-    def settle(self, outcome: "Reply | DistconcError") -> bool:
-        self.outcome = outcome
-        self._answered.release()
-        return True
-
-    def wait(self, deadline: float | None) -> Any:
-        if not self._answered.acquire(True, _left(deadline)):
-            raise TimeoutError("no reply came within the time-out; the request may still run")
-        if isinstance(self.outcome, Reply):
-            return self.outcome.data
-        raise self.outcome
-
-
-def send_synchronous(message: Any, thread: "Handle", timeout: float | None = None) -> Any:
-    """Send `message`, wait for its reply and return it.  Factor: send-synchronous.
-
-    Blocks at most `timeout` seconds (None: until there is an outcome).  Looks at no other message:
-    what is unread stays so.  Raises SerializationError, NodeUnreachable, NoSuchThread (nothing was
-    delivered); RemoteError (the other node could not read it); ThreadDied, NodeDown, TimeoutError
-    (the request may have run); SynchronousToSelfError.  A reply that comes later is dropped.
+    Blocks at most `timeout` seconds (None: until there is an outcome), and to connect as `send`
+    does.  Leaves the mailbox alone.  Raises SerializationError, NodeUnreachable, NoSuchThread:
+    nothing was delivered; RemoteError: the other node could not read it; ThreadDied, NodeDown,
+    TimeoutError: it may have run, and a reply that still comes is dropped.  From a thread to
+    itself: SynchronousToSelfError.
     """
-    if thread == current_thread():
-        raise SynchronousToSelfError(message, thread)
-    deadline, call = _deadline(timeout), _Call()
+    call, deadline = _Call(), _deadline(timeout)
     try:
-        thread._request(call, message)
-        return call.wait(deadline)
+        thread._ask(call, current_thread(), message)
+        if not call.answered.acquire(True, _left(deadline)):
+            raise TimeoutError(f"no reply within {timeout:g} seconds; the request may still run")
+        if isinstance(call.outcome, Reply):
+            return call.outcome.data
+        raise call.outcome
     finally:
-        if _awaited.pop(call.tag, None):  # no outcome: whoever owes it need not keep it in mind
+        if call.tag in _awaited:  # no outcome, and none is wanted any more
+            _awaited.pop(call.tag, None)
             thread._forget(call)
 
 
 def reply_synchronous(reply: Any, synchronous: Synchronous) -> None:
     """Answer `synchronous`; any thread that holds it may, on any node.  Factor: reply-synchronous.
 
-    Blocks as `send` does.  A caller that is gone or has given up hears nothing, which is no error.
+    Blocks as `send` does.  If the caller is gone or gave up, nobody hears it, which is no error.
     Raises SerializationError.
     """
     try:
         synchronous.sender.send(Reply(reply, synchronous.tag))
     except NodeDown as error:
-        _undelivered(synchronous.sender, str(error))
+        _undelivered(repr(synchronous.sender), str(error))
 
 
 def handle_synchronous(func: Callable[[Any], Any], timeout: float | None = None) -> bool:
     """Take the next `Synchronous`, reply with `func` of its data, return True.
 
-    Made for `spawn_server(handle_synchronous, func)`, which serves for ever.  Other messages stay
-    in the mailbox.  Blocks at most `timeout` seconds for the request, then raises TimeoutError.
-    If `func` raises, so does this: the server fails, and with it the call.
+    So `spawn_server(handle_synchronous, func)` serves for ever.  Other messages stay in the
+    mailbox.  Blocks at most `timeout` seconds for a request, then raises TimeoutError.  If `func`
+    raises, so does this: the server fails as any thread, and with it the call.
 
     Factor: handle-synchronous.
     """
@@ -737,197 +713,7 @@ def handle_synchronous(func: Callable[[Any], Any], timeout: float | None = None)
     return True
 
 
-######## Addresses and keys: what a node is called, and who may come in
-
-Address = Union[tuple[str, int], str]
-NodeLike = Union[int, str, tuple[str, int], "os.PathLike[str]", "Node", "ChildNode"]
-
-
-def _address(node: Any) -> Address | None:
-    """One spelling for all that can be said where a node is asked for; None does not listen."""
-    given, node = node, getattr(node, "address", node)
-    if isinstance(node, int) and not isinstance(node, bool):
-        node = ("127.0.0.1", node)
-    if isinstance(node, str) and "/" not in node and node.rpartition(":")[2].isdecimal():
-        host, _, port = node.rpartition(":")
-        node = (host, int(port))
-    match node:
-        case str() | os.PathLike():
-            return os.path.abspath(node)
-        case (str(host), int(port)) if 0 <= port < 65536 and ":" not in host:
-            return "127.0.0.1" if host in ("", "localhost") else host, port
-        case None:
-            return None
-    raise ValueError(f"not a node: {given!r}; say 9000, 'host:9000', ('host', 9000) or a path")
-
-
-def _text(address: Address | None) -> str:
-    return address if isinstance(address, str) else "%s:%d" % address if address else ""
-
-
-def _on_loopback(address: Address | None) -> bool:
-    return not isinstance(address, tuple) or address[0].startswith("127.")
-
-
-def _authkey(given: bytes | str | None, address: Address | None) -> bytes:
-    """The key: as given, or from the environment, or from the cookie file."""
-    key = os.environ.get("DISTCONC_AUTHKEY") if given is None else given
-    source = "DISTCONC_AUTHKEY" if given is None else "authkey"
-    if key is None:
-        source = os.environ.get("DISTCONC_COOKIE") or os.path.expanduser("~/.distconc.cookie")
-        key = _cookie(source)
-    if isinstance(key, str):
-        key = key.encode()
-    if not key:
-        raise ValueError(f"the key from {source} is empty, which would let everybody in")
-    if len(key) < 16 and not _on_loopback(address):
-        raise ValueError(f"the key from {source} has {len(key)} bytes; off this machine use 16 or more")
-    return key
-
-
-def _cookie(path: str) -> bytes:
-    """Read the cookie file; make it first if there is none."""
-    if not os.path.exists(path):
-        draft = f"{path}.{os.getpid()}.{threading.get_ident()}"
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(os.urandom(32).hex() + "\n")
-        try:
-            os.link(draft, path)  # unlike a rename, fails if another process was first
-        except FileExistsError:
-            pass
-        finally:
-            os.unlink(draft)
-    with open(path, "rb") as file:
-        if os.name == "posix" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-            raise PermissionError(f"others can read the key in {path}: chmod 600 {path}")
-        return file.read().strip()
-
-
-######## Remote handles: RemoteThread and the names of threads
-
-
-class RemoteThread:
-    """A handle of a thread on some node, by its id or registered name.  Factor: remote-thread.
-
-    `.node` is the node's address, `.id` the id or name.  Immutable.  One that a `Thread` was
-    pickled into is equal to that thread, on any node, and no later run of its node will take it
-    for another; one made by hand equals one made by hand of the same node and id.
-    """
-
-    __slots__ = ("_node", "_id", "_key", "_target")
-
-    def __init__(self, node: "NodeLike | None", id: "int | str", incarnation: int = 0) -> None:
-        self._node = _address(node)
-        self._id = id
-        self._key = (incarnation or self._node, id)
-        self._target = (incarnation, id)
-
-    node = property(lambda self: self._node)
-    id = property(lambda self: self._id)
-
-    def send(self, message: Any) -> None:
-        """Send a copy of `message` to the thread; see `send`."""
-        if self._is_here():
-            try:
-                get_remote_thread(self._id).send(message)
-            except NoSuchThread as error:
-                _undelivered(self, str(error))
-        elif message.__class__ is Reply:
-            payload = serialize(message.data)
-            _strike(message.tag)
-            local_node()._send(self, (REPLY, message.tag, payload))
-        else:
-            local_node()._send(self, (SEND, self._target, serialize(message)))
-
-    def _request(self, awaited: _Await, message: Any) -> None:
-        if self._is_here():
-            return get_remote_thread(self._id)._request(awaited, message)
-        caller = current_thread()
-        payload = serialize(message)
-        local_node()._send(self, (CALL, self._target, caller.id, awaited.tag, payload), awaited)
-
-    def _watch(self, awaited: _Await) -> None:
-        if self._is_here():
-            return get_remote_thread(self._id)._watch(awaited)
-        local_node()._send(self, (WATCH, self._target, awaited.tag, b""), awaited)
-
-    def _forget(self, awaited: _Await) -> None:
-        if awaited.peer:
-            local_node()._post(awaited.peer, (FORGET, awaited.tag))
-        else:
-            _strike(awaited.tag)
-
-    def _is_here(self) -> bool:
-        incarnation = self._target[0]
-        return incarnation == _incarnation or not incarnation and local_node()._is_called(self._node)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, (Thread, RemoteThread)) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __repr__(self) -> str:
-        return f"RemoteThread({_text(self._node) or None!r}, {self._id!r})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteThread, (self._node, self._id, self._target[0])
-
-
-Handle = Union[Thread, RemoteThread]
-
-
-def register_remote_thread(thread: Thread, name: str | None = None) -> None:
-    """Let other nodes reach `thread` by `name`, by default its own.  Factor: register-remote-thread.
-
-    Never blocks.  A thread may have many names; a name that was another's is its no more.  Names
-    go when the thread ends.  Raises TypeError unless it is a thread of this node, NoSuchThread if
-    it has ended.  Erlang: register.
-    """
-    if not isinstance(thread, Thread):
-        raise TypeError(f"only a thread of this node can be registered here, not {thread!r}")
-    name = thread.name if name is None else name
-    if not isinstance(name, str):
-        raise TypeError(f"a name is a str, not {name!r}")
-    with _registry:
-        if thread._ended:
-            raise NoSuchThread(f"{thread} cannot be registered as {name!r}")
-        _names[name] = thread
-        thread._names = (*thread._names, name)
-
-
-def unregister_remote_thread(name: str) -> None:
-    """Forget a registered name.  Never blocks.  Raises NoSuchThread.  Factor: unregister-remote-thread."""
-    with _registry:
-        thread = _names.pop(name, None)
-        if thread is None:
-            raise _no_such_thread(name)
-        thread._names = tuple(known for known in thread._names if known != name)
-
-
-def get_remote_thread(name_or_id: int | str) -> Thread:
-    """Return the thread of this node that others reach so.  Never blocks.  Raises NoSuchThread.
-
-    Factor: get-remote-thread.  Erlang: whereis.
-    """
-    thread = _names.get(name_or_id) or _threads.get(name_or_id)  # type: ignore[arg-type,call-overload]
-    if thread is None:
-        raise _no_such_thread(name_or_id)
-    return thread
-
-
-def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
-    from difflib import get_close_matches
-
-    text = f"no living thread {'has id' if isinstance(name_or_id, int) else 'is registered as'} {name_or_id!r}"
-    if isinstance(name_or_id, str):
-        near = get_close_matches(name_or_id, list(_names), cutoff=0.5)
-        known = near or sorted(_names)[:5]
-        text += f"; did you mean {' or '.join(map(repr, near))}?" if near else (
-            f"; registered are {', '.join(map(repr, known))}" if known else "; no names are registered")
-    return NoSuchThread(text)
-
-
+################ Part two: many nodes ################
 ######## Serializing: serialize, deserialize, and what `allow` lets in
 
 
@@ -944,9 +730,9 @@ def serialize(obj: Any) -> bytes:
 
 
 def deserialize(data: bytes) -> Any:
-    """Return the object that `serialize` made `data` of, if this node allows it.  Factor: bytes>object.
+    """Return the object that `data` was made of, if this node's `allow` does.
 
-    Raises what unpickling may raise, and that is anything: data from strangers can run code.
+    Raises whatever unpickling raises, and that is anything.  Factor: bytes>object.
     """
     return local_node()._load(data)
 
@@ -954,7 +740,7 @@ def deserialize(data: bytes) -> Any:
 def _culprit(obj: Any, error: Exception) -> str:
     """Follow what cannot be pickled down to its smallest part, and say where that is."""
     path, seen = "message", {id(obj)}
-    for _ in range(20):  # no deeper: each step pickles all siblings
+    for _ in range(20):  # no deeper, since each step pickles all the parts there
         for where, part in _parts(obj):
             try:
                 if id(part) not in seen:
@@ -965,10 +751,8 @@ def _culprit(obj: Any, error: Exception) -> str:
                 break
         else:
             break
-    return (
-        f"{path} is a {type(obj).__name__} and cannot be sent to another node ({error}); "
-        "send plain data, something importable, or the handle of a thread that keeps it"
-    )
+    return (f"{path} is a {type(obj).__name__} and cannot be sent to another node ({error}); send "
+            "plain data, something that can be imported, or the handle of a thread that keeps it")
 
 
 def _parts(obj: Any) -> Iterable[tuple[str, Any]]:
@@ -980,14 +764,14 @@ def _parts(obj: Any) -> Iterable[tuple[str, Any]]:
 
 
 def _loader(allow: Any) -> Callable[[Any], Any]:
-    """Return what unpickles messages: anything, or plain data and what `allow` names."""
+    """Return what unpickles messages: anything, or plain data and what `allow` lists."""
     if allow == "anything":
         return pickle.loads
-    import builtins, datetime, decimal, fractions, io, uuid
+    import builtins, datetime as dt, decimal, fractions, io, uuid  # noqa: E401
 
-    plain: list[Any] = [complex, range, set, frozenset, bytearray, datetime.date, datetime.time]
-    plain += [datetime.datetime, datetime.timedelta, datetime.timezone]
-    plain += [decimal.Decimal, fractions.Fraction, uuid.UUID, RemoteThread, Synchronous, Reply]
+    plain = [complex, range, set, frozenset, bytearray, decimal.Decimal, fractions.Fraction,
+             uuid.UUID, dt.date, dt.time, dt.datetime, dt.timedelta, dt.timezone,
+             RemoteThread, Synchronous, Reply, Monitor, Down]
     plain += [kind for kind in (*vars(builtins).values(), *globals().values())
               if isinstance(kind, type) and issubclass(kind, BaseException)]
     for item in allow or ():
@@ -997,10 +781,9 @@ def _loader(allow: Any) -> Callable[[Any], Any]:
 
     class Narrow(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            try:
+            if (module, name) in known:
                 return known[module, name]
-            except KeyError:
-                raise _Refused(f"{module}.{name} is not what this node allows") from None
+            raise _Refused(f"{module}.{name} is not among what that node allows")
 
     return lambda data: Narrow(io.BytesIO(data)).load()
 
@@ -1009,51 +792,225 @@ class _Refused(pickle.UnpicklingError):
     """A message names something that `allow` does not."""
 
 
-######## The wire: hello, seal, frames and their messages
+######## Addresses and keys: what a node is called, and who may come in
 
-VERSION = b"distconc 1"
-SEND, CALL, REPLY, WATCH, FORGET, DIED, NOBODY, UNREAD, LOST = range(9)
+
+def _address(node: Any) -> Address | None:
+    """One spelling for all that may stand where a node is asked for; None does not listen."""
+    given, node = node, getattr(node, "address", node)
+    if isinstance(node, int) and not isinstance(node, bool):
+        node = "127.0.0.1", node
+    if isinstance(node, str) and "/" not in node and node.rpartition(":")[2].isdecimal():
+        host, _, port = node.rpartition(":")
+        node = host, int(port)
+    match node:
+        case None:
+            return None
+        case str() | os.PathLike():
+            return os.path.abspath(node)
+        case str(host), int(port) if 0 <= port < 65536 and ":" not in host:
+            return "127.0.0.1" if host in ("", "localhost") else host, port
+    raise ValueError(f"not a node: {given!r}; say 9000, 'host:9000', ('host', 9000) or a path")
+
+
+def _text(address: Address | None) -> str:
+    return address if isinstance(address, str) else "%s:%d" % address if address else ""
+
+
+def _on_loopback(address: Address | None) -> bool:
+    return not isinstance(address, tuple) or address[0].startswith("127.")
+
+
+def _authkey(key: bytes | str | None, address: Address | None) -> bytes:
+    """The key: `key`, or from the environment, or from the cookie file."""
+    source = "authkey="
+    if key is None:
+        source, key = "DISTCONC_AUTHKEY", os.environ.get("DISTCONC_AUTHKEY")
+    if key is None:
+        source = os.environ.get("DISTCONC_COOKIE") or os.path.expanduser("~/.distconc.cookie")
+        key = _cookie(source)
+    if not key:
+        raise ValueError(f"the key from {source} is empty; that would let everybody in")
+    if len(key) < 16 and not _on_loopback(address):
+        raise ValueError(f"the key from {source} is short; beyond this machine use 16 bytes or more")
+    return key.encode() if isinstance(key, str) else key
+
+
+def _cookie(path: str) -> bytes:
+    """Read the cookie file, made first if there is none."""
+    if not os.path.exists(path):
+        draft = f"{path}.{os.getpid()}.{threading.get_ident()}"
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(os.urandom(32).hex() + "\n")
+        with suppress(FileExistsError):
+            os.link(draft, path)  # unlike a rename, fails if another process was first
+        os.unlink(draft)
+    with open(path, "rb") as file:
+        if os.name == "posix" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+            raise PermissionError(f"others can read the key in {path}; chmod 600 {path}")
+        return file.read().strip()
+
+
+######## Names and remote handles: RemoteThread, register_, unregister_, get_remote_thread
+
+
+class RemoteThread(_Handle):
+    """A handle of a thread on some node, by id or registered name.  Factor: remote-thread.
+
+    `.node` is the node's address, `.id` the id or name.  Immutable.  One that a `Thread` was
+    pickled into equals that thread, on any node; no later run of its node takes it for another's.
+    One made by hand equals one made by hand of the same node and id.
+    """
+
+    __slots__ = ("_node", "_id", "_target")
+
+    def __init__(self, node: NodeLike | None, id: int | str, incarnation: int = 0) -> None:
+        self._node = node if incarnation else _address(node)
+        self._id = id
+        self._key = (incarnation or self._node, id)
+        self._target = (incarnation, id)  # what the other node knows it by; 0: whoever it is now
+
+    node = property(lambda self: self._node)
+    id = property(lambda self: self._id)
+
+    def send(self, message: Any) -> None:
+        """Send a copy of `message` to the thread; see `send`."""
+        if self._is_here():
+            try:
+                get_remote_thread(self._id).send(message)
+            except NoSuchThread as error:
+                _undelivered(repr(self), str(error))
+        elif message.__class__ is Reply:
+            payload = serialize(message.data)
+            _strike(message.tag)
+            local_node()._send(self, (REPLY, message.tag, payload))
+        else:
+            local_node()._send(self, (SEND, self._target, serialize(message)))
+
+    def _ask(self, awaited: _Await, caller: Thread | None = None, message: Any = None) -> None:
+        if self._is_here():
+            get_remote_thread(self._id)._ask(awaited, caller, message)
+        else:
+            id, payload = (caller.id, serialize(message)) if caller else (0, b"")
+            local_node()._send(self, (ASK, self._target, id, awaited.tag, payload), awaited)
+
+    def _forget(self, awaited: _Await) -> None:
+        if awaited.peer:
+            local_node()._post(awaited.peer, (FORGET, awaited.tag))
+        else:
+            _strike(awaited.tag)
+
+    def _is_here(self) -> bool:
+        incarnation = self._target[0]
+        return incarnation == _incarnation or not incarnation and local_node()._is_called(self._node)
+
+    def __repr__(self) -> str:
+        return f"RemoteThread({_text(self._node) or None!r}, {self._id!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteThread, (self._node, self._id, self._target[0])
+
+
+def register_remote_thread(thread: Thread, name: str | None = None) -> None:
+    """Let other nodes reach `thread` by `name`, by default its own.  Never blocks.
+
+    Takes the name from whoever had it; the thread's end frees it.  A thread may have several.
+    Raises TypeError unless `thread` is of this node, NoSuchThread if it has ended.
+    Factor: register-remote-thread.  Erlang: register.
+    """
+    name = thread.name if name is None and isinstance(thread, Thread) else name
+    if not isinstance(thread, Thread) or not isinstance(name, str):
+        raise TypeError(f"only a thread of this node can get a name: not {thread!r} {name!r}")
+    with _registry:
+        if thread._ended:
+            raise NoSuchThread(f"{thread!r} cannot be registered any more")
+        if name in _names:
+            unregister_remote_thread(name)
+        _names[name] = thread
+        thread._names += (name,)
+
+
+def unregister_remote_thread(name: str) -> None:
+    """Forget a registered name.  Never blocks.  Raises NoSuchThread.
+
+    Factor: unregister-remote-thread.  Erlang: unregister.
+    """
+    with _registry:
+        if name not in _names:
+            raise _no_such_thread(name)
+        thread = _names.pop(name)
+        thread._names = tuple(other for other in thread._names if other != name)
+
+
+def get_remote_thread(name_or_id: int | str) -> Thread:
+    """Return the thread of this node that others reach so.  Never blocks.  Raises NoSuchThread.
+
+    Factor: get-remote-thread.  Erlang: whereis.
+    """
+    table: dict[Any, Thread] = _threads if isinstance(name_or_id, int) else _names
+    thread = table.get(name_or_id)
+    if thread is None:
+        raise _no_such_thread(name_or_id)
+    return thread
+
+
+def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
+    from difflib import get_close_matches
+
+    if isinstance(name_or_id, int):
+        return NoSuchThread(f"no living thread has the id {name_or_id}")
+    near = get_close_matches(name_or_id, _names, cutoff=0.5) or sorted(_names)[:5]
+    hint = f"; there are {', '.join(map(repr, near))}" if near else ""
+    return NoSuchThread(f"no thread is registered as {name_or_id!r}{hint}")
+
+
+######## The wire: hello, seal, frames and the messages in them
+
+SEND, ASK, REPLY, FAILED, FORGET, LOST = range(6)  # the kinds of messages; see the head
 KERNEL = 0  # the id of the thread that does what one node asks of another
-HEAD = struct.Struct(">II16s")  # length of the messages, length of the tail, MAC
-LARGE = 2048  # from here on, copying a payload into a batch costs more than a write of its own
-FULL = 4000  # messages in an outbox: who sends more, waits for the network
-BURST = 50e-6  # seconds: a send so soon after a write is one of many, and left to the writer
+HEAD = struct.Struct(">II16s")  # the body's length, the tail's, and the MAC
+LARGE = 2048  # bytes: to copy more into a frame with others costs more than a frame of its own
+VERSION = b"distconc 1"
 
 
 class _Hello:
-    """What each side says of itself after the stock challenge, and the keys that follow from it."""
+    """What one side says of itself after the stock challenge."""
 
     def __init__(self, line: bytes) -> None:
-        version, self.role, _, incarnation, heartbeat, limit, address, *self.meant = line.split(b"\0")
+        version, self.role, _, incarnation, beat, limit, address, *self.meant = line.split(b"\0")
         if version != VERSION:
-            raise AuthenticationError(f"the other side speaks {version!r}, not {VERSION!r}")
+            raise AuthenticationError(f"the other side speaks {version!r}, this one {VERSION!r}")
         self.line, self.incarnation = line, int(incarnation, 16)
-        self.heartbeat, self.limit = float(heartbeat), int(limit)
+        self.heartbeat, self.limit = float(beat), int(limit)
         self.address = _address(address.decode() or None)
 
 
 class _Seal:
-    """The MACs of one direction: HMAC-SHA256 over a counter and the frame, cut to 16 bytes."""
+    """The MACs of one direction: SHA-256 of its key, a counter and the frame, cut to 16 bytes.
+
+    The lengths come before what they measure and half of the digest is kept back, so nobody can
+    append to a frame and go on from its MAC: that is what HMAC's second pass would be for.
+    """
 
     def __init__(self, authkey: bytes, writer: bytes, dialler: _Hello, acceptor: _Hello) -> None:
-        hellos = hashlib.sha256(dialler.line).digest() + hashlib.sha256(acceptor.line).digest()
-        key = hmac.digest(authkey, writer + hellos, "sha256").ljust(64, b"\0")
-        self._inner = hashlib.sha256(bytes(byte ^ 0x36 for byte in key))
-        self._outer = hashlib.sha256(bytes(byte ^ 0x5C for byte in key))
+        hellos = [hashlib.sha256(hello.line).digest() for hello in (dialler, acceptor)]
+        self._keyed = hashlib.sha256(hmac.digest(authkey, b"".join([writer, *hellos]), "sha256"))
         self._count = 0
 
-    def mac(self, *parts: Any) -> bytes:
-        """The MAC of the next frame; to hash 2 states of `hmac` afresh each time costs twice."""
-        inner, outer = self._inner.copy(), self._outer.copy()
-        inner.update(self._count.to_bytes(8, "big"))
-        self._count += 1
+    def mac(self, lengths: bytes, *parts: Any) -> bytes:
+        """Return the MAC of the next frame."""
+        digest = self._keyed.copy()
+        digest.update(self._count.to_bytes(8, "big") + lengths)
         for part in parts:
-            inner.update(part)
-        outer.update(inner.digest())
-        return outer.digest()[:16]
+            digest.update(part)
+        self._count += 1
+        return digest.digest()[:16]
 
 
-######## Connection: one sealed connection, its outbox, reader and writer
+######## Connection: one sealed connection, its outbox, its reader and its writer
+
+FULL = 4000  # messages in an outbox: who sends more waits for the network
+BURST = 50e-6  # seconds: what is sent so soon after a write is one of many
 
 
 class _Ended(Exception):
@@ -1061,185 +1018,167 @@ class _Ended(Exception):
 
 
 class _Connection:
-    """One connection to another node.  Both speak on it; senders write, only the reader reads.
+    """One connection to another node, on which both speak.
 
-    A sender appends to the outbox, and empties that itself if the last write was a while ago or
-    something was read since.  A message that follows a write at once is one of many: it is left
-    to the writer thread, which gets to run when the senders pause or the interpreter switches,
-    and by then writes hundreds in one frame.  The reader never writes, so that two nodes that
-    flood each other go on reading.
-
-    reader: started by `start`; wakes by what arrives, or by `cut`; ends by itself and cleans up.
-    writer: started by `start`; wakes by its bell; ends when the connection does, the last outbox
-    written.
+    Who sends writes, if the last write was a while ago or something was read since.  What follows
+    a write at once is one of many: it goes into the outbox, for the writer thread, which runs
+    when the sender pauses or the interpreter switches, and then writes hundreds in one frame.
+    The reader thread never writes, so that two nodes that flood each other go on reading.  Both
+    are started by `start`.  Whatever ends the connection, the reader notices, and cleans up.
     """
 
     def __init__(self, node: "Node", sock: socket.socket, mine: _Hello, peer: _Hello,
                  seals: tuple[_Seal, _Seal]) -> None:
         self.peer, self.address = peer.incarnation, peer.address
-        self.limit = min(node._max_message, peer.limit)
-        self.stamp = self.peer_stamp = 0  # when each side came to count this connection
-        self.ending = False  # once true, takes no more messages
-        self.sent = self.received = 0
         self.heartbeat = min(mine.heartbeat, peer.heartbeat)
+        self.limit = min(mine.limit, peer.limit)
+        self.stamp = self.peer_stamp = 0  # each side's number for it; see Node._introduce
+        self.ending = False  # takes no more messages
+        self.due = float("inf")  # when its next beat is
         self._node, self._sock = node, sock
         self._file = sock.makefile("rb", 1 << 16)
+        self._writing = threading.Lock()  # guards: the seal, the output, and to empty the outbox
         self._seal, self._check = seals
-        self._outbox: deque[tuple[Any, ...]] = deque()  # what waits to be written
-        self._writing = threading.Lock()  # guards: emptying the outbox, the seal, _muted and the socket's output
-        self._muted = False  # the output was shut: what is in the outbox now stays there
+        self._outbox: deque[tuple[Any, ...]] = deque()
         self._bell = _bell()  # wakes the writer
-        self._wrote = 0.0  # when a frame was last written; 0 after each read, when an answer is due
-        self._idle = True  # nothing was written since the last beat
-        self._silent = -1  # beats since something was read; below zero while the reader is busy
-        self.due = float("inf")  # when the next beat is; none before the start
         self._writer = threading.Thread(target=self._write_on, name="distconc writer", daemon=True)
-        self._on = {
-            SEND: self._on_send, CALL: self._on_call, REPLY: self._on_reply, WATCH: self._on_watch,
-            FORGET: self._on_forget, DIED: self._on_died, NOBODY: self._on_nobody,
-            UNREAD: self._on_unread, LOST: self._on_lost,
-        }
+        self._wrote = 0.0  # when a frame was written; 0 after a read, since then an answer is due
+        self._idle = True  # nothing was written since the last beat
+        self._silent = -1  # beats since something was read; below 0 while the reader is busy
+        self._losses: Counter[tuple[int | str, str]] = Counter()  # of the frame being read
+        self._on = (self._on_send, self._on_ask, self._on_reply, self._on_failed,
+                    self._on_forget, self._on_lost)
 
     def start(self) -> None:
         self.due = 0.0
         self._writer.start()
         threading.Thread(target=self._read_on, name="distconc reader", daemon=True).start()
 
-    # Writing
-
     def send(self, message: tuple[Any, ...]) -> None:
-        """Have `message` written, its payload last; waits while too much waits.
+        """Have `message`, whose last item is the payload, written; wait while too much waits.
 
-        Raises _Ended if the connection ended before taking it, OSError if while writing it.
+        Raises _Ended if the connection ended before it took it, OSError if while it was written.
         """
-        if len(message[-1]) > LARGE:
-            with self._writing:
-                if self.ending:
-                    raise _Ended
-                self._flush()
-                self._write([(*message[:-1], None)], message[-1])
-            return
-        self._outbox.append(message)
-        if len(self._outbox) > FULL:
+        large = len(message[-1]) > LARGE
+        if large or len(self._outbox) > FULL:
             self._writing.acquire()
         elif monotonic() - self._wrote < BURST or not self._writing.acquire(False):
-            _ring(self._bell)
+            self.post(message)
             if self.ending:
-                self._retract(message)
+                self._take_back(message)
             return
         try:
+            if self.ending:
+                raise _Ended
             self._flush()
+            if large:
+                self._write([(*message[:-1], None)], message[-1])
+            else:
+                self._write([message])
         finally:
             self._writing.release()
-        if self.ending:
-            self._retract(message)
 
-    def _retract(self, message: tuple[Any, ...]) -> None:
-        """Take back what came too late for the writer's last round."""
+    def _take_back(self, message: tuple[Any, ...]) -> None:
         self._writer.join()
-        try:
+        with suppress(ValueError):  # the writer's last round still took it
             self._outbox.remove(message)
-        except ValueError:
-            return  # it was still written
-        raise _Ended
+            raise _Ended
 
     def post(self, message: tuple[Any, ...]) -> None:
-        """Have `message` written soon.  Never blocks: for readers and threads that are ending."""
+        """Have `message` written soon.  Never blocks: for readers, and threads that end."""
         self._outbox.append(message)
         _ring(self._bell)
 
     def _flush(self) -> None:
-        """Write the outbox, in frames of many messages; `_writing` is held."""
+        """Write what is in the outbox; `_writing` is held."""
         outbox = self._outbox
-        while outbox and not self._muted:
-            self._write([outbox.popleft() for _ in range(min(len(outbox), 1000))], b"")
+        while outbox:
+            self._write([outbox.popleft() for _ in range(min(len(outbox), 1000))])
 
-    def _write(self, messages: list[tuple[Any, ...]], tail: bytes) -> None:
+    def _write(self, messages: list[tuple[Any, ...]], tail: Any = b"") -> None:
+        """Write one frame; `_writing` is held."""
         body = pickle.dumps(messages, 5)
         lengths = HEAD.pack(len(body), len(tail), b"")[:8]
         frame = lengths + self._seal.mac(lengths, body, tail) + body
         try:
+            if tail and hasattr(self._sock, "sendmsg"):  # without copying the two together
+                sent = self._sock.sendmsg([frame, tail])
+                frame, tail = frame[sent:], memoryview(tail)[max(sent - len(frame), 0):]
+            self._sock.sendall(frame)
             if tail:
-                _send_both(self._sock, frame, tail)
-            else:
-                self._sock.sendall(frame)
-        except BaseException:  # Ctrl-C too: half a frame may be out, nothing can follow it
+                self._sock.sendall(tail)
+        except BaseException:  # Ctrl-C, too: half a frame may be out, nothing can follow it
             self.cut()
             raise
         self._wrote = monotonic()
         self._idle = False
-        self.sent += sum(message[0] <= REPLY for message in messages)
+        self._node._count("sent", len(messages))
 
     def _write_on(self) -> None:
-        try:
+        with suppress(OSError):
             while not self.ending:
                 self._bell.acquire()
                 with self._writing:
                     if self._outbox:
                         self._flush()
                     elif self._idle:
-                        self._write([], b"")
+                        self._write([])  # a tick
             with self._writing:
                 self._flush()
-                self._muted = True
                 self._sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self.cut()
-        self._muted = True
+        self.ending = True
 
     def close(self) -> None:
-        """Take no more; have what waits written, then say the end.  Never blocks."""
+        """Take no more, write what waits, then say the end.  Never blocks."""
         self.ending = True
         _ring(self._bell)
 
     def cut(self) -> None:
-        """End the connection now.  Never blocks; the reader notices and cleans up."""
-        self.ending = True
+        """End it now.  Never blocks."""
         _hang_up(self._sock)
-        _ring(self._bell)
+        self.close()
 
     def beat(self) -> None:
-        """Five times a heartbeat: show the peer that we live, look whether it does."""
-        if self._silent >= 4:
+        """Five times a heartbeat: let the peer know that we live, look whether it does."""
+        if self._silent > 3:
             self.cut()
-        elif self._silent >= 0 or self.ending:
+        elif self._silent >= 0:
             self._silent += 1
         if self._idle:
             _ring(self._bell)
         self._idle = True
 
-    # Reading
-
     def _read_on(self) -> None:
         try:
             while True:
-                messages, tail = self.read_frame()
+                messages, tail = self.read()
                 self._silent = -1
                 self._wrote = 0.0
-                lost: Counter[tuple[Any, str]] = Counter()
                 for message in messages:
-                    payload = tail if message[-1] is None else message[-1]
-                    self._on[message[0]](message, payload, lost)
-                for (target, why), times in lost.items():
-                    self.post((LOST, target, why, times))
+                    if message[-1] is None:
+                        message = (*message[:-1], tail)
+                    self._on[message[0]](*message[1:])
+                while self._losses:
+                    (name_or_id, why), times = self._losses.popitem()
+                    self.post((LOST, name_or_id, why, times))
+                self._node._count("received", len(messages))
         except EOFError:
             self.close()  # the peer has said all; so may we
         except Exception as error:
-            _log.info("connection to %s ended: %s", _text(self.address), error)
+            _log.info("the connection to %s ended: %s", _text(self.address), error)
             self.cut()
-        self._silent = 0  # from now on beats count until the writer, too, must be done
+        self._silent = 0  # from now on, beats count how long the writer takes
         self._writer.join()
         self._node._forget(self)
         self.release()
 
     def release(self) -> None:
-        """Give the descriptors back; nobody uses them any more."""
+        """Give the descriptor back, which nobody uses any more."""
         with self._writing:
-            self._muted = True
             self._file.close()
             self._sock.close()
 
-    def read_frame(self) -> tuple[list[tuple[Any, ...]], Any]:
+    def read(self) -> tuple[list[tuple[Any, ...]], Any]:
         """Wait for a frame, check its seal before anything else, return its messages and tail."""
         self._silent = 0
         head = self._file.read(HEAD.size)
@@ -1248,183 +1187,192 @@ class _Connection:
         body_size, tail_size, mac = HEAD.unpack(head)
         if body_size > 1 << 24 or tail_size > self._node._max_message:
             raise OSError(f"a frame of {body_size} + {tail_size} bytes is too large")
-        body, tail = self._read(body_size), self._read(tail_size)
+        body = self._read(body_size)
+        tail = self._read(tail_size) if tail_size else b""
         if not hmac.compare_digest(mac, self._check.mac(head[:8], body, tail)):
-            raise OSError("a frame was altered, repeated, lost or out of order")
+            raise OSError("a frame was altered, repeated, lost or moved on its way")
         return self._node._load(body), tail
 
     def _read(self, size: int) -> Any:
         if size <= 1 << 16:
             data = self._file.read(size)
-            if len(data) < size:
-                raise OSError("cut off in the middle of a frame")
-            return data
-        buffer = memoryview(bytearray(size))  # takes no memory before the bytes come
-        at = 0
-        while at < size:
-            count = self._file.readinto1(buffer[at:])  # type: ignore[attr-defined]
-            if not count:
-                raise OSError("cut off in the middle of a frame")
-            at += count
-            self._silent = 0  # a large message on its way is no silence
-        return buffer
+            if len(data) == size:
+                return data
+        else:
+            data, at = memoryview(bytearray(size)), 0  # takes no memory before the bytes come
+            while count := self._file.readinto1(data[at:]):  # type: ignore[attr-defined]
+                at += count
+                self._silent = 0  # a large message on its way is no silence
+                if at == size:
+                    return data
+        raise OSError("the connection ended in the middle of a frame")
 
-    def _on_send(self, message: tuple[Any, ...], payload: Any, lost: "Counter[tuple[Any, str]]") -> None:
-        self.received += 1
-        target = message[1]
-        try:
-            self._node._find(target).send(self._node._load(payload))
-        except NoSuchThread as error:
-            lost[target, str(error)] += 1
-            self._node._count("undelivered")
-        except BaseException as error:  # loading may raise anything, SystemExit too
-            lost[target, self._unread(error)] += 1
+    def _on_send(self, target: tuple[int, int | str], payload: Any) -> None:
+        error = self._deliver(target, payload, Thread.send)
+        if error:
+            self._losses[target[1], str(error)] += 1
 
-    def _unread(self, error: BaseException) -> str:
-        self._node._count("refused" if isinstance(error, _Refused) else "undelivered")
-        return f"the other node could not read it: {type(error).__name__}: {error}"
+    def _on_ask(self, target: tuple[int, int | str], caller: int, tag: str, payload: Any) -> None:
+        def hand_over(thread: Thread, message: Any) -> None:
+            if thread._owe(tag, self.peer) and caller:
+                sender = RemoteThread(self.address, caller, self.peer)
+                thread._mailbox.put(Synchronous(message, sender, tag))
+            if target[1] == KERNEL:
+                thread._start(_kernel)
+        error = self._deliver(target, payload, hand_over)
+        if error:
+            _tell_node(self.peer, tag, error)
 
-    def _on_call(self, message: tuple[Any, ...], payload: Any, _: Any) -> None:
-        self.received += 1
-        _, target, caller, tag, _ = message
+    def _deliver(self, target: tuple[int, int | str], payload: Any,
+                 hand_over: Callable[[Thread, Any], None]) -> DistconcError | None:
+        """Find the thread, then load the message, then hand it over; or return why not."""
         try:
             thread = self._node._find(target)
-            data = self._node._load(payload)
+            hand_over(thread, self._node._load(payload) if payload else None)
         except NoSuchThread as error:
             self._node._count("undelivered")
-            return self.post((NOBODY, tag, str(error)))
-        except BaseException as error:
-            return self.post((UNREAD, tag, type(error).__name__, self._unread(error)))
-        if thread._owe(tag, self.peer):
-            thread._mailbox.put(Synchronous(data, RemoteThread(self.address, caller, self.peer), tag))
-        if target[1] == KERNEL:
-            thread._start(_kernel)
+            return NoSuchThread(f"at {self._node}: {error}")
+        except BaseException as error:  # loading may raise anything, SystemExit too
+            self._node._count("refused" if isinstance(error, _Refused) else "undelivered")
+            kind = type(error).__name__
+            return RemoteError(kind, f"node {self._node} cannot read it: {kind}: {error}")
+        return None
 
-    def _on_watch(self, message: tuple[Any, ...], *_: Any) -> None:
-        _, target, tag, _ = message
-        try:
-            self._node._find(target)._owe(tag, self.peer)
-        except NoSuchThread as error:
-            self.post((NOBODY, tag, str(error)))
-
-    def _on_forget(self, message: tuple[Any, ...], *_: Any) -> None:
-        _strike(message[1])
-
-    def _on_reply(self, message: tuple[Any, ...], payload: Any, _: Any) -> None:
-        self.received += 1
-        tag = message[1]
+    def _on_reply(self, tag: str, payload: Any) -> None:
         awaited = _awaited.get(tag)
-        if awaited and awaited.peer != self.peer:  # another than the called answered: release that
+        if awaited and awaited.peer != self.peer:  # the called passed it on: its debt is paid
             self._node._post(awaited.peer, (FORGET, tag)) if awaited.peer else _strike(tag)
         try:
             _settle(tag, Reply(self._node._load(payload), tag))
         except BaseException as error:
-            text = f"the reply could not be read here: {type(error).__name__}: {error}"
-            _settle(tag, RemoteError(type(error).__name__, text))
+            kind = type(error).__name__
+            _settle(tag, RemoteError(kind, f"the reply cannot be read here: {kind}: {error}"))
 
-    def _on_died(self, message: tuple[Any, ...], payload: Any, _: Any) -> None:
-        _, tag, text, kind, trace, _ = message
+    def _on_failed(self, tag: str, name: str, text: str, kind: str, trace: str, payload: Any) -> None:
+        if name == "NoSuchThread":
+            _settle(tag, NoSuchThread(text))
+        elif name == "RemoteError":
+            _settle(tag, RemoteError(kind, text))
+        else:
+            _settle(tag, self._revive(text, kind, trace, payload))
+
+    def _revive(self, text: str, kind: str, trace: str, payload: Any) -> ThreadDied:
         if not kind:
-            _settle(tag, ThreadDied(text))
-            return
-        cause = RemoteError(kind, trace)
-        try:
+            return ThreadDied(text)
+        reason: Any = None
+        with suppress(BaseException):
             reason = self._node._load(payload)
-        except BaseException:
-            reason = cause
+        cause = RemoteError(kind, trace)
         died = ThreadDied(text, reason if isinstance(reason, BaseException) else cause)
         died.__cause__ = cause
-        _settle(tag, died)
+        return died
 
-    def _on_nobody(self, message: tuple[Any, ...], *_: Any) -> None:
-        _settle(message[1], NoSuchThread(f"at {_text(self.address)}: {message[2]}"))
+    def _on_forget(self, tag: str) -> None:
+        _strike(tag)
 
-    def _on_unread(self, message: tuple[Any, ...], *_: Any) -> None:
-        _settle(message[1], RemoteError(*message[2:4]))
-
-    def _on_lost(self, message: tuple[Any, ...], *_: Any) -> None:
-        _, (_, name_or_id), why, times = message
-        _log_lost((self.address, name_or_id), f"{name_or_id!r} at {_text(self.address)}", why, times)
-
-
-def _send_both(sock: socket.socket, frame: bytes, tail: Any) -> None:
-    """Write a frame and its tail without copying them together."""
-    if hasattr(sock, "sendmsg"):
-        sent = sock.sendmsg([frame, tail])
-        frame, tail = frame[sent:], memoryview(tail)[max(sent - len(frame), 0):]
-    sock.sendall(frame)
-    sock.sendall(tail)
+    def _on_lost(self, name_or_id: int | str, why: str, times: int) -> None:
+        _log_lost(f"{name_or_id!r} at {_text(self.address) or 'a node that does not listen'}", why, times)
 
 
 def _hang_up(sock: socket.socket) -> None:
-    """Wake all who read or write `sock` with its end; it is closed by its owner."""
-    try:
+    """Wake all who read or write `sock` with its end; its owner closes it."""
+    with suppress(OSError):  # it ended before
         sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # ended already
 
 
 ######## Node: start_node, stop_node, local_node, nodes, connect, disconnect
 
+CROWD = 256  # strangers who may knock at once: for one more, the oldest has to go
+_COUNTS = ("sent", "received", "undelivered", "refused", "lost", "strangers")
+_log = logging.getLogger("distconc")
+_node: "Node | None" = None
+_starting = threading.RLock()  # guards: _node
+
 
 class Node:
-    """This process as others address it; made by `start_node`, or when first needed.
+    """This process, as others address it.  Made by `start_node`, or when first needed.
 
-    A context manager: leaving it stops the node.
-
-    accepter: started by `start_node`; wakes by a client; ends when the node stops.
-    doorman, one a stranger: started by the accepter; ends by the handshake or its deadline.
-    dialler, one a dial: started by the first sender; likewise.
-    warden: started with the first connection; wakes for each beat and deadline; ends with the node.
+    As a context manager, leaving it stops the node.  Its threads: the accepter, from the start to
+    the stop; a doorman for each stranger who knocks and a dialler for each dial, until hands are
+    shaken or the time is up; the warden, from the first of these on, who wakes for beats and
+    deadlines and ends with the last connection.
     """
 
     def __init__(self) -> None:
-        self.address: Address | None = None
+        self.address: Address | None = None  # what others dial
         self.incarnation = _incarnation
+        self._bound: Address | None = None  # where it listens
         self._started = self._stopped = False
-        self._lock = threading.RLock()  # guards all tables below
-        self._changed = threading.Condition(self._lock)  # a connection came or went, or a deadline
+        self._lock = threading.RLock()  # guards: all tables below
+        self._changed = threading.Condition(self._lock)  # a connection or a deadline came or went
         self._speaking: dict[Any, _Connection] = {}  # by incarnation and address: where to send
-        self._open: set[_Connection] = set()  # all, half-made and ending ones too
-        self._dials: dict[Address, _Dial] = {}
-        self._shaking: dict[socket.socket, float] = {}  # handshakes and their deadlines, oldest first
-        self._counts: Counter[str] = Counter()
+        self._open: set[_Connection] = set()  # all, the half-made and the ending ones, too
+        self._dials: dict[Address, Future[_Connection]] = {}  # those under way, shared by senders
+        self._hurry: dict[socket.socket, tuple[float, bool]] = {}  # handshakes: deadline, dialled
+        self._counts = Counter(dict.fromkeys(_COUNTS, 0))
         self._stamps = itertools.count(1)
         self._warden: threading.Thread | None = None
-        self._listener: Listener | None = None
-        self._bound: Address | None = None
         self._configure()
 
-    def _configure(self, authkey: bytes | str | None = None, advertise: "NodeLike | None" = None,
+    def _configure(self, authkey: bytes | str | None = None, advertise: NodeLike | None = None,
                    allow: Any = None, heartbeat: float = 10.0, connect_timeout: float = 5.0,
                    max_message: int = 1 << 28) -> None:
         if heartbeat <= 0 or connect_timeout <= 0:
-            raise ValueError("heartbeat and connect_timeout are seconds above zero")
+            raise ValueError("heartbeat= and connect_timeout= are seconds above zero")
         if not 0 < max_message < 1 << 32:
-            raise ValueError("max_message is bytes, from 1 to 4 GiB - 1")
-        self._given_key, self._advertise = authkey, _address(advertise)
+            raise ValueError("max_message= is bytes, above zero and below 4 GiB")
+        self._key, self._advertise, self._allow = authkey, _address(advertise), allow
         self._heartbeat, self._connect_timeout = heartbeat, connect_timeout
         self._max_message = max_message
-        self._allow = allow
         self._load = _loader("anything" if allow is None else allow)
 
     def _listen(self, address: Address) -> None:
-        """Open the door: bind, choose the advertised address, start the accepter."""
-        key = _authkey(self._given_key, address)
+        self._key = _authkey(self._key, address)
         if self._allow is None and not _on_loopback(address):
             self._load = _loader(None)
-        family = "AF_UNIX" if isinstance(address, str) else "AF_INET"
         try:
-            self._listener = Listener(address, family, backlog=128)
+            path = isinstance(address, str)
+            listener = Listener(address, "AF_UNIX" if path else "AF_INET", backlog=128)
         except OSError as error:
-            cure = "does another node run there? choose another address, or 0 for any free port"
-            raise OSError(error.errno, f"cannot listen at {_text(address)}: {error.strerror}; {cure}") from None
-        self._given_key = key
-        self._bound = self.address = _address(self._listener.address)
-        if isinstance(self._bound, tuple) and self._bound[0] == "0.0.0.0":
-            self.address = (socket.gethostname(), self._bound[1])
-        self.address = self._advertise or self.address
-        threading.Thread(target=self._accept_on, name="distconc accepter", daemon=True).start()
+            cure = "does a node run there already?  Choose another address, or 0 for a free port"
+            text = f"cannot listen at {_text(address)}: {error.strerror}; {cure}"
+            raise OSError(error.errno, text) from error
+        self._bound = _address(listener.address)
+        own = (socket.gethostname(), listener.address[1]) if address[0] == "0.0.0.0" else self._bound
+        self.address = self._advertise or own
+        threading.Thread(target=self._accept_on, args=(listener,), name="distconc accepter",
+                         daemon=True).start()
+
+    def stats(self) -> dict[str, int]:
+        """Count what passed: messages `sent` and `received`; `undelivered` (nobody here has that
+        name, or it could not be read) and `refused` by `allow` of those received; `lost` of those
+        sent, as the other nodes say; `strangers` who did not get in.  Never blocks.
+        """
+        with self._lock:
+            return dict(self._counts)
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Stop the node; see `stop_node`."""
+        deadline = monotonic() + timeout
+        with self._changed:
+            self._stopped, bound, self._bound = True, self._bound, None
+            for sock in self._hurry:
+                _hang_up(sock)
+            for connection in self._open:
+                connection.close()
+            self._changed.notify_all()
+        with _registry:
+            for name in list(_names):
+                unregister_remote_thread(name)
+        if bound:
+            self._wake_accepter(bound, deadline)
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._open, _left(deadline) * 0.9):
+                for connection in self._open:
+                    connection.cut()
+                self._changed.wait_for(lambda: not self._open, _left(deadline))
+        for target in list(_losses):
+            _report(target)
 
     def __enter__(self) -> "Node":
         return self
@@ -1438,40 +1386,7 @@ class Node:
     def __repr__(self) -> str:
         return f"<Node {self or 'that does not listen'}{', stopped' if self._stopped else ''}>"
 
-    def stats(self) -> dict[str, int]:
-        """Count what passed since the start: messages `sent` and `received`, those `undelivered`
-        here (nobody, or unreadable) and `refused` by `allow`, those `lost` on other nodes, and the
-        `strangers` who knocked and did not get in.  Never blocks.
-        """
-        with self._lock:
-            counts = Counter(dict.fromkeys(_COUNTS, 0)) + self._counts
-            for connection in self._open:
-                counts["sent"] += connection.sent
-                counts["received"] += connection.received
-            return {name: counts[name] for name in _COUNTS}
-
-    def stop(self, timeout: float = 5.0) -> None:
-        """Stop the node; see `stop_node`."""
-        deadline = monotonic() + timeout
-        with self._changed:
-            self._stopped = True
-            for sock in self._shaking:
-                _hang_up(sock)
-            for connection in self._open:
-                connection.close()
-            self._changed.notify_all()
-        with _registry:
-            for name in list(_names):
-                unregister_remote_thread(name)
-        self._close_door(deadline)
-        with self._changed:
-            if not self._changed.wait_for(lambda: not self._open, max(deadline - monotonic() - 0.2, 0)):
-                for connection in self._open:
-                    connection.cut()
-                self._changed.wait_for(lambda: not self._open, max(deadline - monotonic(), 0))
-        _log_rest()
-
-    # Names and counts
+    # Who is who
 
     def _is_called(self, address: Address | None) -> bool:
         return address is not None and address in (self.address, self._bound)
@@ -1484,113 +1399,128 @@ class Node:
         incarnation, name_or_id = target
         if incarnation and incarnation != self.incarnation:
             raise NoSuchThread(f"{name_or_id!r} was a thread of an earlier run of this node")
-        return Thread("kernel") if name_or_id == KERNEL else get_remote_thread(name_or_id)
+        return get_remote_thread(name_or_id) if name_or_id != KERNEL else Thread("kernel")
 
     # Sending
 
-    def _send(self, handle: RemoteThread, message: tuple[Any, ...], awaited: _Await | None = None) -> None:
-        """Send over the connection there is, or one made now; once more if it ended untaken."""
-        incarnation, node, size = handle._target[0], handle._node, len(message[-1])
-        if size > self._max_message:
-            raise SerializationError(f"{size} bytes are more than max_message, {self._max_message}")
+    def _send(self, to: RemoteThread, message: tuple[Any, ...], awaited: _Await | None = None) -> None:
+        """Send over the connection there is, or a new one; once more if that ended untaken."""
         for _ in range(2):
-            connection = self._speaking.get(incarnation) or self._speaking.get(node)
+            connection = self._speaking.get(to._target[0]) or self._speaking.get(to._node)
             if connection is None or connection.ending:
-                connection = self._reach(node, incarnation)
-            if size > connection.limit:
-                raise SerializationError(f"{size} bytes are more than the other node's max_message")
+                self._check_size(message, self._max_message)
+                connection = self._reach(to._node, to._target[0])
+            self._check_size(message, connection.limit)
             if awaited:
                 awaited.peer = connection.peer
             try:
                 return connection.send(message)
             except _Ended:
-                continue
+                pass
             except OSError as error:
-                raise NodeDown(f"lost {handle} while sending to it ({error})") from error
-        raise NodeDown(f"the connections to {_text(node)} ended before they took the message")
+                raise NodeDown(f"contact was lost while sending to {to} ({error})") from error
+        raise NodeDown(f"two connections to {_text(to._node)} ended before they took the message")
+
+    def _check_size(self, message: tuple[Any, ...], limit: int) -> None:
+        if len(message[-1]) > limit:
+            raise SerializationError(f"{len(message[-1])} bytes are more than max_message, {limit}")
 
     def _post(self, peer: int, message: tuple[Any, ...]) -> bool:
-        """Send if still connected.  Never blocks."""
+        """Send if there is contact.  Never blocks."""
         connection = self._speaking.get(peer)
-        if connection and not connection.ending:
-            connection.post(message)
-            return True
-        return False
+        if connection is None or connection.ending:
+            return False
+        connection.post(message)
+        return True
 
     def _depend(self, awaited: _Await, peer: int) -> None:
         """Have the loss of `peer` settle `awaited`."""
         awaited.peer = peer
-        if peer not in self._speaking:  # lost before it was said
-            _settle(awaited.tag, NodeDown("lost contact with that node at once"))
+        if peer not in self._speaking:  # lost before that was said
+            _settle(awaited.tag, NodeDown("contact was lost at once"))
 
-    def _reach(self, node: Address | None, incarnation: int = 0) -> _Connection:
-        """Return the connection to speak on; share the dial with all who wait for it."""
+    def _reach(self, address: Address | None, incarnation: int = 0) -> _Connection:
+        """Return the connection to speak on; dial if there is none, once for all who wait."""
         deadline = monotonic() + self._connect_timeout
         with self._changed:
-            while True:
-                if self._stopped:
-                    raise NodeDown("this node was stopped; start_node starts it again")
-                connection = self._speaking.get(incarnation) or self._speaking.get(node)
-                if connection and not connection.ending:
+            while connection := self._speaking.get(incarnation) or self._speaking.get(address):
+                if not connection.ending:
                     return connection
-                if not connection:
-                    break
-                if not self._changed.wait(max(deadline - monotonic(), 0)):
-                    raise NodeUnreachable(f"the last connection to {_text(node)} has not ended yet")
-            if node is None:
-                raise NodeUnreachable("that node does not listen, and is not connected any more")
-            dial = self._dials.get(node)
+                if not self._changed.wait(_left(deadline)):
+                    raise NodeUnreachable(f"the last connection to {_text(address)} still ends")
+            if self._stopped:
+                raise NodeDown("this node was stopped; start_node starts it again")
+            if address is None:
+                raise NodeUnreachable("that node does not listen, and contact with it was lost")
+            dial = self._dials.get(address)
             if dial is None:
-                dial = self._dials[node] = _Dial(self, node, _authkey(self._given_key, node))
-        return dial.wait(deadline)
+                key, dial = _authkey(self._key, address), Future()
+                threading.Thread(target=self._dial, args=(address, key, dial), daemon=True,
+                                 name="distconc dialler").start()
+                self._dials[address] = dial
+        try:
+            return dial.result(_left(deadline))
+        except FutureTimeout:
+            self._dials.pop(address, None)  # who comes next dials anew
+            seconds = f"{self._connect_timeout:g} seconds"
+            raise NodeUnreachable(f"{_text(address)} did not answer within {seconds}") from None
 
-    # Connecting
+    def _dial(self, address: Address, key: bytes, dial: "Future[_Connection]") -> None:
+        name, error = _text(address), None
+        try:
+            connection = self._shake(Client(address), key, address)
+        except AuthenticationError as why:
+            error = AuthenticationError(f"{name} was not let in or did not let us in: {why}")
+        except (ConnectionRefusedError, FileNotFoundError):
+            error = NodeUnreachable(f"no node listens at {name}; is it started, and the address right?")
+        except BaseException as why:
+            error = NodeUnreachable(f"cannot connect to {name}: {why or type(why).__name__}")
+        with self._lock:
+            if self._dials.get(address) is dial:
+                del self._dials[address]
+        if error:
+            dial.set_exception(error)
+        else:
+            dial.set_result(connection)
 
-    def _accept_on(self) -> None:
-        listener = self._listener
-        assert listener
+    # Shaking hands
+
+    def _accept_on(self, listener: Listener) -> None:
         while not self._stopped:
             try:
                 stranger = listener.accept()
-                threading.Thread(target=self._admit, args=(stranger,), name="distconc doorman",
-                                 daemon=True).start()
-            except (OSError, RuntimeError) as error:  # out of descriptors or threads: let some go
-                _log.info("cannot let anybody in just now: %s", error)
+                threading.Thread(target=self._admit, args=(stranger,), daemon=True,
+                                 name="distconc doorman").start()
+            except (OSError, RuntimeError) as error:  # out of descriptors, or of threads
+                _log.info("nobody can be let in just now: %s", error)
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopped, 0.05)
         listener.close()
 
-    def _close_door(self, deadline: float) -> None:
-        """Wake the accepter, which closes the listener: nothing but a client wakes it."""
-        bound, self._bound = self._bound, None
-        if bound is None:
-            return
-        try:
-            kind = socket.AF_UNIX if isinstance(bound, str) else socket.AF_INET
-            with socket.socket(kind) as client:
-                client.settimeout(max(deadline - monotonic(), 0.01))
-                client.connect(("127.0.0.1", bound[1]) if bound[0] == "0.0.0.0" else bound)
-        except OSError:
-            pass  # it woke by somebody else
+    def _wake_accepter(self, bound: Address, deadline: float) -> None:
+        """Knock at our own door: nothing else wakes `accept`."""
+        kind = socket.AF_UNIX if isinstance(bound, str) else socket.AF_INET
+        with suppress(OSError), socket.socket(kind) as client:
+            client.settimeout(max(_left(deadline), 0.01))
+            client.connect(("127.0.0.1", bound[1]) if bound[0] == "0.0.0.0" else bound)
+            client.recv(1)  # the end: the door is shut
 
     def _admit(self, stranger: Any) -> None:
         try:
-            if self._stopped:
-                stranger.close()
-            else:
-                self._shake(stranger, self._given_key, None)
+            self._shake(stranger, self._key, None)
         except Exception as error:
             self._count("strangers")
-            _log.info("somebody knocked and was not let in: %s: %s", type(error).__name__, error)
+            _log.info("a stranger was not let in: %s: %s", type(error).__name__, error)
 
     def _shake(self, stranger: Any, key: Any, dialled: Address | None) -> _Connection:
-        """Shake hands, both ways and within the time; return the connection, started."""
-        path = isinstance(dialled or self._bound, str)
-        sock = socket.fromfd(stranger.fileno(), socket.AF_UNIX if path else socket.AF_INET, socket.SOCK_STREAM)
+        """Shake hands, within the time; return the connection, started."""
+        tcp = not isinstance(dialled or self._bound, str)
+        sock = socket.fromfd(stranger.fileno(), socket.AF_INET if tcp else socket.AF_UNIX,
+                             socket.SOCK_STREAM)
         connection = None
         try:
-            with stranger, self._hurry(sock, dialled):
-                if not path:
+            with stranger, self._hurried(sock, dialled):
+                if tcp:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 for step in (answer_challenge, deliver_challenge)[:: 1 if dialled else -1]:
                     step(stranger, key)
@@ -1602,10 +1532,10 @@ class Node:
                 seals = _Seal(key, mine.role, *pair), _Seal(key, peer.role, *pair)
                 connection = _Connection(self, sock, mine, peer, seals)
                 self._introduce(connection, dialled)
-            return connection
+                return connection
         except BaseException:
             with self._changed:
-                self._open.discard(connection)  # type: ignore[arg-type]
+                self._open -= {connection}
                 self._changed.notify_all()
             if connection:
                 connection.release()
@@ -1613,69 +1543,66 @@ class Node:
             raise
 
     def _hello(self, sock: socket.socket, dialled: Address | None) -> _Hello:
-        role = b"dialler" if dialled else b"acceptor"
-        meant = [_text(dialled), _text(sock.getpeername())] if dialled else []
-        fields = [os.urandom(16).hex(), f"{self.incarnation:x}", self._heartbeat, self._max_message]
-        line = [VERSION, role, *(str(field).encode() for field in (*fields, _text(self.address), *meant))]
-        return _Hello(b"\0".join(line))
+        fields = [VERSION.decode(), "dialler" if dialled else "acceptor", os.urandom(16).hex(),
+                  f"{self.incarnation:x}", self._heartbeat, self._max_message, _text(self.address)]
+        if dialled:
+            fields += [_text(dialled), _text(sock.getpeername())]
+        return _Hello("\0".join(map(str, fields)).encode())
 
     def _check_hello(self, mine: _Hello, peer: _Hello, sock: socket.socket) -> None:
         if {mine.role, peer.role} != {b"dialler", b"acceptor"}:
-            raise AuthenticationError("the other side plays our own part: our words came back to us")
-        mine_called = {_text(name).encode() for name in (self.address, self._bound, sock.getsockname())}
-        if peer.role == b"dialler" and not mine_called & set(peer.meant):
-            raise AuthenticationError(
-                f"{b' or '.join(peer.meant).decode()} was dialled, which is not what this node is "
-                "called; behind NAT or a tunnel say so with advertise="
-            )
+            raise AuthenticationError("our own words came back to us")
+        called = {_text(name).encode() for name in (self.address, self._bound, sock.getsockname())}
+        if peer.role == b"dialler" and not called & set(peer.meant):
+            raise AuthenticationError(f"{peer.meant!r} was dialled, not {called!r}; behind NAT or "
+                                      "a tunnel, start_node needs advertise=")
 
     def _introduce(self, connection: _Connection, dialled: Address | None) -> None:
-        """Exchange the first sealed frames, wait for older connections' ends, go live.
+        """Exchange the first sealed frames, outlive older connections, then go live.
 
-        Each side numbers its connections, and says with the first frame the oldest that it still
-        counts among those between the two.  What is older is lost over there, so the other side
-        reads it to its end before the new one may speak: no old message comes after a new one.
+        Each side numbers its connections, and says the number of this one and of the oldest that
+        it still counts between the two nodes.  An older one is lost over there: it is read to its
+        end before the new one may speak, so that no old message comes after a new one.
         """
         for mine in (True, False) if dialled else (False, True):
-            with self._changed:
-                if mine:
+            if mine:
+                with self._lock:
                     connection.stamp = next(self._stamps)
                     self._open.add(connection)
-                    floor = min(c.stamp for c in self._open if c.peer == connection.peer)
-            if mine:
-                connection._write([(connection.stamp, floor)], b"")
+                    oldest = min(c.stamp for c in self._open if c.peer == connection.peer)
+                connection._write([(connection.stamp, oldest)])
             else:
-                [(connection.peer_stamp, oldest)], _ = connection.read_frame()
+                [(connection.peer_stamp, oldest)], _ = connection.read()
                 self._outlive(connection, oldest)
         with self._changed:
             if self._stopped:
                 raise NodeDown("this node was stopped")
-            for key in (connection.peer, connection.address, dialled):
+            for key in connection.peer, connection.address, dialled:
                 if key and (key not in self._speaking or self._speaking[key].ending):
                     self._speaking[key] = connection
             connection.start()
             self._changed.notify_all()
 
     def _outlive(self, connection: _Connection, oldest: int) -> None:
-        """Wait until what the peer no longer counts, and what is ending here, has been read."""
-        def old() -> list[_Connection]:
-            return [c for c in self._open if c.peer == connection.peer != self.incarnation
-                    and c is not connection and (c.ending or 0 < c.peer_stamp < oldest)]
+        """Wait for the end of what the peer counts no more, or what is ending here."""
+        def older() -> list[_Connection]:
+            return [c for c in self._open if c is not connection and c.peer == connection.peer
+                    and c.peer != self.incarnation and (c.ending or 0 < c.peer_stamp < oldest)]
         with self._changed:
-            for stale in old():
-                stale.cut()
-            if not self._changed.wait_for(lambda: not old(), self._connect_timeout):
-                raise NodeUnreachable("the connection before this one has not ended yet")
+            for other in older():
+                other.cut()
+            if not self._changed.wait_for(lambda: not older(), self._connect_timeout):
+                raise NodeUnreachable("the connection before this one does not end")
 
     @contextmanager
-    def _hurry(self, sock: socket.socket, dialled: Address | None) -> Iterator[None]:
-        """Have the warden end `sock` if the handshake takes too long, or too many knock."""
+    def _hurried(self, sock: socket.socket, dialled: Address | None) -> Iterator[None]:
+        """Have the warden end `sock` if this takes too long; the oldest stranger, if a crowd knocks."""
         with self._changed:
-            knocking = [other for other, (_, mine) in self._shaking.items() if not mine]
-            for oldest in knocking[: len(knocking) - CROWD + 1] if not dialled else ():
-                _hang_up(oldest)
-                del self._shaking[oldest]
-            self._shaking[sock] = monotonic() + self._connect_timeout, dialled is not None
+            strangers = [other for other, (_, ours) in self._hurry.items() if not ours]
+            if not dialled and len(strangers) >= CROWD:
+                _hang_up(strangers[0])
+                del self._hurry[strangers[0]]
+            self._hurry[sock] = monotonic() + self._connect_timeout, dialled is not None
             if self._warden is None:
                 self._warden = threading.Thread(target=self._ward, name="distconc warden", daemon=True)
                 self._warden.start()
@@ -1684,28 +1611,29 @@ class Node:
             yield
         finally:
             with self._lock:
-                self._shaking.pop(sock, None)
+                self._hurry.pop(sock, None)
 
     def _ward(self) -> None:
         with self._changed:
-            while not self._stopped or self._open:
+            while self._open or self._hurry or not self._stopped:
                 now = monotonic()
-                for sock, (deadline, _) in list(self._shaking.items()):
-                    if deadline <= now:
+                for sock, (deadline, _) in list(self._hurry.items()):
+                    if deadline <= now or self._stopped:
                         _hang_up(sock)
-                        del self._shaking[sock]
+                        del self._hurry[sock]
                 for connection in self._open:
                     if connection.due <= now:
                         connection.beat()
                         connection.due = now + connection.heartbeat / 5
-                soon = [at for at, _ in self._shaking.values()] + [c.due for c in self._open]
-                self._changed.wait(min(min(soon, default=60.0) - now, 60.0))
+                soon = [at for at, _ in self._hurry.values()] + [c.due for c in self._open]
+                self._changed.wait(min(soon, default=now + 60) - now)
 
     def _forget(self, connection: _Connection) -> None:
-        """A connection has been read to its end: contact with that node is lost, all of it."""
+        """A connection has been read to its end: contact with its peer is lost, all of it."""
+        peer = connection.peer
         with self._changed:
             self._open.discard(connection)
-            rest = [other for other in self._open if other.peer == connection.peer]
+            rest = [other for other in self._open if other.peer == peer]
             for other in rest:
                 other.cut()
             for key in [key for key, value in self._speaking.items() if value is connection]:
@@ -1713,100 +1641,44 @@ class Node:
                     self._speaking[key] = rest[0]  # who sends waits until that has ended, too
                 else:
                     del self._speaking[key]
-            self._counts.update(sent=connection.sent, received=connection.received)
             self._changed.notify_all()
         if not rest:
-            _contact_lost(connection.peer, connection.address)
+            _contact_lost(peer, _text(connection.address) or "a node that does not listen")
 
 
-class _Dial:
-    """One attempt to connect, shared by all who wait for it."""
+def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = None,
+               advertise: NodeLike | None = None, allow: Any = None, heartbeat: float = 10.0,
+               connect_timeout: float = 5.0, max_message: int = 1 << 28) -> Node:
+    """Listen at `address`; return this process's node.  Blocks for no longer than that takes.
 
-    def __init__(self, node: Node, address: Address, key: bytes) -> None:
-        self._node, self._address, self._key = node, address, key
-        self._done = threading.Event()
-        self._connection: _Connection | None = None
-        self._error: BaseException | None = None
-        threading.Thread(target=self._run, name="distconc dialler", daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            if isinstance(self._address, tuple) and not self._address[1]:
-                raise OSError("port 0 is nobody's")
-            self._connection = self._node._shake(Client(self._address), self._key, self._address)
-        except BaseException as error:
-            self._error = error
-        self._give_up()
-        self._done.set()
-
-    def _give_up(self) -> None:
-        with self._node._lock:
-            if self._node._dials.get(self._address) is self:
-                del self._node._dials[self._address]
-
-    def wait(self, deadline: float) -> _Connection:
-        name, timeout = _text(self._address), self._node._connect_timeout
-        if not self._done.wait(max(deadline - monotonic(), 0)):
-            self._give_up()  # the next to come dials anew
-            raise NodeUnreachable(f"{name} did not answer within {timeout:g} seconds")
-        if self._connection:
-            return self._connection
-        error = self._error
-        if isinstance(error, AuthenticationError):
-            raise AuthenticationError(f"{name} has another key than this node ({error})") from error
-        if isinstance(error, ConnectionRefusedError) or isinstance(error, FileNotFoundError):
-            raise NodeUnreachable(f"no node listens at {name}: is it started, is the address right?") from error
-        raise NodeUnreachable(f"cannot connect to {name}: {error or type(error).__name__}") from error
-
-
-CROWD = 256  # strangers who may knock at once; one more, and the oldest has to go
-_COUNTS = ("sent", "received", "undelivered", "refused", "lost", "strangers")
-_log = logging.getLogger("distconc")
-_node: Node | None = None
-_node_lock = threading.RLock()  # guards _node
-
-
-def start_node(
-    address: NodeLike = 0,
-    *,
-    authkey: bytes | str | None = None,
-    advertise: NodeLike | None = None,
-    allow: Any = None,
-    heartbeat: float = 10.0,
-    connect_timeout: float = 5.0,
-    max_message: int = 1 << 28,
-) -> Node:
-    """Listen at `address` and return this process's node.  Factor: start-node.
-
-    Never blocks for long.  Port 0 is any free one; None does not listen.  `authkey`: the key, else
-    the environment's DISTCONC_AUTHKEY, else the cookie file.  `advertise`: what others dial, if
-    not `address`.  `allow`: the classes and functions that messages may name besides plain data;
-    None: anything, but on loopback only; "anything".  `heartbeat`: seconds within which the loss
-    of a node is noticed.  `connect_timeout`: seconds for dialling and the handshake.
+    Port 0 is any free one, None does not listen.  `authkey`: or the environment's
+    DISTCONC_AUTHKEY, or the cookie file's.  `advertise`: what others dial, if not `address`.
+    `allow`: the classes and functions that messages may name besides plain data; "anything";
+    None, the default: anything on loopback, plain data beyond.  `heartbeat`: the seconds within
+    which the loss of a node is noticed.  `connect_timeout`: seconds to dial and shake hands.
     `max_message`: bytes.
 
-    Raises RuntimeError if the node is started already, ValueError, TypeError, PermissionError for
-    what is wrong with the arguments or key, OSError if it cannot listen; then nothing has started.
+    Raises RuntimeError if started already, ValueError, TypeError, PermissionError for a bad
+    argument or key, OSError if it cannot listen there; nothing has started then.
+    Factor: start-node.  Erlang: net_kernel:start.
     """
     global _node
-    with _node_lock:
-        node = local_node() if not (_node and _node._stopped) else Node()
+    with _starting:
+        node = Node() if _node and _node._stopped else local_node()
         if node._started:
-            raise RuntimeError(f"this process is {node!r} already; stop_node first")
+            raise RuntimeError(f"{node!r} runs in this process already; stop_node() first")
         node._configure(authkey, advertise, allow, heartbeat, connect_timeout, max_message)
         if address is not None:
-            where = _address(address)
-            assert where is not None
-            node._listen(where)
+            node._listen(_address(address) or "")
         node._started, _node = True, node
-    return node
+        return node
 
 
 def stop_node(timeout: float = 5.0) -> None:
     """Send what is queued, close everything, forget the names, release the address.
 
-    Blocks until that is done, at most `timeout` seconds.  From any thread, at any time, twice.
-    Afterwards a remote `send` raises NodeDown, until `start_node`.  Runs at exit, too.
+    Blocks until that is done, at most `timeout` seconds.  From any thread, at any time, twice;
+    also at exit.  After it a remote `send` raises NodeDown, until `start_node`.
     Factor: stop-node.
     """
     if _node:
@@ -1819,61 +1691,62 @@ atexit.register(stop_node)
 def local_node() -> Node:
     """Return this process's node.  Never blocks.  Factor: local-node.  Erlang: node().
 
-    Without `start_node` it does not listen: it can send to others, and be answered over the
-    connections that it opened.
+    Without `start_node` it does not listen: it can send, and be answered over the connections
+    that it opened.
     """
     global _node
     if _node is None:
-        with _node_lock:
+        with _starting:
             _node = _node or Node()
     return _node
 
 
 def nodes() -> list[Address]:
-    """Return the addresses of the nodes now connected that listen.  Never blocks.  Erlang: nodes()."""
+    """Return the addresses of the nodes now connected (those that listen).  Never blocks.
+
+    Erlang: nodes(), without the hidden ones.
+    """
     node = local_node()
     with node._lock:
-        live = {c.address for c in node._speaking.values() if not c.ending}
-    return sorted((address for address in live if address), key=_text)
+        found = {c.address for c in node._speaking.values() if c.address and not c.ending}
+    return sorted(found, key=_text)
 
 
 def connect(node: NodeLike) -> None:
     """Connect to `node` now, so that what is wrong shows here.  Never needed.  Factor: connect.
 
-    Blocks at most `connect_timeout`.  Raises NodeUnreachable, AuthenticationError; ValueError,
-    PermissionError for a bad key.
+    Blocks at most `connect_timeout` seconds.  Raises NodeUnreachable, AuthenticationError,
+    ValueError, PermissionError.
     """
-    local_node()._reach(_address(node))
+    if not local_node()._is_called(_address(node)):
+        local_node()._reach(_address(node))
 
 
 def disconnect(node: NodeLike) -> None:
-    """Send what is queued for `node`, then close the connection, if there is one.  Factor: disconnect.
+    """Send what is queued for `node` and close the connection, if there is one.
 
-    Blocks until that is done, at most `connect_timeout`.  The next `send` opens a new one.
-    Whatever waits for that node gets NodeDown, here and there.  Erlang: disconnect_node.
+    Blocks until that is done, at most `connect_timeout` seconds.  Who waits for that node gets
+    NodeDown, here and there.  The next `send` connects anew.
+    Factor: disconnect.  Erlang: disconnect_node.
     """
-    here, address = local_node(), _address(node)
+    here = local_node()
     with here._changed:
-        connection = here._speaking.get(address)
+        connection = here._speaking.get(_address(node))
         if connection:
             connection.close()
-            if not here._changed.wait_for(lambda: connection not in here._open, here._connect_timeout):
+            gone = here._changed.wait_for(lambda: connection not in here._open, here._connect_timeout)
+            if not gone:
                 connection.cut()
 
 
-######## Elsewhere: spawning on another node, spawn_node, ChildNode
+######## Other processes: what nodes ask of each other, spawn_node, ChildNode
 
 
-def _spawn_there(node: Address | None, func: Callable[..., Any], args: tuple[Any, ...], name: str,
-                 register: bool, link: _Link | None) -> RemoteThread:
-    request = ("spawn", func, args, name, register, link.tag if link else None)
-    child = send_synchronous(request, RemoteThread(node, KERNEL))
-    if isinstance(child, Exception):
-        raise child
-    assert isinstance(child, RemoteThread)
-    if link:
-        local_node()._depend(link, child._target[0])
-    return child
+def _ask_node(address: Address | None, *request: Any) -> Any:
+    answer = send_synchronous(request, RemoteThread(address, KERNEL))
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _kernel() -> None:
@@ -1882,46 +1755,44 @@ def _kernel() -> None:
     answer: Any = None
     try:
         match request.data:
-            case "spawn", func, args, name, register, link:
-                answer = _spawn_here(func, args, name, register, link, request.sender._target[0])
+            case "spawn", *what:
+                answer = _spawn_here(*what, request.sender._key[0])
             case ("ping",):
                 pass
             case other:
-                answer = ValueError(f"{other!r} is nothing that a node does")
+                raise ValueError(f"a node cannot do {other!r}")
     except Exception as error:
         answer = error
     reply_synchronous(answer, request)
 
 
 class ChildNode:
-    """A node in a process of its own, started by `spawn_node`; it ends with its parent.
+    """A node in a process of its own, made by `spawn_node`; it ends with its parent.
 
-    A context manager: leaving it stops the child.
+    `.address` and `.pid` say which.  As a context manager, leaving it stops the child.
     """
 
     def __init__(self, process: "subprocess.Popen[bytes]", address: Address) -> None:
-        self._process = process
-        self.address = address
-        self.pid = process.pid
+        self._process, self.address, self.pid = process, address, process.pid
+        self._printer = threading.Thread(target=_print_on, args=(process.stdout,), daemon=True)
+        self._printer.start()
 
     def is_alive(self) -> bool:
         """Whether the process has not ended.  Never blocks."""
         return self._process.poll() is None
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Have the child stop its node and end; kill it if it has not after `timeout` seconds."""
-        assert self._process.stdin
-        try:
-            self._process.stdin.close()  # the child waits for this, or for its parent's end
-        except OSError:
-            pass
+        """Have the child stop its node and end; after `timeout` seconds, kill it."""
+        with suppress(OSError):
+            self._process.stdin.close()  # type: ignore[union-attr]  # what the child waits for
         try:
             self._process.wait(timeout)
+            self._printer.join(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
 
     def kill(self) -> None:
-        """End the process at once, as a crash would.  Returns when it has ended."""
+        """End the process at once, as a crash would; return when it has ended."""
         self._process.kill()
         self._process.wait()
 
@@ -1935,70 +1806,80 @@ class ChildNode:
         return _text(self.address)
 
     def __repr__(self) -> str:
-        return f"<ChildNode {self} pid {self.pid}{'' if self.is_alive() else ', ended'}>"
+        return f"<ChildNode {self}, pid {self.pid}{'' if self.is_alive() else ', ended'}>"
 
 
 def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
     """Start a node in a new Python process, with `start_node`'s options; return its `ChildNode`.
 
-    Blocks until it listens.  It has this process's key and `sys.path`, not its memory, prints to
-    the same output, and ends with this process, however that ends.  Raises what `start_node`
-    raises there, and RuntimeError if the process ends before that.  Erlang: peer.
+    Blocks until it listens.  It gets this process's key and `sys.path`, prints where this one
+    prints, and ends when this one does, however that is.  Raises what `start_node` raises there;
+    RuntimeError if the process ends before that.  Erlang: peer:start.
     """
-    where = _address(address)
-    options.setdefault("authkey", _authkey(local_node()._given_key, where))
-    boot = "import sys, pickle; sys.path[:] = pickle.load(sys.stdin.buffer); import distconc; distconc._child()"
-    process = subprocess.Popen([sys.executable, "-u", "-c", boot.replace("distconc", __name__)],
+    options.setdefault("authkey", _authkey(local_node()._key, _address(address)))
+    boot = f"import sys, pickle; sys.path[:] = pickle.load(sys.stdin.buffer); import {__name__} as it"
+    process = subprocess.Popen([sys.executable, "-u", "-c", boot + "; it._be_child()"],
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdin and process.stdout
     try:
-        process.stdin.write(pickle.dumps(sys.path) + pickle.dumps((where, options)))
+        assert process.stdin and process.stdout
+        process.stdin.write(pickle.dumps(sys.path) + pickle.dumps((_address(address), options)))
         process.stdin.flush()
         answer = pickle.load(process.stdout)
-    except (OSError, EOFError) as error:
+    except BaseException as error:
         process.kill()
-        raise RuntimeError(f"the new process ended with status {process.wait()} before its node ran") from error
-    except BaseException:
-        process.kill()
-        process.wait()
+        status = process.wait()
+        if isinstance(error, (OSError, EOFError)):
+            raise RuntimeError(f"the process ended with status {status} before its node ran") from error
         raise
-    if isinstance(answer, BaseException):
+    if isinstance(answer, Exception):
         process.wait()
         raise answer
-    threading.Thread(target=_copy_output, args=(process.stdout,), daemon=True).start()
     return ChildNode(process, answer)
 
 
-def _copy_output(source: Any) -> None:
-    """Print what a child prints: to `sys.stdout`, wherever that goes (a notebook, a test)."""
-    for line in source:
-        print(line.decode(errors="replace"), end="", flush=True)
-
-
-def _child() -> None:
-    """Be the process of a `ChildNode`: its standard input tells what to do, and when to end."""
-    orders, report = sys.stdin.buffer, sys.stdout.buffer
+def _be_child() -> None:
+    """Be the process of a `ChildNode`: standard input says what to do, and by its end, when to end."""
+    orders = sys.stdin.buffer
     address, options = pickle.load(orders)
     try:
         answer: Any = start_node(address, **options).address
     except Exception as error:
         answer = error
-    report.write(pickle.dumps(answer))
-    report.flush()
-    sys.stdin = open(os.devnull)
-    try:
+    sys.stdout.buffer.write(pickle.dumps(answer))
+    sys.stdout.flush()
+    with suppress(KeyboardInterrupt):  # Ctrl-C is meant for the parent, which will end this, too
         orders.read()
-    except KeyboardInterrupt:
-        pass  # Ctrl-C goes to the parent, too; what it does about its children is its affair
     stop_node()
 
 
-######## Monitors and links: Monitor, Down, monitor, demonitor
+def _print_on(source: Any) -> None:
+    """Print what a child prints to this `sys.stdout`, be it a notebook's or a test's."""
+    for line in source:
+        print(line.decode(errors="replace"), end="", flush=True)
+
+
+def _after_fork() -> None:
+    """Leave the parent its connections: a forked child is another node, not started."""
+    global _incarnation, _node, _here, _registry, _settling, _losing, _starting
+    for connection in _node._open if _node else ():
+        os.close(connection._sock.detach())
+    _incarnation, _node, _here = int.from_bytes(os.urandom(8), "big"), None, _Here()
+    for table in _threads, _names, _awaited, _debts, _losses:
+        table.clear()
+    _registry, _settling, _losing, _starting = (threading.RLock() for _ in range(4))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+################ Part three: when things fail ################
+######## Monitors: Monitor, Down, monitor, demonitor
 
 
 @dataclass(frozen=True, slots=True)
 class Monitor:
-    """What `monitor` returned: `target` is watched.  Erlang: the reference of a monitor."""
+    """What `monitor` returned: `target` is watched.  Erlang: a monitor's reference."""
 
     target: Any
     tag: str
@@ -2006,7 +1887,7 @@ class Monitor:
 
 @dataclass(frozen=True, slots=True)
 class Down:
-    """The message that `target` has ended, of `reason`: see `monitor`.  Erlang: 'DOWN'."""
+    """The message that `target` ended of `reason`; see `monitor`.  Erlang: 'DOWN'."""
 
     monitor: Monitor
     target: Any
@@ -2021,152 +1902,111 @@ class _Watch(_Await):
         super().__init__()
         self.monitor = Monitor(target, self.tag)
 
-    def settle(self, outcome: "Reply | DistconcError") -> bool:
+    def settle(self, outcome: Reply | DistconcError) -> bool:
         reason: Any = outcome.reason if isinstance(outcome, ThreadDied) else outcome
         self.watcher.send(Down(self.monitor, self.monitor.target, reason))
         return True
 
 
-def monitor(thread_or_node: "Handle | NodeLike") -> Monitor:
-    """Have one `Down` message sent here when a thread ends or contact with a node is lost.
+def monitor(thread_or_node: Handle | NodeLike) -> Monitor:
+    """Have one `Down` message sent to this thread when a thread ends or a node is lost.
 
-    Its `reason` is None (the thread returned), the exception that it died of (or a RemoteError),
-    NoSuchThread, or NodeDown: contact was lost, though it may live.  It comes after all that the
-    thread had sent here.  Blocks as `send` does; raises nothing for what cannot be reached, but
-    ValueError for what is neither.  Erlang: monitor, monitor_node.
+    Its `reason`: None (the thread returned), the exception it died of (or a RemoteError),
+    NoSuchThread, or NodeDown (contact was lost; it may live).  It comes after all that the thread
+    had sent here.  Blocks as `send` does, but raises nothing for what it cannot reach.
+    Erlang: monitor, monitor_node.
     """
-    if isinstance(thread_or_node, (Thread, RemoteThread)):
-        watch = _Watch(thread_or_node)
-        begin: Callable[[], None] = partial(thread_or_node._watch, watch)
-    else:
-        address = _address(thread_or_node)
-        watch = _Watch(thread_or_node)
-        begin = partial(_watch_node, watch, address)
+    watch = _Watch(thread_or_node)
     try:
-        begin()
+        if isinstance(thread_or_node, _Handle):
+            thread_or_node._ask(watch)  # type: ignore[attr-defined]
+        elif not local_node()._is_called(_address(thread_or_node)):
+            local_node()._depend(watch, local_node()._reach(_address(thread_or_node)).peer)
     except (NodeDown, NoSuchThread) as error:
         _settle(watch.tag, error)
     except AuthenticationError as error:
         _settle(watch.tag, NodeUnreachable(str(error)))
+    except BaseException:
+        _awaited.pop(watch.tag, None)
+        raise
     return watch.monitor
 
 
-def _watch_node(watch: _Watch, address: Address | None) -> None:
-    node = local_node()
-    if not node._is_called(address):
-        node._depend(watch, node._reach(address).peer)
-
-
 def demonitor(monitor: Monitor) -> None:
-    """End `monitor`: when this returns, no Down of it is in this thread's mailbox, or will come.
+    """End `monitor`: when this returns, no `Down` of it is in this thread's mailbox, nor comes.
 
-    Never blocks; ending it twice does nothing.  Erlang: demonitor with flush.
+    Never blocks; to end it twice does nothing.  Erlang: demonitor with flush.
     """
     with _settling:
         watch = _awaited.pop(monitor.tag, None)
-    if watch and isinstance(monitor.target, (Thread, RemoteThread)):
-        monitor.target._forget(watch)
-    try:
+    if watch and isinstance(monitor.target, _Handle):
+        monitor.target._forget(watch)  # type: ignore[attr-defined]
+    with suppress(TimeoutError):
         current_thread()._mailbox.get_if(
             lambda message: isinstance(message, Down) and message.monitor == monitor, 0)
-    except TimeoutError:
-        pass
 
 
-######## Loss: of a node, and of messages that nobody could take
+######## Loss: of nodes, and of messages that nobody could take
 
 
 def _tell_node(peer: int, tag: str, error: DistconcError) -> bool:
-    """Tell another node that what it awaits has ended; False if it is out of contact."""
-    if not isinstance(error, ThreadDied):
-        return local_node()._post(peer, (NOBODY, tag, str(error)))
-    cause, reason = error.__cause__, b""
-    if not isinstance(cause, RemoteError):
-        return local_node()._post(peer, (DIED, tag, str(error), "", "", b""))
-    try:
-        reason = serialize(error.reason)
-    except SerializationError:
-        pass  # its name and traceback will stand in for it
-    return local_node()._post(peer, (DIED, tag, str(error), cause.type, str(cause), reason))
+    """Tell another node that what it awaits has failed; False if there is no contact."""
+    cause, kind, trace, payload = error.__cause__, "", "", b""
+    if isinstance(error, RemoteError):
+        kind = error.type
+    elif isinstance(error, ThreadDied) and isinstance(cause, RemoteError):
+        kind, trace = cause.type, str(cause)
+        with suppress(SerializationError):  # then its name and traceback stand in for it
+            payload = serialize(error.reason)
+    message = FAILED, tag, type(error).__name__, str(error), kind, trace, payload
+    return local_node()._post(peer, message)
 
 
-def _contact_lost(peer: int, address: Address | None) -> None:
-    """Settle all that awaited this node; what is owed to it, nobody awaits any more."""
+def _contact_lost(peer: int, name: str) -> None:
+    """Settle what awaited this node; what is owed to it, nobody awaits any more."""
     for awaited in list(_awaited.values()):
         if awaited.peer == peer:
-            _settle(awaited.tag, NodeDown(f"lost contact with {_text(address) or 'a node that did not listen'}"))
+            _settle(awaited.tag, NodeDown(f"contact with {name} was lost"))
     for tag, (_, creditor, _) in list(_debts.items()):
         if creditor == peer:
             _strike(tag)
 
 
-_losses: dict[Any, list[Any]] = {}  # by target: [its text, why, how many are not logged yet]
-_losing = threading.RLock()  # guards _losses
+_losses: dict[str, tuple[int, str]] = {}  # by target: how many are not yet logged, and why
+_losing = threading.RLock()  # guards: _losses
 
 
-def _undelivered(thread: "Handle", why: str) -> None:
+def _undelivered(target: str, why: str) -> None:
     local_node()._count("undelivered")
-    _log_lost(thread, str(thread), why)
+    _log_lost(target, why)
 
 
-def _log_lost(target: Any, text: str, why: str, times: int = 1) -> None:
-    """Log lost messages, at most one line a second for a target; none goes uncounted."""
+def _log_lost(target: str, why: str, times: int = 1) -> None:
+    """Log lost messages: at most one line a second for a target, whose counts add up to all."""
     local_node()._count("lost", times)
     with _losing:
-        if target in _losses:
-            _losses[target][2] += times
-            return
-        _losses[target] = [text, why, times]
-    _log_window(target)
+        first = target not in _losses
+        _losses[target] = _losses.get(target, (0, why))[0] + times, why
+    if first:
+        _report(target)
 
 
-def _log_window(target: Any) -> None:
+def _report(target: str) -> None:
     """Log what was lost since the last line; look again in a second, until nothing was."""
     with _losing:
-        text, why, times = _losses[target]
-        _losses[target][2] = 0
+        times, why = _losses.pop(target, (0, ""))
         if not times:
-            del _losses[target]
             return
-    _log.warning("lost %d message%s to %s: %s", times, "s" * (times > 1), text, why)
-    timer = threading.Timer(1.0, _log_window, [target])
+        _losses[target] = 0, why
+    _log.warning("lost %d message%s to %s: %s", times, "s" * (times > 1), target, why)
+    timer = threading.Timer(1.0, _report, [target])
     timer.daemon = True
-    try:
+    with suppress(RuntimeError):  # at exit, no thread starts any more
         timer.start()
-    except RuntimeError:
-        pass  # at exit; stop_node logs the rest
 
 
-def _log_rest() -> None:
-    with _losing:
-        rest = [loss.copy() for loss in _losses.values() if loss[2]]
-        for loss in _losses.values():
-            loss[2] = 0
-    for text, why, times in rest:
-        _log.warning("lost %d more message%s to %s: %s", times, "s" * (times > 1), text, why)
-
-
-######## Fork: a child has no node
-
-
-def _after_fork() -> None:
-    """Leave the parent's connections to the parent; this process is another node, not started."""
-    global _incarnation, _node, _here, _registry, _settling, _losing, _node_lock
-    if _node:
-        for connection in _node._open:
-            os.close(connection._sock.detach())
-    _incarnation, _node = int.from_bytes(os.urandom(8), "big"), None
-    _here = _Here()
-    for table in (_threads, _names, _awaited, _debts, _losses):
-        table.clear()
-    _registry, _settling, _losing, _node_lock = (threading.RLock() for _ in range(4))
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-######## The shell: demo, node, send, call
+################ Part four: at the shell ################
+######## demo, node, send, call
 
 
 def _log_message() -> bool:
@@ -2174,52 +2014,48 @@ def _log_message() -> bool:
     return True
 
 
-def _greeter(name: str) -> None:
-    """Answer one call, through whatever handle it came with."""
+def _greet(name: str) -> None:
     request = receive_if(Synchronous)
-    print(f"{name}: {request.data!r}, from {request.sender!r}", flush=True)
-    reply_synchronous(f"good morning, I am {name}", request)
+    print(f"{name}: {request.data!r}, asks {request.sender!r}", flush=True)
+    reply_synchronous(f"fine, says {name}", request)
+
+
+def _call_back(parent: Handle) -> None:
+    send(("it answered", send_synchronous("I am your child", parent)), parent)
 
 
 def _demo(_: Any) -> None:
-    with start_node(), spawn_node() as child:
-        print(f"this is node {local_node()}, pid {os.getpid()}; its child is node {child}, pid {child.pid}")
+    with start_node() as node, spawn_node() as child:
+        print(f"node {node} has pid {os.getpid()}, its child {child} has pid {child.pid}")
         spawn_server(_log_message, node=child, name="logger", register=True)
         logger = RemoteThread(child, "logger")
         send("hello", logger)
-        print("a call:", send_synchronous("how are you?", spawn(_greeter, "greeter", node=child)))
-        send(("my handle is", current_thread()), logger)
-        spawn(_introduce_me, current_thread(), node=child)
+        print("a call:", send_synchronous("how are you?", spawn(_greet, "greeter", node=child)))
+        send(("a handle", current_thread()), logger)
+        spawn(_call_back, current_thread(), node=child)
         request = receive()
-        print(f"called back by {request.sender!r}: {request.data!r}")
-        reply_synchronous("pleased to meet you", request)
-        print("it says:", receive())
+        print(f"called back with {request.data!r} by {request.sender!r}")
+        reply_synchronous("so you are", request)
+        print("told:", receive())
 
 
-def _introduce_me(parent: Handle) -> None:
-    answer = send_synchronous("I am your child", parent)
-    send(f"my parent said {answer!r}", parent)
-
-
-def _console(options: Any) -> None:
-    """Run a node until Ctrl-C or the end of the prompt."""
+def _run_node(options: Any) -> None:
     import code
     import runpy
 
-    main = types.ModuleType("__main__")
-    main.__dict__.update({name: globals()[name] for name in __all__})
     with start_node(options.address) as node:
-        print(f"node {node} (pid {os.getpid()})", flush=True)
+        print(f"node {node}, pid {os.getpid()}", flush=True)
         if options.script:
             runpy.run_path(options.script, run_name="__main__")
             threading.Event().wait()
-        sys.modules["__main__"] = main
-        code.interact(banner="All of distconc's names are here; Ctrl-D ends the node.", exitmsg="", local=main.__dict__)
+        names = sys.modules["__main__"].__dict__
+        names.update({name: globals()[name] for name in __all__})
+        code.interact("All names of distconc are here; Ctrl-D ends the node.", local=names, exitmsg="")
 
 
 def _target(text: str) -> RemoteThread:
-    node, slash, name = text.rpartition("/")
-    if not (node and slash and name):
+    node, _, name = text.rpartition("/")
+    if not node or not name:
         raise ValueError(f"{text!r} is no target; say 127.0.0.1:9000/logger")
     return RemoteThread(int(node) if node.isdecimal() else node, int(name) if name.isdecimal() else name)
 
@@ -2230,45 +2066,46 @@ def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        raise ValueError(f"{text} is no Python literal; a string needs quotes of its own: '\"{text}\"'") from None
+        raise ValueError(f"{text} is no Python literal; if it is a string, say '\"{text}\"'") from None
 
 
-def _send_command(options: Any) -> None:
-    logging.basicConfig(format="%(message)s")
+def _send(options: Any) -> None:
     target = _target(options.target)
     send(_literal(options.message), target)
     send_synchronous(("ping",), RemoteThread(target.node, KERNEL), options.timeout)
-    if local_node().stats()["lost"]:
-        sys.exit(1)
+    sys.exit(local_node().stats()["lost"] and 1)
 
 
-def _call_command(options: Any) -> None:
+def _call(options: Any) -> None:
     print(repr(send_synchronous(_literal(options.message), _target(options.target), options.timeout)))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the shell command that `arguments` say."""
+    """Do what the shell command `arguments` says."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="distconc", description="Threads that send to each other, on many nodes.")
+    parser = argparse.ArgumentParser(prog="distconc", description="Threads that send, on many nodes.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[Any], None], help: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[Any], None], help: str, **arguments: Any) -> None:
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run)
-        return sub
+        for argument, how in arguments.items():
+            sub.add_argument(argument.replace("__", "--"), **how)
 
-    command("demo", _demo, "two nodes talk: the example that started it all")
-    sub = command("node", _console, "run a node with a Python prompt, or SCRIPT on one")
-    sub.add_argument("address", nargs="?", default=0, help="9000, host:9000 or a path; any free port if left out")
-    sub.add_argument("script", nargs="?", help="a Python file to run; the node stays up after it")
-    for name, run, help in (("send", _send_command, "send MESSAGE to TARGET; status 1 if it was lost"),
-                            ("call", _call_command, "send MESSAGE to TARGET and print the reply")):
-        sub = command(name, run, help)
-        sub.add_argument("target", help="where to, such as 127.0.0.1:9000/logger")
-        sub.add_argument("message", help="a Python literal, such as '(\"hello\", 1)'")
-        sub.add_argument("--timeout", type=float, default=None, help="seconds to wait for the reply")
+    target = {"help": "where to, such as 127.0.0.1:9000/logger"}
+    message = {"help": "a Python literal, such as '(\"hello\", 1)'"}
+    timeout = {"type": float, "default": 10.0, "help": "seconds to wait (10)"}
+    command("demo", _demo, "the example that started it all, on two nodes")
+    command("node", _run_node, "run a node with a Python prompt, or with a script",
+            address={"nargs": "?", "default": 0, "help": "9000, host:9000, a path; or a free port"},
+            script={"nargs": "?", "help": "a file to run; the node stays up after it"})
+    command("send", _send, "send a message; status 1 if it was lost",
+            target=target, message=message, __timeout=timeout)
+    command("call", _call, "send a message and print the reply",
+            target=target, message=message, __timeout=timeout)
     options = parser.parse_args(arguments)
+    logging.basicConfig(format="distconc: %(message)s")
     try:
         options.run(options)
     except KeyboardInterrupt:
@@ -2278,6 +2115,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    import distconc  # the same file by its name, so that its classes are those that messages name
+    import distconc  # this file by its name: its classes are those that messages name
 
     distconc.main()
