@@ -14,9 +14,9 @@ import threading
 import traceback
 import types
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, TimeoutError as FutureTimeout
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import AuthenticationError
@@ -997,12 +997,13 @@ class _Seal:
         self._keyed = hashlib.sha256(hmac.digest(authkey, b"".join([writer, *hellos]), "sha256"))
         self._count = 0
 
-    def mac(self, lengths: bytes, *parts: Any) -> bytes:
+    def mac(self, lengths: bytes, body: bytes, tail: Any) -> bytes:
         """Return the MAC of the next frame."""
         digest = self._keyed.copy()
         digest.update(self._count.to_bytes(8, "big") + lengths)
-        for part in parts:
-            digest.update(part)
+        digest.update(body)
+        if tail:
+            digest.update(tail)
         self._count += 1
         return digest.digest()[:16]
 
@@ -1041,18 +1042,18 @@ class _Connection:
         self._seal, self._check = seals
         self._outbox: deque[tuple[Any, ...]] = deque()
         self._bell = _bell()  # wakes the writer
-        self._writer = threading.Thread(target=self._write_on, name="distconc writer", daemon=True)
         self._wrote = 0.0  # when a frame was written; 0 after a read, since then an answer is due
         self._idle = True  # nothing was written since the last beat
         self._silent = -1  # beats since something was read; below 0 while the reader is busy
+        self.sent = self.received = 0  # messages; the first guarded by _writing
         self._losses: Counter[tuple[int | str, str]] = Counter()  # of the frame being read
         self._on = (self._on_send, self._on_ask, self._on_reply, self._on_failed,
                     self._on_forget, self._on_lost)
 
     def start(self) -> None:
         self.due = 0.0
-        self._writer.start()
-        threading.Thread(target=self._read_on, name="distconc reader", daemon=True).start()
+        self._writer = _thread("writer", self._write_on)
+        _thread("reader", self._read_on)
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Have `message`, whose last item is the payload, written; wait while too much waits.
@@ -1101,18 +1102,17 @@ class _Connection:
         lengths = HEAD.pack(len(body), len(tail), b"")[:8]
         frame = lengths + self._seal.mac(lengths, body, tail) + body
         try:
-            if tail and hasattr(self._sock, "sendmsg"):  # without copying the two together
-                sent = self._sock.sendmsg([frame, tail])
-                frame, tail = frame[sent:], memoryview(tail)[max(sent - len(frame), 0):]
-            self._sock.sendall(frame)
-            if tail:
-                self._sock.sendall(tail)
+            if 0 < len(tail) < 1 << 16:
+                self._sock.sendall(frame + tail)
+            else:
+                self._sock.sendall(frame)
+                self._sock.sendall(tail) if tail else None
         except BaseException:  # Ctrl-C, too: half a frame may be out, nothing can follow it
             self.cut()
             raise
         self._wrote = monotonic()
         self._idle = False
-        self._node._count("sent", len(messages))
+        self.sent += len(messages)
 
     def _write_on(self) -> None:
         with suppress(OSError):
@@ -1161,7 +1161,7 @@ class _Connection:
                 while self._losses:
                     (name_or_id, why), times = self._losses.popitem()
                     self.post((LOST, name_or_id, why, times))
-                self._node._count("received", len(messages))
+                self.received += len(messages)
         except EOFError:
             self.close()  # the peer has said all; so may we
         except Exception as error:
@@ -1274,6 +1274,12 @@ class _Connection:
         _log_lost(f"{name_or_id!r} at {_text(self.address) or 'a node that does not listen'}", why, times)
 
 
+def _thread(part: str, run: Callable[..., None], *args: Any) -> threading.Thread:
+    thread = threading.Thread(target=run, args=args, name=f"distconc {part}", daemon=True)
+    thread.start()
+    return thread
+
+
 def _hang_up(sock: socket.socket) -> None:
     """Wake all who read or write `sock` with its end; its owner closes it."""
     with suppress(OSError):  # it ended before
@@ -1294,8 +1300,8 @@ class Node:
 
     As a context manager, leaving it stops the node.  Its threads: the accepter, from the start to
     the stop; a doorman for each stranger who knocks and a dialler for each dial, until hands are
-    shaken or the time is up; the warden, from the first of these on, who wakes for beats and
-    deadlines and ends with the last connection.
+    shaken or the time is up; the warden, from the first connection to the last after the stop,
+    who wakes for their beats.
     """
 
     def __init__(self) -> None:
@@ -1308,7 +1314,7 @@ class Node:
         self._speaking: dict[Any, _Connection] = {}  # by incarnation and address: where to send
         self._open: set[_Connection] = set()  # all, the half-made and the ending ones, too
         self._dials: dict[Address, Future[_Connection]] = {}  # those under way, shared by senders
-        self._hurry: dict[socket.socket, tuple[float, bool]] = {}  # handshakes: deadline, dialled
+        self._shaking: deque[socket.socket] = deque()  # those not in yet, the oldest first
         self._counts = Counter(dict.fromkeys(_COUNTS, 0))
         self._stamps = itertools.count(1)
         self._warden: threading.Thread | None = None
@@ -1340,8 +1346,7 @@ class Node:
         self._bound = _address(listener.address)
         own = (socket.gethostname(), listener.address[1]) if address[0] == "0.0.0.0" else self._bound
         self.address = self._advertise or own
-        threading.Thread(target=self._accept_on, args=(listener,), name="distconc accepter",
-                         daemon=True).start()
+        self._accepter = _thread("accepter", self._accept_on, listener)
 
     def stats(self) -> dict[str, int]:
         """Count what passed: messages `sent` and `received`; `undelivered` (nobody here has that
@@ -1349,14 +1354,17 @@ class Node:
         sent, as the other nodes say; `strangers` who did not get in.  Never blocks.
         """
         with self._lock:
-            return dict(self._counts)
+            counts = self._counts.copy()
+            for connection in self._open:
+                counts.update(sent=connection.sent, received=connection.received)
+            return dict(counts)
 
     def stop(self, timeout: float = 5.0) -> None:
         """Stop the node; see `stop_node`."""
         deadline = monotonic() + timeout
         with self._changed:
             self._stopped, bound, self._bound = True, self._bound, None
-            for sock in self._hurry:
+            for sock in self._shaking:
                 _hang_up(sock)
             for connection in self._open:
                 connection.close()
@@ -1365,7 +1373,9 @@ class Node:
             for name in list(_names):
                 unregister_remote_thread(name)
         if bound:
-            self._wake_accepter(bound, deadline)
+            with suppress(OSError):  # knock at our own door: nothing else wakes `accept`
+                Client(("127.0.0.1", bound[1]) if bound[0] == "0.0.0.0" else bound).close()
+            self._accepter.join(_left(deadline))
         with self._changed:
             if not self._changed.wait_for(lambda: not self._open, _left(deadline) * 0.9):
                 for connection in self._open:
@@ -1407,10 +1417,11 @@ class Node:
         """Send over the connection there is, or a new one; once more if that ended untaken."""
         for _ in range(2):
             connection = self._speaking.get(to._target[0]) or self._speaking.get(to._node)
+            size, limit = len(message[-1]), connection.limit if connection else self._max_message
+            if size > limit:
+                raise SerializationError(f"{size} bytes are more than max_message, {limit}")
             if connection is None or connection.ending:
-                self._check_size(message, self._max_message)
                 connection = self._reach(to._node, to._target[0])
-            self._check_size(message, connection.limit)
             if awaited:
                 awaited.peer = connection.peer
             try:
@@ -1420,10 +1431,6 @@ class Node:
             except OSError as error:
                 raise NodeDown(f"contact was lost while sending to {to} ({error})") from error
         raise NodeDown(f"two connections to {_text(to._node)} ended before they took the message")
-
-    def _check_size(self, message: tuple[Any, ...], limit: int) -> None:
-        if len(message[-1]) > limit:
-            raise SerializationError(f"{len(message[-1])} bytes are more than max_message, {limit}")
 
     def _post(self, peer: int, message: tuple[Any, ...]) -> bool:
         """Send if there is contact.  Never blocks."""
@@ -1455,8 +1462,7 @@ class Node:
             dial = self._dials.get(address)
             if dial is None:
                 key, dial = _authkey(self._key, address), Future()
-                threading.Thread(target=self._dial, args=(address, key, dial), daemon=True,
-                                 name="distconc dialler").start()
+                _thread("dialler", self._dial, address, key, dial)
                 self._dials[address] = dial
         try:
             return dial.result(_left(deadline))
@@ -1489,21 +1495,12 @@ class Node:
         while not self._stopped:
             try:
                 stranger = listener.accept()
-                threading.Thread(target=self._admit, args=(stranger,), daemon=True,
-                                 name="distconc doorman").start()
+                _thread("doorman", self._admit, stranger)
             except (OSError, RuntimeError) as error:  # out of descriptors, or of threads
                 _log.info("nobody can be let in just now: %s", error)
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopped, 0.05)
         listener.close()
-
-    def _wake_accepter(self, bound: Address, deadline: float) -> None:
-        """Knock at our own door: nothing else wakes `accept`."""
-        kind = socket.AF_UNIX if isinstance(bound, str) else socket.AF_INET
-        with suppress(OSError), socket.socket(kind) as client:
-            client.settimeout(max(_left(deadline), 0.01))
-            client.connect(("127.0.0.1", bound[1]) if bound[0] == "0.0.0.0" else bound)
-            client.recv(1)  # the end: the door is shut
 
     def _admit(self, stranger: Any) -> None:
         try:
@@ -1517,9 +1514,15 @@ class Node:
         tcp = not isinstance(dialled or self._bound, str)
         sock = socket.fromfd(stranger.fileno(), socket.AF_INET if tcp else socket.AF_UNIX,
                              socket.SOCK_STREAM)
-        connection = None
+        connection, timer = None, threading.Timer(self._connect_timeout, _hang_up, [sock])
+        timer.daemon = True
+        with self._lock:
+            self._shaking.append(sock)
+            if self._stopped or not dialled and len(self._shaking) > CROWD:
+                _hang_up(self._shaking.popleft())
         try:
-            with stranger, self._hurried(sock, dialled):
+            with stranger:
+                timer.start()
                 if tcp:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 for step in (answer_challenge, deliver_challenge)[:: 1 if dialled else -1]:
@@ -1541,6 +1544,10 @@ class Node:
                 connection.release()
             sock.close()
             raise
+        finally:
+            timer.cancel()
+            with self._lock, suppress(ValueError):
+                self._shaking.remove(sock)
 
     def _hello(self, sock: socket.socket, dialled: Address | None) -> _Hello:
         fields = [VERSION.decode(), "dialler" if dialled else "acceptor", os.urandom(16).hex(),
@@ -1581,6 +1588,8 @@ class Node:
                 if key and (key not in self._speaking or self._speaking[key].ending):
                     self._speaking[key] = connection
             connection.start()
+            if self._warden is None:
+                self._warden = _thread("warden", self._ward)
             self._changed.notify_all()
 
     def _outlive(self, connection: _Connection, oldest: int) -> None:
@@ -1594,45 +1603,22 @@ class Node:
             if not self._changed.wait_for(lambda: not older(), self._connect_timeout):
                 raise NodeUnreachable("the connection before this one does not end")
 
-    @contextmanager
-    def _hurried(self, sock: socket.socket, dialled: Address | None) -> Iterator[None]:
-        """Have the warden end `sock` if this takes too long; the oldest stranger, if a crowd knocks."""
-        with self._changed:
-            strangers = [other for other, (_, ours) in self._hurry.items() if not ours]
-            if not dialled and len(strangers) >= CROWD:
-                _hang_up(strangers[0])
-                del self._hurry[strangers[0]]
-            self._hurry[sock] = monotonic() + self._connect_timeout, dialled is not None
-            if self._warden is None:
-                self._warden = threading.Thread(target=self._ward, name="distconc warden", daemon=True)
-                self._warden.start()
-            self._changed.notify_all()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._hurry.pop(sock, None)
-
     def _ward(self) -> None:
         with self._changed:
-            while self._open or self._hurry or not self._stopped:
+            while self._open or not self._stopped:
                 now = monotonic()
-                for sock, (deadline, _) in list(self._hurry.items()):
-                    if deadline <= now or self._stopped:
-                        _hang_up(sock)
-                        del self._hurry[sock]
                 for connection in self._open:
                     if connection.due <= now:
                         connection.beat()
                         connection.due = now + connection.heartbeat / 5
-                soon = [at for at, _ in self._hurry.values()] + [c.due for c in self._open]
-                self._changed.wait(min(soon, default=now + 60) - now)
+                self._changed.wait(min([c.due for c in self._open], default=now + 60) - now)
 
     def _forget(self, connection: _Connection) -> None:
         """A connection has been read to its end: contact with its peer is lost, all of it."""
         peer = connection.peer
         with self._changed:
             self._open.discard(connection)
+            self._counts.update(sent=connection.sent, received=connection.received)
             rest = [other for other in self._open if other.peer == peer]
             for other in rest:
                 other.cut()
@@ -1774,8 +1760,7 @@ class ChildNode:
 
     def __init__(self, process: "subprocess.Popen[bytes]", address: Address) -> None:
         self._process, self.address, self.pid = process, address, process.pid
-        self._printer = threading.Thread(target=_print_on, args=(process.stdout,), daemon=True)
-        self._printer.start()
+        self._printer = _thread("printer", _print_on, process.stdout)
 
     def is_alive(self) -> bool:
         """Whether the process has not ended.  Never blocks."""
