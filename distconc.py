@@ -1,3 +1,74 @@
+# distconc 0.1.0.  Copyright (C) 2026 the distconc authors.
+# Permission to use, copy, modify, and/or distribute this software for any purpose with or
+# without fee is hereby granted.  THE SOFTWARE IS PROVIDED "AS IS" AND THE AUTHOR DISCLAIMS ALL
+# WARRANTIES.  IN NO EVENT SHALL THE AUTHOR BE LIABLE FOR ANY DAMAGES WHATSOEVER.  (0BSD)
+"""Threads with mailboxes that send to each other, in one process or on many machines.
+
+Factor's concurrency.distributed for Python, in the line of Erlang and Termite.  One process:
+
+    from distconc import *
+
+    def log_message():
+        print(receive())
+        return True
+
+    start_node(9000)
+    spawn_server(log_message, name="logger", register=True)
+
+and another, which sends to it by name:
+
+    from distconc import *
+    send("hello", RemoteThread(9000, "logger"))
+
+What is promised.  Messages from one thread to another arrive in the order sent, at most once,
+unaltered; after a lost connection never an old one after a new one.  `send` returns when a
+message is accepted here; only a reply proves that it arrived.  A call ends in its reply or in an
+error that says what is known: never in a hang while the other side is gone.  A slow or dead node
+delays nobody but those who send to it.
+
+What is dangerous.  Messages are pickles, so whoever has the key can run any code here, unless
+`allow=` is narrow.  Frames cannot be forged or altered on their way, but they can be read: for
+secrecy use `ssh -L` or WireGuard.
+
+Words.  A node is a process that can be addressed; its incarnation, a random number, tells it from
+earlier ones at that address.  A thread has a mailbox.  A handle means a thread: a `Thread` of this
+node, or a `RemoteThread` of any.  A debt is an outcome that a thread owes to whoever awaits it.
+
+    node A                                                   node B
+    Thread ── send ──> _Connection.outbox                    _threads, _names: who is meant
+                         │ writer, or the sender                 ↑
+                         └──── frames, sealed ────> reader of B's _Connection
+                                                                 │ put
+    _awaited[tag] <── reader <──── REPLY, FAILED ────            ↓
+    a call, link or monitor                                  Thread: Mailbox ── receive ──> ...
+    that is settled once                                     _debts[tag]: who hears of its end
+
+The locks, none of them held while waiting for the network but `_writing`, in the order taken:
+`Node._lock` (its tables), `_settling` (outcomes), `_registry` (names and ends), `_losing` (the
+log of losses), each connection's `_writing`.  Mailboxes need none.
+
+The wire.  After the stock challenge of `multiprocessing.connection` with the key (the dialler
+answers first, then challenges), each side sends with `send_bytes` one hello, its fields joined by
+NUL: "distconc 1", its role ("dialler" or "acceptor"), 16 random bytes in hex, its incarnation in
+hex, its heartbeat, its max_message, its address ("" if it does not listen); the dialler also the
+address it dialled and the one it reached, of which one must be the acceptor's.  Then frames, on
+the bare socket: the lengths of body and tail (4 bytes each, big-endian), MAC (16), body, tail.
+MAC: the first 16 bytes of SHA-256(key + count + lengths + body + tail); count is the frame's
+number in its direction, from 0, in 8 bytes; the direction's key is HMAC-SHA256(authkey, role of
+the writer + SHA-256(dialler's hello) + SHA-256(acceptor's hello)).  A body is a pickled list of
+tuples; if one ends in None, the tail is meant.  An empty list is a tick.  The first frame each
+way, the dialler's first, holds a pair: the number that the writer gives this connection, counting
+from 1, and that of the oldest between the two that it still counts.  The others hold messages (a
+target is a pair of incarnation, or 0 for any, and id or name; a payload is a pickle):
+
+    0 SEND    target, payload
+    1 ASK     target, caller's id, tag, payload        a call; or, with caller 0, a monitor
+    2 REPLY   tag, payload
+    3 FAILED  tag, error, text, type, traceback, payload       payload: the reason, if it pickles
+    4 FORGET  tag                                      who asked needs no answer any more
+    5 LOST    id or name, why, how many                sends that found nobody
+"""
+
 import atexit
 import hashlib
 import hmac
@@ -557,10 +628,10 @@ def _spawn(link: _Link | None, func: Callable[..., Any], args: tuple[Any, ...],
            name: str | None = None, node: NodeLike | None = None, register: bool = False) -> Handle:
     if not callable(func if func is not _serve else args[0]):
         raise TypeError(f"spawn takes a function, then its arguments; {func!r} cannot be called")
-    request = func, args, name or _name_of(func), register, link and link.tag
+    request = func, args, name or _name_of(func), register, link.tag if link else None
     if node is None or local_node()._is_called(_address(node)):
         return _spawn_here(*request)
-    child = _ask_node(_address(node), "spawn", *request)
+    child: RemoteThread = _ask_node(_address(node), "spawn", *request)
     if link:
         local_node()._depend(link, child._key[0])
     return child
@@ -801,8 +872,7 @@ def _address(node: Any) -> Address | None:
     if isinstance(node, int) and not isinstance(node, bool):
         node = "127.0.0.1", node
     if isinstance(node, str) and "/" not in node and node.rpartition(":")[2].isdecimal():
-        host, _, port = node.rpartition(":")
-        node = host, int(port)
+        node = node.rpartition(":")[0], int(node.rpartition(":")[2])
     match node:
         case None:
             return None
@@ -865,7 +935,7 @@ class RemoteThread(_Handle):
     __slots__ = ("_node", "_id", "_target")
 
     def __init__(self, node: NodeLike | None, id: int | str, incarnation: int = 0) -> None:
-        self._node = node if incarnation else _address(node)
+        self._node: Any = node if incarnation else _address(node)
         self._id = id
         self._key = (incarnation or self._node, id)
         self._target = (incarnation, id)  # what the other node knows it by; 0: whoever it is now
@@ -1373,8 +1443,10 @@ class Node:
             for name in list(_names):
                 unregister_remote_thread(name)
         if bound:
+            if bound[0] == "0.0.0.0":
+                bound = "127.0.0.1", int(bound[1])
             with suppress(OSError):  # knock at our own door: nothing else wakes `accept`
-                Client(("127.0.0.1", bound[1]) if bound[0] == "0.0.0.0" else bound).close()
+                Client(bound).close()
             self._accepter.join(_left(deadline))
         with self._changed:
             if not self._changed.wait_for(lambda: not self._open, _left(deadline) * 0.9):
@@ -1472,7 +1544,7 @@ class Node:
             raise NodeUnreachable(f"{_text(address)} did not answer within {seconds}") from None
 
     def _dial(self, address: Address, key: bytes, dial: "Future[_Connection]") -> None:
-        name, error = _text(address), None
+        name, error = _text(address), None  # type: str, Exception | None
         try:
             connection = self._shake(Client(address), key, address)
         except AuthenticationError as why:
@@ -1741,8 +1813,8 @@ def _kernel() -> None:
     answer: Any = None
     try:
         match request.data:
-            case "spawn", *what:
-                answer = _spawn_here(*what, request.sender._key[0])
+            case "spawn", func, args, name, register, link:
+                answer = _spawn_here(func, args, name, register, link, request.sender._key[0])
             case ("ping",):
                 pass
             case other:
@@ -1903,8 +1975,8 @@ def monitor(thread_or_node: Handle | NodeLike) -> Monitor:
     """
     watch = _Watch(thread_or_node)
     try:
-        if isinstance(thread_or_node, _Handle):
-            thread_or_node._ask(watch)  # type: ignore[attr-defined]
+        if isinstance(thread_or_node, (Thread, RemoteThread)):
+            thread_or_node._ask(watch)
         elif not local_node()._is_called(_address(thread_or_node)):
             local_node()._depend(watch, local_node()._reach(_address(thread_or_node)).peer)
     except (NodeDown, NoSuchThread) as error:
@@ -1924,8 +1996,8 @@ def demonitor(monitor: Monitor) -> None:
     """
     with _settling:
         watch = _awaited.pop(monitor.tag, None)
-    if watch and isinstance(monitor.target, _Handle):
-        monitor.target._forget(watch)  # type: ignore[attr-defined]
+    if watch and isinstance(monitor.target, (Thread, RemoteThread)):
+        monitor.target._forget(watch)
     with suppress(TimeoutError):
         current_thread()._mailbox.get_if(
             lambda message: isinstance(message, Down) and message.monitor == monitor, 0)
