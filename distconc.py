@@ -1130,30 +1130,32 @@ class _Connection:
 
         Raises _Ended if the connection ended before it took it, OSError if while it was written.
         """
-        large = len(message[-1]) > LARGE
-        if large or len(self._outbox) > FULL:
-            self._writing.acquire()
-        elif monotonic() - self._wrote < BURST or not self._writing.acquire(False):
+        large, mine = len(message[-1]) > LARGE, False
+        wait = large or len(self._outbox) > FULL
+        if wait or monotonic() - self._wrote > BURST:
+            for mine in map(self._writing.acquire, (wait,)):  # so Ctrl-C cannot precede `try`
+                try:
+                    if mine:
+                        self._write_now(message, large)
+                finally:
+                    if mine:
+                        self._writing.release()
+        if not mine:
             self.post(message)
             if self.ending:
-                self._take_back(message)
-            return
-        try:
-            if self.ending:
-                raise _Ended
-            self._flush()
-            if large:
-                self._write([(*message[:-1], None)], message[-1])
-            else:
-                self._write([message])
-        finally:
-            self._writing.release()
+                self._writer.join()
+                with suppress(ValueError):  # the writer's last round still took it
+                    self._outbox.remove(message)
+                    raise _Ended
 
-    def _take_back(self, message: tuple[Any, ...]) -> None:
-        self._writer.join()
-        with suppress(ValueError):  # the writer's last round still took it
-            self._outbox.remove(message)
+    def _write_now(self, message: tuple[Any, ...], large: bool) -> None:
+        if self.ending:
             raise _Ended
+        self._flush()
+        if large:
+            self._write([(*message[:-1], None)], message[-1])
+        else:
+            self._write([message])
 
     def post(self, message: tuple[Any, ...]) -> None:
         """Have `message` written soon.  Never blocks: for readers, and threads that end."""
