@@ -1303,11 +1303,11 @@ class _Connection:
             hand_over(thread, self._node._load(payload) if payload else None)
         except NoSuchThread as error:
             self._node._count("undelivered")
-            return NoSuchThread(f"at {self._node}: {error}")
+            return error
         except BaseException as error:  # loading may raise anything, SystemExit too
             self._node._count("refused" if isinstance(error, _Refused) else "undelivered")
             kind = type(error).__name__
-            return RemoteError(kind, f"node {self._node} cannot read it: {kind}: {error}")
+            return RemoteError(kind, f"the other node cannot read it: {kind}: {error}")
         return None
 
     def _on_reply(self, tag: str, payload: Any) -> None:
@@ -1322,7 +1322,7 @@ class _Connection:
 
     def _on_failed(self, tag: str, name: str, text: str, kind: str, trace: str, payload: Any) -> None:
         if name == "NoSuchThread":
-            _settle(tag, NoSuchThread(text))
+            _settle(tag, NoSuchThread(f"at {_text(self.address)}: {text}"))
         elif name == "RemoteError":
             _settle(tag, RemoteError(kind, text))
         else:
@@ -1468,7 +1468,7 @@ class Node:
         return _text(self.address)
 
     def __repr__(self) -> str:
-        return f"<Node {self or 'that does not listen'}{', stopped' if self._stopped else ''}>"
+        return f"<Node {str(self) or 'that does not listen'}{', stopped' if self._stopped else ''}>"
 
     # Who is who
 
@@ -1550,7 +1550,8 @@ class Node:
         try:
             connection = self._shake(Client(address), key, address)
         except AuthenticationError as why:
-            error = AuthenticationError(f"{name} was not let in or did not let us in: {why}")
+            error = AuthenticationError(f"{name} and this node do not trust each other: {why}; "
+                                        "do both have the same key?")
         except (ConnectionRefusedError, FileNotFoundError):
             error = NodeUnreachable(f"no node listens at {name}; is it started, and the address right?")
         except BaseException as why:
