@@ -22,17 +22,18 @@ and another, which sends to it by name:
 
 What is promised.  Messages from one thread to another arrive in the order sent, at most once,
 unaltered; after a lost connection never an old one after a new one.  `send` returns when a
-message is accepted here; only a reply proves that it arrived.  A call ends in its reply or in an
-error that says what is known: never in a hang while the other side is gone.  A slow or dead node
-delays nobody but those who send to it.
+message is accepted here; only a reply proves that it arrived.  A call ends in its reply or in
+an error that says what is known: never in a hang while the other side is gone.  A slow or dead
+node delays nobody but those who send to it.
 
 What is dangerous.  Messages are pickles, so whoever has the key can run any code here, unless
 `allow=` is narrow.  Frames cannot be forged or altered on their way, but they can be read: for
 secrecy use `ssh -L` or WireGuard.
 
-Words.  A node is a process that can be addressed; its incarnation, a random number, tells it from
-earlier ones at that address.  A thread has a mailbox.  A handle means a thread: a `Thread` of this
-node, or a `RemoteThread` of any.  A debt is an outcome that a thread owes to whoever awaits it.
+Words.  A node is a process that can be addressed; its incarnation, a random number, tells it
+from earlier ones at that address.  A thread has a mailbox.  A handle means a thread: a `Thread`
+of this node, or a `RemoteThread` of any.  A debt is an outcome that a thread owes to whoever
+awaits it.
 
     node A                                                   node B
     Thread ── send ──> _Connection.outbox                    _threads, _names: who is meant
@@ -48,23 +49,24 @@ The locks, none of them held while waiting for the network but `_writing`, in th
 log of losses), each connection's `_writing`.  Mailboxes need none.
 
 The wire.  After the stock challenge of `multiprocessing.connection` with the key (the dialler
-answers first, then challenges), each side sends with `send_bytes` one hello, its fields joined by
-NUL: "distconc 1", its role ("dialler" or "acceptor"), 16 random bytes in hex, its incarnation in
-hex, its heartbeat, its max_message, its address ("" if it does not listen); the dialler also the
-address it dialled and the one it reached, of which one must be the acceptor's.  Then frames, on
-the bare socket: the lengths of body and tail (4 bytes each, big-endian), MAC (16), body, tail.
-MAC: the first 16 bytes of SHA-256(key + count + lengths + body + tail); count is the frame's
-number in its direction, from 0, in 8 bytes; the direction's key is HMAC-SHA256(authkey, role of
-the writer + SHA-256(dialler's hello) + SHA-256(acceptor's hello)).  A body is a pickled list of
-tuples; if one ends in None, the tail is meant.  An empty list is a tick.  The first frame each
-way, the dialler's first, holds a pair: the number that the writer gives this connection, counting
-from 1, and that of the oldest between the two that it still counts.  The others hold messages (a
-target is a pair of incarnation, or 0 for any, and id or name; a payload is a pickle):
+answers first, then challenges), each side sends with `send_bytes` one hello, its fields joined
+by NUL: "distconc 1", its role ("dialler" or "acceptor"), 16 random bytes in hex, its
+incarnation in hex, its heartbeat, its max_message, its address ("" if it does not listen); the
+dialler also the address it dialled and the one it reached, of which one must be the
+acceptor's.  Then frames, on the bare socket: the lengths of body and tail (4 bytes each,
+big-endian), MAC (16), body, tail.  MAC: the first 16 bytes of SHA-256(key + count + lengths +
+body + tail); count is the frame's number in its direction, from 0, in 8 bytes; the direction's
+key is HMAC-SHA256(authkey, role of the writer + SHA-256(dialler's hello) + SHA-256(acceptor's
+hello)).  A body is a pickled list of tuples; if one ends in None, the tail is meant.  An empty
+list is a tick.  The first frame each way, the dialler's first, holds a pair: the number that
+the writer gives this connection, counting from 1, and that of the oldest between the two that
+it still counts.  The others hold messages (a target is a pair of incarnation, or 0 for any, and
+id or name; a payload is a pickle):
 
     0 SEND    target, payload
     1 ASK     target, caller's id, tag, payload        a call; or, with caller 0, a monitor
     2 REPLY   tag, payload
-    3 FAILED  tag, error, text, type, traceback, payload       payload: the reason, if it pickles
+    3 FAILED  tag, error, text, type, traceback, payload         the reason, if it pickles
     4 FORGET  tag                                      who asked needs no answer any more
     5 LOST    id or name, why, how many                sends that found nobody
 """
@@ -109,6 +111,8 @@ __version__ = "0.1.0"
 
 Handle = Union["Thread", "RemoteThread"]
 Address = Union[tuple[str, int], str]
+Target = tuple[int, Union[int, str]]  # incarnation (0: any), and id or name
+Message = tuple[Any, ...]  # on the wire: its kind, then what the head says
 NodeLike = Union[int, Address, "os.PathLike[str]", "Node", "ChildNode"]
 Predicate = Union[Callable[[Any], Any], type, tuple[type, ...], types.UnionType]
 
@@ -121,7 +125,7 @@ class DistconcError(Exception):
 
 
 class LinkedError(DistconcError):
-    """A thread from `spawn_linked` failed: `.error` is why, `.thread` which.  Factor: linked-error."""
+    """A linked thread failed: `.error` is why, `.thread` which.  Factor: linked-error."""
 
     def __init__(self, error: BaseException, thread: Handle) -> None:
         super().__init__(error, thread)
@@ -132,7 +136,7 @@ class LinkedError(DistconcError):
 
 
 class NodeDown(DistconcError, ConnectionError):
-    """Contact with a node was lost or could not be made; what was under way may have arrived."""
+    """Contact with a node was lost, or never made; what was under way may have arrived."""
 
 
 class NodeUnreachable(NodeDown):
@@ -155,7 +159,7 @@ class ThreadDied(DistconcError):
 
 
 class SynchronousToSelfError(DistconcError):
-    """A thread that calls itself would wait for ever.  Factor: cannot-send-synchronous-to-self."""
+    """Who calls itself would wait for ever.  Factor: cannot-send-synchronous-to-self."""
 
 
 class SerializationError(DistconcError, ValueError):
@@ -183,7 +187,9 @@ def _deadline(timeout: float | None) -> float | None:
 
 def _left(deadline: float | None) -> float:
     """The seconds until `deadline`, as `Lock.acquire` takes them: -1 means for ever."""
-    return -1 if deadline is None else min(max(deadline - monotonic(), 0), threading.TIMEOUT_MAX)
+    if deadline is None:
+        return -1
+    return min(max(deadline - monotonic(), 0), threading.TIMEOUT_MAX)
 
 
 def _bell() -> threading.Lock:
@@ -208,9 +214,10 @@ def _ring(bell: threading.Lock) -> None:
 class Mailbox:
     """A queue from which the oldest message that fits can be taken.  Factor: mailbox.
 
-    Each message lies in a cell of its own, a list of one.  To take it is `del cell[0]`: only one
-    thread succeeds, without a lock, and Ctrl-C cannot strike between that and the `return`.  The
-    empty cell is swept out by who meets it next.  Any number of threads may put and get.
+    Each message lies in a cell of its own, a list of one.  To take it is `del cell[0]`: only
+    one thread succeeds, without a lock, and Ctrl-C cannot strike between that and the
+    `return`.  The empty cell is swept out by who meets it next.  Any number of threads may put
+    and get.
     """
 
     __slots__ = ("_cells", "_waiters")
@@ -251,12 +258,12 @@ class Mailbox:
         return self.get_if(lambda message: True, timeout)
 
     def get_if(self, pred: Predicate, timeout: float | None = None) -> Any:
-        """Remove and return the oldest message for which `pred` is true; the others stay, in order.
+        """Remove and return the oldest message for which `pred` is true; the others stay.
 
         A class, or a tuple of classes, stands for its `isinstance`.  `pred` runs in this thread
-        with no lock held, once for each message (unless another thread snatches the one found).
-        Blocks at most `timeout` seconds (None: for ever; 0: not at all).  Raises TimeoutError, or
-        what `pred` raises, leaving the mailbox as it was.
+        with no lock held, once for each message (unless another thread snatches the one
+        found).  Blocks at most `timeout` seconds (None: for ever; 0: not at all).  Raises
+        TimeoutError, or what `pred` raises, leaving the mailbox as it was.
 
         Factor: mailbox-get?, mailbox-get-timeout?.
         """
@@ -322,14 +329,15 @@ def _accepts(pred: Predicate) -> Callable[[Any], Any]:
 ######## Outcomes: whatever awaits one is one entry in one table, settled once
 
 _awaited: dict[str, "_Await"] = {}  # by tag: what this process waits for
-_debts: dict[str, "tuple[Thread, int, bool]"] = {}  # by tag: who owes it, to what node, if linked
+_debts: dict[str, "tuple[Thread, int, bool]"] = {}  # by tag: who owes it, which node, linked
 _settling = threading.RLock()  # guards: to take from _awaited and to tell who waits is one step
 
 
 class _Await:
-    """What awaits an outcome: the reply, the end of the thread that owes it, the loss of its node.
+    """What awaits an outcome: a reply, the end of the thread that owes it, the loss of a node.
 
-    Calls, links and monitors are that.  The thread that owes the outcome has it among its debts.
+    Calls, links and monitors are that.  The thread that owes the outcome has it among its
+    debts.
     """
 
     peer = 0  # the incarnation of the node whose loss settles it; 0: this node
@@ -459,18 +467,18 @@ class Thread(_Handle):
         else:
             self._mailbox.put(message)
 
-    def _ask(self, awaited: _Await, caller: "Thread | None" = None, message: Any = None) -> None:
+    def _ask(self, awaited: _Await, caller: "Thread | None" = None, data: Any = None) -> None:
         """Owe `awaited` its outcome; with a caller, deliver the message that asks for it."""
         if caller is self:
             raise SynchronousToSelfError(f"{self!r} cannot wait for its own reply")
         if self._owe(awaited.tag) and caller:
-            self._mailbox.put(Synchronous(message, caller, awaited.tag))
+            self._mailbox.put(Synchronous(data, caller, awaited.tag))
 
     def _forget(self, awaited: _Await) -> None:
         _strike(awaited.tag)
 
     def _owe(self, tag: str, creditor: int = 0, linked: bool = False) -> bool:
-        """Have this thread's end told to whoever awaits `tag`; False if it has ended already."""
+        """Have this thread's end told to who awaits `tag`; False if it has ended already."""
         _debts[tag] = self, creditor, linked
         self._owes.add(tag)
         if self._ended:  # perhaps just now, before it could see this debt
@@ -577,7 +585,7 @@ def current_thread() -> Thread:
 
 
 def threads() -> dict[int, Thread]:
-    """Return the living threads of this node by id, a new dict.  Never blocks.  Factor: threads."""
+    """Return a new dict of this node's living threads by id.  Never blocks.  In Factor, too."""
     return _threads.copy()
 
 
@@ -585,17 +593,17 @@ def spawn(func: Callable[..., Any], *args: Any, name: str | None = None,
           node: NodeLike | None = None, register: bool = False) -> Handle:
     """Run `func(*args)` in a new daemon thread; return its handle.  Factor, Erlang: spawn.
 
-    `name` defaults to the function's; `register=True` registers it before the thread runs.  With
-    `node` the thread runs there, where `func` is imported; that blocks until it has started, and
-    raises what is raised there, NodeDown, SerializationError, RemoteError, AuthenticationError.
-    Then nothing has started (after NodeDown: perhaps).  For keyword arguments use
-    `functools.partial`.
+    `name` defaults to the function's; `register=True` registers it before the thread runs.
+    With `node` the thread runs there, where `func` is imported; that blocks until it has
+    started, and raises what is raised there, NodeDown, SerializationError, RemoteError,
+    AuthenticationError.  Then nothing has started (after NodeDown: perhaps).  For keyword
+    arguments use `functools.partial`.
     """
     return _spawn(None, func, args, name, node, register)
 
 
 def spawn_linked(func: Callable[..., Any], *args: Any, **options: Any) -> Handle:
-    """Like `spawn`; if `func` fails or its node is lost, the calling thread gets a `LinkedError`.
+    """Like `spawn`; if `func` fails or its node is lost, this thread gets a `LinkedError`.
 
     Exactly one, in its mailbox, raised by the `receive` that takes it.  To return or to raise
     SystemExit is no failure.  Factor: spawn-linked.  Erlang: spawn_link, one way.
@@ -624,10 +632,10 @@ def _serve(func: Callable[..., Any], *args: Any) -> None:
         pass
 
 
-def _spawn(link: _Link | None, func: Callable[..., Any], args: tuple[Any, ...],
-           name: str | None = None, node: NodeLike | None = None, register: bool = False) -> Handle:
+def _spawn(link: _Link | None, func: Callable[..., Any], args: tuple[Any, ...], name: str | None
+           = None, node: NodeLike | None = None, register: bool = False) -> Handle:
     if not callable(func if func is not _serve else args[0]):
-        raise TypeError(f"spawn takes a function, then its arguments; {func!r} cannot be called")
+        raise TypeError(f"spawn takes a function and its arguments; {func!r} cannot be called")
     request = func, args, name or _name_of(func), register, link.tag if link else None
     if node is None or local_node()._is_called(_address(node)):
         return _spawn_here(*request)
@@ -663,12 +671,12 @@ _RAISE: Any = object()  # the default `default`: raise TimeoutError
 def send(message: Any, thread: Handle) -> None:
     """Send `message` to `thread`.  Factor: send.  Erlang, Termite: !.
 
-    To a thread of this node: puts the object itself into its mailbox, never blocks, never raises.
-    To another node: sends a copy taken now; connects first if need be (at most `connect_timeout`
-    seconds), and waits while too much is queued.  Raises SerializationError, NodeDown,
-    AuthenticationError; then it was not sent, or was cut off on its way (a NodeDown that is no
-    NodeUnreachable).  To return means accepted here; only a reply proves more.  What finds nobody
-    there is dropped there and logged here.
+    To a thread of this node: puts the object itself into its mailbox, never blocks, never
+    raises.  To another node: sends a copy taken now; connects first if need be (at most
+    `connect_timeout` seconds), and waits while too much is queued.  Raises SerializationError,
+    NodeDown, AuthenticationError; then it was not sent, or was cut off on its way (a NodeDown
+    that is no NodeUnreachable).  To return means accepted here; only a reply proves more.  What
+    finds nobody there is dropped there and logged here.
     """
     try:
         deliver = thread.send
@@ -689,12 +697,13 @@ def receive(timeout: float | None = None, default: Any = _RAISE) -> Any:
 
 
 def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _RAISE) -> Any:
-    """Remove and return the oldest message for which `pred` is true; the others stay, in order.
+    """Remove and return the oldest message for which `pred` is true; the others stay.
 
-    A class, or a tuple of classes, stands for its `isinstance`.  `pred` runs in this thread with
-    no lock held, once for each message.  Blocks at most `timeout` seconds (None: for ever; 0: not
-    at all), then returns `default`, or raises TimeoutError.  Raises LinkedError if the search
-    meets the failure of a linked thread, and what `pred` raises, leaving the mailbox as it was.
+    A class, or a tuple of classes, stands for its `isinstance`.  `pred` runs in this thread
+    with no lock held, once for each message.  Blocks at most `timeout` seconds (None: for ever;
+    0: not at all), then returns `default`, or raises TimeoutError.  Raises LinkedError if the
+    search meets the failure of a linked thread, and what `pred` raises, leaving the mailbox as
+    it was.
 
     Factor: receive-if, receive-if-timeout.  Erlang: selective receive.
     """
@@ -748,7 +757,7 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     try:
         thread._ask(call, current_thread(), message)
         if not call.answered.acquire(True, _left(deadline)):
-            raise TimeoutError(f"no reply within {timeout:g} seconds; the request may still run")
+            raise TimeoutError(f"no reply within {timeout:g} seconds; the call may still run")
         if isinstance(call.outcome, Reply):
             return call.outcome.data
         raise call.outcome
@@ -759,10 +768,10 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
 
 
 def reply_synchronous(reply: Any, synchronous: Synchronous) -> None:
-    """Answer `synchronous`; any thread that holds it may, on any node.  Factor: reply-synchronous.
+    """Answer `synchronous`, from any thread that holds it.  Factor: reply-synchronous.
 
-    Blocks as `send` does.  If the caller is gone or gave up, nobody hears it, which is no error.
-    Raises SerializationError.
+    Blocks as `send` does.  If the caller is gone or gave up, nobody hears it, which is no
+    error.  Raises SerializationError.
     """
     try:
         synchronous.sender.send(Reply(reply, synchronous.tag))
@@ -774,8 +783,8 @@ def handle_synchronous(func: Callable[[Any], Any], timeout: float | None = None)
     """Take the next `Synchronous`, reply with `func` of its data, return True.
 
     So `spawn_server(handle_synchronous, func)` serves for ever.  Other messages stay in the
-    mailbox.  Blocks at most `timeout` seconds for a request, then raises TimeoutError.  If `func`
-    raises, so does this: the server fails as any thread, and with it the call.
+    mailbox.  Blocks at most `timeout` seconds for a request, then raises TimeoutError.  If
+    `func` raises, so does this: the server fails as any thread, and with it the call.
 
     Factor: handle-synchronous.
     """
@@ -822,8 +831,8 @@ def _culprit(obj: Any, error: Exception) -> str:
                 break
         else:
             break
-    return (f"{path} is a {type(obj).__name__} and cannot be sent to another node ({error}); send "
-            "plain data, something that can be imported, or the handle of a thread that keeps it")
+    return (f"{path} is a {type(obj).__name__} and cannot be sent to another node ({error}); "
+            "send plain data, something importable, or the handle of a thread that keeps it")
 
 
 def _parts(obj: Any) -> Iterable[tuple[str, Any]]:
@@ -902,7 +911,7 @@ def _authkey(key: bytes | str | None, address: Address | None) -> bytes:
     if not key:
         raise ValueError(f"the key from {source} is empty; that would let everybody in")
     if len(key) < 16 and not _on_loopback(address):
-        raise ValueError(f"the key from {source} is short; beyond this machine use 16 bytes or more")
+        raise ValueError(f"the key from {source} is short; off this machine it needs 16 bytes")
     return key.encode() if isinstance(key, str) else key
 
 
@@ -928,8 +937,8 @@ class RemoteThread(_Handle):
     """A handle of a thread on some node, by id or registered name.  Factor: remote-thread.
 
     `.node` is the node's address, `.id` the id or name.  Immutable.  One that a `Thread` was
-    pickled into equals that thread, on any node; no later run of its node takes it for another's.
-    One made by hand equals one made by hand of the same node and id.
+    pickled into equals that thread, on any node; no later run of its node takes it for
+    another's.  One made by hand equals one made by hand of the same node and id.
     """
 
     __slots__ = ("_node", "_id", "_target")
@@ -938,7 +947,7 @@ class RemoteThread(_Handle):
         self._node: Any = node if incarnation else _address(node)
         self._id = id
         self._key = (incarnation or self._node, id)
-        self._target = (incarnation, id)  # what the other node knows it by; 0: whoever it is now
+        self._target = (incarnation, id)  # what its node knows it by; 0: in whatever run
 
     node = property(lambda self: self._node)
     id = property(lambda self: self._id)
@@ -971,8 +980,9 @@ class RemoteThread(_Handle):
             _strike(awaited.tag)
 
     def _is_here(self) -> bool:
-        incarnation = self._target[0]
-        return incarnation == _incarnation or not incarnation and local_node()._is_called(self._node)
+        if self._target[0]:
+            return bool(self._target[0] == _incarnation)
+        return local_node()._is_called(self._node)
 
     def __repr__(self) -> str:
         return f"RemoteThread({_text(self._node) or None!r}, {self._id!r})"
@@ -1047,10 +1057,10 @@ class _Hello:
     """What one side says of itself after the stock challenge."""
 
     def __init__(self, line: bytes) -> None:
-        version, self.role, _, incarnation, beat, limit, address, *self.meant = line.split(b"\0")
+        version, self.role, _, number, beat, limit, address, *self.meant = line.split(b"\0")
         if version != VERSION:
-            raise AuthenticationError(f"the other side speaks {version!r}, this one {VERSION!r}")
-        self.line, self.incarnation = line, int(incarnation, 16)
+            raise AuthenticationError(f"the other side speaks {version!r}, this {VERSION!r}")
+        self.line, self.incarnation = line, int(number, 16)
         self.heartbeat, self.limit = float(beat), int(limit)
         self.address = _address(address.decode() or None)
 
@@ -1062,9 +1072,9 @@ class _Seal:
     append to a frame and go on from its MAC: that is what HMAC's second pass would be for.
     """
 
-    def __init__(self, authkey: bytes, writer: bytes, dialler: _Hello, acceptor: _Hello) -> None:
+    def __init__(self, key: bytes, writer: bytes, dialler: _Hello, acceptor: _Hello) -> None:
         hellos = [hashlib.sha256(hello.line).digest() for hello in (dialler, acceptor)]
-        self._keyed = hashlib.sha256(hmac.digest(authkey, b"".join([writer, *hellos]), "sha256"))
+        self._keyed = hashlib.sha256(hmac.digest(key, writer + b"".join(hellos), "sha256"))
         self._count = 0
 
     def mac(self, lengths: bytes, body: bytes, tail: Any) -> bytes:
@@ -1091,11 +1101,12 @@ class _Ended(Exception):
 class _Connection:
     """One connection to another node, on which both speak.
 
-    Who sends writes, if the last write was a while ago or something was read since.  What follows
-    a write at once is one of many: it goes into the outbox, for the writer thread, which runs
-    when the sender pauses or the interpreter switches, and then writes hundreds in one frame.
-    The reader thread never writes, so that two nodes that flood each other go on reading.  Both
-    are started by `start`.  Whatever ends the connection, the reader notices, and cleans up.
+    Who sends writes, if the last write was a while ago or something was read since.  What
+    follows a write at once is one of many: it goes into the outbox, for the writer thread,
+    which runs when the sender pauses or the interpreter switches, and then writes hundreds in
+    one frame.  The reader thread never writes, so that two nodes that flood each other go on
+    reading.  Both are started by `start`.  Whatever ends the connection, the reader notices,
+    and cleans up.
     """
 
     def __init__(self, node: "Node", sock: socket.socket, mine: _Hello, peer: _Hello,
@@ -1108,11 +1119,11 @@ class _Connection:
         self.due = float("inf")  # when its next beat is
         self._node, self._sock = node, sock
         self._file = sock.makefile("rb", 1 << 16)
-        self._writing = threading.Lock()  # guards: the seal, the output, and to empty the outbox
+        self._writing = threading.Lock()  # guards: the seal, the output, emptying the outbox
         self._seal, self._check = seals
-        self._outbox: deque[tuple[Any, ...]] = deque()
+        self._outbox: deque[Message] = deque()
         self._bell = _bell()  # wakes the writer
-        self._wrote = 0.0  # when a frame was written; 0 after a read, since then an answer is due
+        self._wrote = 0.0  # when a frame was written; 0 after a read: an answer may be due
         self._idle = True  # nothing was written since the last beat
         self._silent = -1  # beats since something was read; below 0 while the reader is busy
         self.sent = self.received = 0  # messages; the first guarded by _writing
@@ -1125,10 +1136,11 @@ class _Connection:
         self._writer = _thread("writer", self._write_on)
         _thread("reader", self._read_on)
 
-    def send(self, message: tuple[Any, ...]) -> None:
+    def send(self, message: Message) -> None:
         """Have `message`, whose last item is the payload, written; wait while too much waits.
 
-        Raises _Ended if the connection ended before it took it, OSError if while it was written.
+        Raises _Ended if the connection ended before it took it, OSError if while it was
+        written.
         """
         large, mine = len(message[-1]) > LARGE, False
         wait = large or len(self._outbox) > FULL
@@ -1148,7 +1160,7 @@ class _Connection:
                     self._outbox.remove(message)
                     raise _Ended
 
-    def _write_now(self, message: tuple[Any, ...], large: bool) -> None:
+    def _write_now(self, message: Message, large: bool) -> None:
         if self.ending:
             raise _Ended
         self._flush()
@@ -1157,7 +1169,7 @@ class _Connection:
         else:
             self._write([message])
 
-    def post(self, message: tuple[Any, ...]) -> None:
+    def post(self, message: Message) -> None:
         """Have `message` written soon.  Never blocks: for readers, and threads that end."""
         self._outbox.append(message)
         _ring(self._bell)
@@ -1168,7 +1180,7 @@ class _Connection:
         while outbox:
             self._write([outbox.popleft() for _ in range(min(len(outbox), 1000))])
 
-    def _write(self, messages: list[tuple[Any, ...]], tail: Any = b"") -> None:
+    def _write(self, messages: list[Message], tail: Any = b"") -> None:
         """Write one frame; `_writing` is held."""
         body = pickle.dumps(messages, 5)
         lengths = HEAD.pack(len(body), len(tail), b"")[:8]
@@ -1250,8 +1262,8 @@ class _Connection:
             self._file.close()
             self._sock.close()
 
-    def read(self) -> tuple[list[tuple[Any, ...]], Any]:
-        """Wait for a frame, check its seal before anything else, return its messages and tail."""
+    def read(self) -> tuple[list[Message], Any]:
+        """Wait for a frame, check its seal before all else, return its messages and tail."""
         self._silent = 0
         head = self._file.read(HEAD.size)
         if not head:
@@ -1279,12 +1291,12 @@ class _Connection:
                     return data
         raise OSError("the connection ended in the middle of a frame")
 
-    def _on_send(self, target: tuple[int, int | str], payload: Any) -> None:
+    def _on_send(self, target: Target, payload: Any) -> None:
         error = self._deliver(target, payload, Thread.send)
         if error:
             self._losses[target[1], str(error)] += 1
 
-    def _on_ask(self, target: tuple[int, int | str], caller: int, tag: str, payload: Any) -> None:
+    def _on_ask(self, target: Target, caller: int, tag: str, payload: Any) -> None:
         def hand_over(thread: Thread, message: Any) -> None:
             if thread._owe(tag, self.peer) and caller:
                 sender = RemoteThread(self.address, caller, self.peer)
@@ -1295,7 +1307,7 @@ class _Connection:
         if error:
             _tell_node(self.peer, tag, error)
 
-    def _deliver(self, target: tuple[int, int | str], payload: Any,
+    def _deliver(self, target: Target, payload: Any,
                  hand_over: Callable[[Thread, Any], None]) -> DistconcError | None:
         """Find the thread, then load the message, then hand it over; or return why not."""
         try:
@@ -1320,13 +1332,13 @@ class _Connection:
             kind = type(error).__name__
             _settle(tag, RemoteError(kind, f"the reply cannot be read here: {kind}: {error}"))
 
-    def _on_failed(self, tag: str, name: str, text: str, kind: str, trace: str, payload: Any) -> None:
+    def _on_failed(self, tag: str, name: str, text: str, *cause: Any) -> None:
         if name == "NoSuchThread":
             _settle(tag, NoSuchThread(f"at {_text(self.address)}: {text}"))
         elif name == "RemoteError":
-            _settle(tag, RemoteError(kind, text))
+            _settle(tag, RemoteError(cause[0], text))
         else:
-            _settle(tag, self._revive(text, kind, trace, payload))
+            _settle(tag, self._revive(text, *cause))
 
     def _revive(self, text: str, kind: str, trace: str, payload: Any) -> ThreadDied:
         if not kind:
@@ -1343,7 +1355,7 @@ class _Connection:
         _strike(tag)
 
     def _on_lost(self, name_or_id: int | str, why: str, times: int) -> None:
-        _log_lost(f"{name_or_id!r} at {_text(self.address) or 'a node that does not listen'}", why, times)
+        _log_lost(f"{name_or_id!r} at {_text(self.address) or 'its node'}", why, times)
 
 
 def _thread(part: str, run: Callable[..., None], *args: Any) -> threading.Thread:
@@ -1370,10 +1382,10 @@ _starting = threading.RLock()  # guards: _node
 class Node:
     """This process, as others address it.  Made by `start_node`, or when first needed.
 
-    As a context manager, leaving it stops the node.  Its threads: the accepter, from the start to
-    the stop; a doorman for each stranger who knocks and a dialler for each dial, until hands are
-    shaken or the time is up; the warden, from the first connection to the last after the stop,
-    who wakes for their beats.
+    As a context manager, leaving it stops the node.  Its threads: the accepter, from the start
+    to the stop; a doorman for each stranger who knocks and a dialler for each dial, until hands
+    are shaken or the time is up; the warden, from the first connection to the last after the
+    stop, who wakes for their beats.
     """
 
     def __init__(self) -> None:
@@ -1382,10 +1394,10 @@ class Node:
         self._bound: Address | None = None  # where it listens
         self._started = self._stopped = False
         self._lock = threading.RLock()  # guards: all tables below
-        self._changed = threading.Condition(self._lock)  # a connection or a deadline came or went
+        self._changed = threading.Condition(self._lock)  # a connection came or went
         self._speaking: dict[Any, _Connection] = {}  # by incarnation and address: where to send
         self._open: set[_Connection] = set()  # all, the half-made and the ending ones, too
-        self._dials: dict[Address, Future[_Connection]] = {}  # those under way, shared by senders
+        self._dials: dict[Address, Future[_Connection]] = {}  # under way, shared by senders
         self._shaking: deque[socket.socket] = deque()  # those not in yet, the oldest first
         self._counts = Counter(dict.fromkeys(_COUNTS, 0))
         self._stamps = itertools.count(1)
@@ -1412,18 +1424,19 @@ class Node:
             path = isinstance(address, str)
             listener = Listener(address, "AF_UNIX" if path else "AF_INET", backlog=128)
         except OSError as error:
-            cure = "does a node run there already?  Choose another address, or 0 for a free port"
+            cure = "does a node run there?  Choose another address, or 0 for a free port"
             text = f"cannot listen at {_text(address)}: {error.strerror}; {cure}"
             raise OSError(error.errno, text) from error
         self._bound = _address(listener.address)
-        own = (socket.gethostname(), listener.address[1]) if address[0] == "0.0.0.0" else self._bound
-        self.address = self._advertise or own
+        self.address = self._advertise or self._bound
+        if self.address and self.address[0] == "0.0.0.0":
+            self.address = socket.gethostname(), int(self.address[1])
         self._accepter = _thread("accepter", self._accept_on, listener)
 
     def stats(self) -> dict[str, int]:
-        """Count what passed: messages `sent` and `received`; `undelivered` (nobody here has that
-        name, or it could not be read) and `refused` by `allow` of those received; `lost` of those
-        sent, as the other nodes say; `strangers` who did not get in.  Never blocks.
+        """Count what passed: messages `sent` and `received`; `undelivered` (nobody here is meant,
+        or it could not be read) and `refused` by `allow` of those received; `lost` of
+        those sent, as the other nodes say; `strangers` who did not get in.  Never blocks.
         """
         with self._lock:
             counts = self._counts.copy()
@@ -1468,7 +1481,8 @@ class Node:
         return _text(self.address)
 
     def __repr__(self) -> str:
-        return f"<Node {str(self) or 'that does not listen'}{', stopped' if self._stopped else ''}>"
+        stopped = ", stopped" if self._stopped else ""
+        return f"<Node {str(self) or 'that does not listen'}{stopped}>"
 
     # Who is who
 
@@ -1479,7 +1493,7 @@ class Node:
         with self._lock:
             self._counts[name] += times
 
-    def _find(self, target: tuple[int, int | str]) -> Thread:
+    def _find(self, target: Target) -> Thread:
         incarnation, name_or_id = target
         if incarnation and incarnation != self.incarnation:
             raise NoSuchThread(f"{name_or_id!r} was a thread of an earlier run of this node")
@@ -1487,11 +1501,12 @@ class Node:
 
     # Sending
 
-    def _send(self, to: RemoteThread, message: tuple[Any, ...], awaited: _Await | None = None) -> None:
+    def _send(self, to: RemoteThread, message: Message, awaited: _Await | None = None) -> None:
         """Send over the connection there is, or a new one; once more if that ended untaken."""
         for _ in range(2):
             connection = self._speaking.get(to._target[0]) or self._speaking.get(to._node)
-            size, limit = len(message[-1]), connection.limit if connection else self._max_message
+            limit = connection.limit if connection else self._max_message
+            size = len(message[-1])
             if size > limit:
                 raise SerializationError(f"{size} bytes are more than max_message, {limit}")
             if connection is None or connection.ending:
@@ -1504,9 +1519,9 @@ class Node:
                 pass
             except OSError as error:
                 raise NodeDown(f"contact was lost while sending to {to} ({error})") from error
-        raise NodeDown(f"two connections to {_text(to._node)} ended before they took the message")
+        raise NodeDown(f"two connections to {_text(to._node)} ended before they took it")
 
-    def _post(self, peer: int, message: tuple[Any, ...]) -> bool:
+    def _post(self, peer: int, message: Message) -> bool:
         """Send if there is contact.  Never blocks."""
         connection = self._speaking.get(peer)
         if connection is None or connection.ending:
@@ -1553,7 +1568,7 @@ class Node:
             error = AuthenticationError(f"{name} and this node do not trust each other: {why}; "
                                         "do both have the same key?")
         except (ConnectionRefusedError, FileNotFoundError):
-            error = NodeUnreachable(f"no node listens at {name}; is it started, and the address right?")
+            error = NodeUnreachable(f"no node listens at {name}; is that where it was started?")
         except BaseException as why:
             error = NodeUnreachable(f"cannot connect to {name}: {why or type(why).__name__}")
         with self._lock:
@@ -1626,7 +1641,7 @@ class Node:
 
     def _hello(self, sock: socket.socket, dialled: Address | None) -> _Hello:
         fields = [VERSION.decode(), "dialler" if dialled else "acceptor", os.urandom(16).hex(),
-                  f"{self.incarnation:x}", self._heartbeat, self._max_message, _text(self.address)]
+                  f"{self.incarnation:x}", self._heartbeat, self._max_message, self]
         if dialled:
             fields += [_text(dialled), _text(sock.getpeername())]
         return _Hello("\0".join(map(str, fields)).encode())
@@ -1634,17 +1649,17 @@ class Node:
     def _check_hello(self, mine: _Hello, peer: _Hello, sock: socket.socket) -> None:
         if {mine.role, peer.role} != {b"dialler", b"acceptor"}:
             raise AuthenticationError("our own words came back to us")
-        called = {_text(name).encode() for name in (self.address, self._bound, sock.getsockname())}
-        if peer.role == b"dialler" and not called & set(peer.meant):
-            raise AuthenticationError(f"{peer.meant!r} was dialled, not {called!r}; behind NAT or "
-                                      "a tunnel, start_node needs advertise=")
+        names = {_text(name).encode() for name in (self.address, self._bound, sock.getsockname())}
+        if peer.role == b"dialler" and not names & set(peer.meant):
+            raise AuthenticationError(f"{peer.meant!r} was dialled, which is not this node; behind "
+                                      "NAT or a tunnel, say so to start_node with advertise=")
 
     def _introduce(self, connection: _Connection, dialled: Address | None) -> None:
         """Exchange the first sealed frames, outlive older connections, then go live.
 
-        Each side numbers its connections, and says the number of this one and of the oldest that
-        it still counts between the two nodes.  An older one is lost over there: it is read to its
-        end before the new one may speak, so that no old message comes after a new one.
+        Each side numbers its connections, and says the number of this one and of the oldest
+        that it still counts between the two nodes.  An older one is lost over there: it is read
+        to its end before the new one may speak, so that no old message comes after a new one.
         """
         for mine in (True, False) if dialled else (False, True):
             if mine:
@@ -1795,8 +1810,8 @@ def disconnect(node: NodeLike) -> None:
         connection = here._speaking.get(_address(node))
         if connection:
             connection.close()
-            gone = here._changed.wait_for(lambda: connection not in here._open, here._connect_timeout)
-            if not gone:
+            done = lambda: connection not in here._open  # noqa: E731
+            if not here._changed.wait_for(done, here._connect_timeout):
                 connection.cut()
 
 
@@ -1870,15 +1885,16 @@ class ChildNode:
 
 
 def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
-    """Start a node in a new Python process, with `start_node`'s options; return its `ChildNode`.
+    """Start a node in a new Python process, with `start_node`'s options; return it.
 
     Blocks until it listens.  It gets this process's key and `sys.path`, prints where this one
-    prints, and ends when this one does, however that is.  Raises what `start_node` raises there;
-    RuntimeError if the process ends before that.  Erlang: peer:start.
+    prints, and ends when this one does, however that is.  Raises what `start_node` raises
+    there; RuntimeError if the process ends before that.  Erlang: peer:start.
     """
     options.setdefault("authkey", _authkey(local_node()._key, _address(address)))
-    boot = f"import sys, pickle; sys.path[:] = pickle.load(sys.stdin.buffer); import {__name__} as it"
-    process = subprocess.Popen([sys.executable, "-u", "-c", boot + "; it._be_child()"],
+    boot = ("import sys, pickle; sys.path[:] = pickle.load(sys.stdin.buffer); "
+            f"from {__name__} import _be_child; _be_child()")
+    process = subprocess.Popen([sys.executable, "-u", "-c", boot],
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert process.stdin and process.stdout
@@ -1889,7 +1905,7 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
         process.kill()
         status = process.wait()
         if isinstance(error, (OSError, EOFError)):
-            raise RuntimeError(f"the process ended with status {status} before its node ran") from error
+            raise RuntimeError(f"the new process ended with status {status}") from error
         raise
     if isinstance(answer, Exception):
         process.wait()
@@ -1898,7 +1914,7 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
 
 
 def _be_child() -> None:
-    """Be the process of a `ChildNode`: standard input says what to do, and by its end, when to end."""
+    """Be the process of a `ChildNode`; standard input says what to do, and when to end."""
     orders = sys.stdin.buffer
     address, options = pickle.load(orders)
     try:
@@ -1907,7 +1923,7 @@ def _be_child() -> None:
         answer = error
     sys.stdout.buffer.write(pickle.dumps(answer))
     sys.stdout.flush()
-    with suppress(KeyboardInterrupt):  # Ctrl-C is meant for the parent, which will end this, too
+    with suppress(KeyboardInterrupt):  # Ctrl-C is for the parent, which will end this, too
         orders.read()
     stop_node()
 
@@ -1971,9 +1987,9 @@ class _Watch(_Await):
 def monitor(thread_or_node: Handle | NodeLike) -> Monitor:
     """Have one `Down` message sent to this thread when a thread ends or a node is lost.
 
-    Its `reason`: None (the thread returned), the exception it died of (or a RemoteError),
-    NoSuchThread, or NodeDown (contact was lost; it may live).  It comes after all that the thread
-    had sent here.  Blocks as `send` does, but raises nothing for what it cannot reach.
+    Its `reason`:  None (the thread returned), the exception it died of (or a RemoteError),
+    NoSuchThread, or NodeDown (contact was lost; it may live).  It comes after all that the
+    thread had sent here.  Blocks as `send` does, but raises nothing for what it cannot reach.
     Erlang: monitor, monitor_node.
     """
     watch = _Watch(thread_or_node)
@@ -2110,14 +2126,16 @@ def _run_node(options: Any) -> None:
             threading.Event().wait()
         names = sys.modules["__main__"].__dict__
         names.update({name: globals()[name] for name in __all__})
-        code.interact("All names of distconc are here; Ctrl-D ends the node.", local=names, exitmsg="")
+        banner = "All names of distconc are here; Ctrl-D ends the node."
+        code.interact(banner, local=names, exitmsg="")
 
 
 def _target(text: str) -> RemoteThread:
     node, _, name = text.rpartition("/")
     if not node or not name:
         raise ValueError(f"{text!r} is no target; say 127.0.0.1:9000/logger")
-    return RemoteThread(int(node) if node.isdecimal() else node, int(name) if name.isdecimal() else name)
+    where, who = (int(part) if part.isdecimal() else part for part in (node, name))
+    return RemoteThread(where, who)
 
 
 def _literal(text: str) -> Any:
@@ -2126,7 +2144,7 @@ def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        raise ValueError(f"{text} is no Python literal; if it is a string, say '\"{text}\"'") from None
+        raise ValueError(f"{text} is no Python literal; a string is '\"{text}\"'") from None
 
 
 def _send(options: Any) -> None:
@@ -2137,14 +2155,15 @@ def _send(options: Any) -> None:
 
 
 def _call(options: Any) -> None:
-    print(repr(send_synchronous(_literal(options.message), _target(options.target), options.timeout)))
+    target = _target(options.target)
+    print(repr(send_synchronous(_literal(options.message), target, options.timeout)))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Do what the shell command `arguments` says."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="distconc", description="Threads that send, on many nodes.")
+    parser = argparse.ArgumentParser("distconc", description="Threads that send, on any node.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[Any], None], help: str, **arguments: Any) -> None:
@@ -2158,7 +2177,7 @@ def main(arguments: list[str] | None = None) -> None:
     timeout = {"type": float, "default": 10.0, "help": "seconds to wait (10)"}
     command("demo", _demo, "the example that started it all, on two nodes")
     command("node", _run_node, "run a node with a Python prompt, or with a script",
-            address={"nargs": "?", "default": 0, "help": "9000, host:9000, a path; or a free port"},
+            address={"nargs": "?", "default": 0, "help": "9000, host:9000, a path"},
             script={"nargs": "?", "help": "a file to run; the node stays up after it"})
     command("send", _send, "send a message; status 1 if it was lost",
             target=target, message=message, __timeout=timeout)
