@@ -282,9 +282,11 @@ class Mailbox:
         waiter = news, bell = deque[list[Any]](), _bell()
         self._waiters.append(waiter)  # before looking, so that nothing slips in unseen
         try:
+            with suppress(ValueError):
+                self._cells.remove([])  # each call leaves one empty at most, and sweeps one
             here = list(self._cells)
             for cell in here:
-                for message in cell or self._sweep():
+                for message in cell:  # none, if it has been taken
                     if accepts(message):
                         return cell
             seen = set(map(id, here))  # a put that was under way is both here and in the news
@@ -298,11 +300,6 @@ class Mailbox:
                     raise TimeoutError("no such message came within the time-out")
         finally:
             self._waiters.remove(waiter)
-
-    def _sweep(self) -> tuple[()]:
-        with suppress(ValueError):
-            self._cells.remove([])
-        return ()
 
     def get_all(self, timeout: float | None = None) -> list[Any]:
         """Wait for a message, then remove and return all there are, oldest first.
@@ -817,20 +814,14 @@ def deserialize(data: bytes) -> Any:
     return local_node()._load(data)
 
 
-def _culprit(obj: Any, error: Exception) -> str:
-    """Follow what cannot be pickled down to its smallest part, and say where that is."""
-    path, seen = "message", {id(obj)}
-    for _ in range(20):  # no deeper, since each step pickles all the parts there
-        for where, part in _parts(obj):
-            try:
-                if id(part) not in seen:
-                    pickle.dumps(part, 5)
-            except Exception as inner:
-                path, obj, error = path + where, part, inner
-                seen.add(id(part))
-                break
-        else:
-            break
+def _culprit(obj: Any, error: Exception, path: str = "message", depth: int = 20) -> str:
+    """Say which part of `obj`, as small as it can be told, cannot be pickled, and why."""
+    for where, part in _parts(obj) if depth else ():
+        try:
+            pickle.dumps(part, 5)
+        except Exception as inner:
+            if part is not obj:
+                return _culprit(part, inner, path + where, depth - 1)
     return (f"{path} is a {type(obj).__name__} and cannot be sent to another node ({error}); "
             "send plain data, something importable, or the handle of a thread that keeps it")
 
@@ -1402,6 +1393,7 @@ class Node:
         self._counts = Counter(dict.fromkeys(_COUNTS, 0))
         self._stamps = itertools.count(1)
         self._warden: threading.Thread | None = None
+        self._listener: Listener | None = None
         self._configure()
 
     def _configure(self, authkey: bytes | str | None = None, advertise: NodeLike | None = None,
@@ -1422,20 +1414,20 @@ class Node:
             self._load = _loader(None)
         try:
             path = isinstance(address, str)
-            listener = Listener(address, "AF_UNIX" if path else "AF_INET", backlog=128)
+            self._listener = Listener(address, "AF_UNIX" if path else "AF_INET", backlog=128)
         except OSError as error:
             cure = "does a node run there?  Choose another address, or 0 for a free port"
             text = f"cannot listen at {_text(address)}: {error.strerror}; {cure}"
             raise OSError(error.errno, text) from error
-        self._bound = _address(listener.address)
+        self._bound = _address(self._listener.address)
         self.address = self._advertise or self._bound
         if self.address and self.address[0] == "0.0.0.0":
             self.address = socket.gethostname(), int(self.address[1])
-        self._accepter = _thread("accepter", self._accept_on, listener)
+        self._accepter = _thread("accepter", self._accept_on, self._listener)
 
     def stats(self) -> dict[str, int]:
-        """Count what passed: messages `sent` and `received`; `undelivered` (nobody here is meant,
-        or it could not be read) and `refused` by `allow` of those received; `lost` of
+        """Count what passed: messages `sent` and `received`; `undelivered` (nobody here is
+        meant, or it could not be read) and `refused` by `allow` of those received; `lost` of
         those sent, as the other nodes say; `strangers` who did not get in.  Never blocks.
         """
         with self._lock:
@@ -1649,10 +1641,11 @@ class Node:
     def _check_hello(self, mine: _Hello, peer: _Hello, sock: socket.socket) -> None:
         if {mine.role, peer.role} != {b"dialler", b"acceptor"}:
             raise AuthenticationError("our own words came back to us")
-        names = {_text(name).encode() for name in (self.address, self._bound, sock.getsockname())}
-        if peer.role == b"dialler" and not names & set(peer.meant):
-            raise AuthenticationError(f"{peer.meant!r} was dialled, which is not this node; behind "
-                                      "NAT or a tunnel, say so to start_node with advertise=")
+        names = self.address, self._bound, sock.getsockname()
+        called = {_text(name).encode() for name in names}
+        if peer.role == b"dialler" and not called & set(peer.meant):
+            raise AuthenticationError(f"{peer.meant!r} was dialled, which is not this node; "
+                                      "behind NAT or a tunnel, start_node needs advertise=")
 
     def _introduce(self, connection: _Connection, dialled: Address | None) -> None:
         """Exchange the first sealed frames, outlive older connections, then go live.
@@ -1701,7 +1694,7 @@ class Node:
                     if connection.due <= now:
                         connection.beat()
                         connection.due = now + connection.heartbeat / 5
-                self._changed.wait(min([c.due for c in self._open], default=now + 60) - now)
+                self._changed.wait(min([now + 60] + [c.due for c in self._open]) - now)
 
     def _forget(self, connection: _Connection) -> None:
         """A connection has been read to its end: contact with its peer is lost, all of it."""
@@ -1937,8 +1930,11 @@ def _print_on(source: Any) -> None:
 def _after_fork() -> None:
     """Leave the parent its connections: a forked child is another node, not started."""
     global _incarnation, _node, _here, _registry, _settling, _losing, _starting
-    for connection in _node._open if _node else ():
-        os.close(connection._sock.detach())
+    if _node:
+        for sock in (*(connection._sock for connection in _node._open), *_node._shaking):
+            os.close(sock.detach())
+        if _node._listener:
+            _node._listener.close()
     _incarnation, _node, _here = int.from_bytes(os.urandom(8), "big"), None, _Here()
     for table in _threads, _names, _awaited, _debts, _losses:
         table.clear()
