@@ -86,6 +86,7 @@ import sys
 import threading
 import traceback
 import types
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, TimeoutError as FutureTimeout
@@ -211,6 +212,9 @@ def _ring(bell: threading.Lock) -> None:
 ######## Mailbox: put, get, get_if, get_all, empty
 
 
+_NOTHING: Any = object()  # what a mailbox gives instead of a message, and no default given
+
+
 class Mailbox:
     """A queue from which the oldest message that fits can be taken.  Factor: mailbox.
 
@@ -224,7 +228,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._cells: deque[list[Any]] = deque()  # oldest first, some of them empty
-        self._waiters: list[tuple[deque[list[Any]], threading.Lock]] = []  # (news, its bell)
+        self._waiters: dict[threading.Lock, weakref.ref[deque[list[Any]]]] = {}  # bell: news
 
     def put(self, message: Any) -> None:
         """Add `message` as the newest.  Never blocks, not even in a signal handler.
@@ -234,9 +238,13 @@ class Mailbox:
         cell = [message]
         self._cells.append(cell)
         if self._waiters:
-            for news, bell in self._waiters.copy():
-                news.append(cell)
-                _ring(bell)
+            for bell, ref in self._waiters.copy().items():
+                news = ref()
+                if news is None:  # Ctrl-C kept `_find` from taking it back
+                    self._waiters.pop(bell, None)
+                else:
+                    news.append(cell)
+                    _ring(bell)
 
     def get(self, timeout: float | None = None) -> Any:
         """Remove and return the oldest message.
@@ -244,6 +252,12 @@ class Mailbox:
         Blocks at most `timeout` seconds (None: for ever; 0: not at all).  Raises TimeoutError,
         leaving the mailbox as it was.  Factor: mailbox-get, mailbox-get-timeout.
         """
+        message = self._get(timeout)
+        if message is _NOTHING:
+            raise TimeoutError("no message came within the time-out")
+        return message
+
+    def _get(self, timeout: float | None) -> Any:
         cells = self._cells
         while cells:
             try:
@@ -255,7 +269,7 @@ class Mailbox:
                 cells.remove([])  # sweeps the first empty cell, this one or another
             except (IndexError, ValueError):
                 pass  # another thread took or swept it first
-        return self.get_if(lambda message: True, timeout)
+        return self._get_if(lambda message: True, timeout)
 
     def get_if(self, pred: Predicate, timeout: float | None = None) -> Any:
         """Remove and return the oldest message for which `pred` is true; the others stay.
@@ -267,20 +281,26 @@ class Mailbox:
 
         Factor: mailbox-get?, mailbox-get-timeout?.
         """
-        accepts, deadline = _accepts(pred), _deadline(timeout)
-        while True:
-            cell = self._find(accepts, deadline)
+        message = self._get_if(_accepts(pred), timeout)
+        if message is _NOTHING:
+            raise TimeoutError("no such message came within the time-out")
+        return message
+
+    def _get_if(self, accepts: Callable[[Any], Any], timeout: float | None) -> Any:
+        deadline = _deadline(timeout)
+        while (cell := self._find(accepts, deadline)) is not None:
             try:
                 message = cell[0]
                 del cell[0]
                 return message
             except IndexError:
                 pass  # another thread took it first
+        return _NOTHING
 
-    def _find(self, accepts: Callable[[Any], Any], deadline: float | None) -> list[Any]:
-        """Wait for a cell whose message fits; it is not taken yet."""
-        waiter = news, bell = deque[list[Any]](), _bell()
-        self._waiters.append(waiter)  # before looking, so that nothing slips in unseen
+    def _find(self, accepts: Callable[[Any], Any], deadline: float | None) -> list[Any] | None:
+        """Wait for a cell whose message fits, not yet taken; None if none comes in time."""
+        news, bell = deque[list[Any]](), _bell()
+        self._waiters[bell] = weakref.ref(news)  # before looking: nothing may slip in unseen
         try:
             with suppress(ValueError):
                 self._cells.remove([])  # each call leaves one empty at most, and sweeps one
@@ -297,9 +317,9 @@ class Mailbox:
                         if accepts(message):
                             return cell
                 if not bell.acquire(True, _left(deadline)):
-                    raise TimeoutError("no such message came within the time-out")
+                    return None
         finally:
-            self._waiters.remove(waiter)
+            self._waiters.pop(bell, None)
 
     def get_all(self, timeout: float | None = None) -> list[Any]:
         """Wait for a message, then remove and return all there are, oldest first.
@@ -307,9 +327,9 @@ class Mailbox:
         Blocks and raises as `get` does.  Factor: mailbox-get-all, mailbox-get-all-timeout.
         """
         taken = [self.get(timeout)]
-        with suppress(TimeoutError):
-            for _ in range(len(self._cells)):
-                taken.append(self.get(0))
+        for _ in range(len(self._cells)):  # no more: others may put faster than we take
+            if (message := self._get(0)) is not _NOTHING:
+                taken.append(message)
         return taken
 
     def empty(self) -> bool:
@@ -541,9 +561,9 @@ def _obituary(thread: Thread, reason: BaseException | None) -> ThreadDied:
     """What the end of `thread` is to those who wait for it."""
     if reason is None:
         return ThreadDied(f"{thread!r} returned without a reply")
-    kind = type(reason).__name__
-    died = ThreadDied(f"{thread!r} died before it replied: {kind}: {reason}", reason)
-    died.__cause__ = RemoteError(kind, "".join(traceback.format_exception(reason)))
+    trace = traceback.format_exception(reason)  # its last line is safe even from a bad __str__
+    died = ThreadDied(f"{thread!r} died before it replied: {trace[-1].strip()}", reason)
+    died.__cause__ = RemoteError(type(reason).__name__, "".join(trace))
     return died
 
 
@@ -662,8 +682,6 @@ def _name_of(func: Any) -> str:
 
 ######## Messages: send, receive, receive_if
 
-_RAISE: Any = object()  # the default `default`: raise TimeoutError
-
 
 def send(message: Any, thread: Handle) -> None:
     """Send `message` to `thread`.  Factor: send.  Erlang, Termite: !.
@@ -682,7 +700,7 @@ def send(message: Any, thread: Handle) -> None:
     deliver(message)
 
 
-def receive(timeout: float | None = None, default: Any = _RAISE) -> Any:
+def receive(timeout: float | None = None, default: Any = _NOTHING) -> Any:
     """Remove and return the oldest message of the calling thread's mailbox.
 
     Blocks at most `timeout` seconds (None: for ever; 0: not at all), then returns `default`, or
@@ -690,10 +708,15 @@ def receive(timeout: float | None = None, default: Any = _RAISE) -> Any:
 
     Factor: receive, receive-timeout.
     """
-    return _received(current_thread()._mailbox.get, default, timeout)
+    message = current_thread()._mailbox._get(timeout)
+    if message is _NOTHING:
+        return _instead(default)
+    if message.__class__ is LinkedError:
+        raise message
+    return message  # with no call since it was taken, hence no place for Ctrl-C to strike
 
 
-def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _RAISE) -> Any:
+def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _NOTHING) -> Any:
     """Remove and return the oldest message for which `pred` is true; the others stay.
 
     A class, or a tuple of classes, stands for its `isinstance`.  `pred` runs in this thread
@@ -704,21 +727,23 @@ def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _RA
 
     Factor: receive-if, receive-if-timeout.  Erlang: selective receive.
     """
-    accepts = _accepts(pred)
-    fits = lambda message: message.__class__ is LinkedError or accepts(message)  # noqa: E731
-    return _received(current_thread()._mailbox.get_if, default, fits, timeout)
+    accepts, mailbox = _accepts(pred), current_thread()._mailbox
 
+    def fits(message: Any) -> Any:
+        return message.__class__ is LinkedError or accepts(message)
 
-def _received(take: Callable[..., Any], default: Any, *how: Any) -> Any:
-    try:
-        message = take(*how)
-    except TimeoutError:
-        if default is _RAISE:
-            raise
-        return default
+    message = mailbox._get_if(fits, timeout)
+    if message is _NOTHING:
+        return _instead(default)
     if message.__class__ is LinkedError:
         raise message
     return message
+
+
+def _instead(default: Any) -> Any:
+    if default is _NOTHING:
+        raise TimeoutError("no such message came within the time-out")
+    return default
 
 
 ######## Synchronous sends: Synchronous, Reply, send_, reply_, handle_synchronous
@@ -814,16 +839,23 @@ def deserialize(data: bytes) -> Any:
     return local_node()._load(data)
 
 
-def _culprit(obj: Any, error: Exception, path: str = "message", depth: int = 20) -> str:
+def _culprit(obj: Any, error: Exception, path: str = "message", depth: int = 100) -> str:
     """Say which part of `obj`, as small as it can be told, cannot be pickled, and why."""
-    for where, part in _parts(obj) if depth else ():
-        try:
-            pickle.dumps(part, 5)
-        except Exception as inner:
-            if part is not obj:
+    with suppress(Exception):  # a part's own __repr__ may fail
+        for where, part in _parts(obj) if depth else ():
+            inner = _refusal(part)
+            if inner and part is not obj:
                 return _culprit(part, inner, path + where, depth - 1)
     return (f"{path} is a {type(obj).__name__} and cannot be sent to another node ({error}); "
             "send plain data, something importable, or the handle of a thread that keeps it")
+
+
+def _refusal(obj: Any) -> Exception | None:
+    try:
+        pickle.dumps(obj, 5)
+    except Exception as error:
+        return error
+    return None
 
 
 def _parts(obj: Any) -> Iterable[tuple[str, Any]]:
@@ -874,7 +906,7 @@ def _address(node: Any) -> Address | None:
     if isinstance(node, str) and "/" not in node and node.rpartition(":")[2].isdecimal():
         node = node.rpartition(":")[0], int(node.rpartition(":")[2])
     match node:
-        case None:
+        case None if given is not None:
             return None
         case str() | os.PathLike():
             return os.path.abspath(node)
@@ -1053,7 +1085,7 @@ class _Hello:
             raise AuthenticationError(f"the other side speaks {version!r}, this {VERSION!r}")
         self.line, self.incarnation = line, int(number, 16)
         self.heartbeat, self.limit = float(beat), int(limit)
-        self.address = _address(address.decode() or None)
+        self.address = _address(address.decode()) if address else None
 
 
 class _Seal:
@@ -1154,7 +1186,8 @@ class _Connection:
     def _write_now(self, message: Message, large: bool) -> None:
         if self.ending:
             raise _Ended
-        self._flush()
+        if self._outbox:
+            self._flush()
         if large:
             self._write([(*message[:-1], None)], message[-1])
         else:
@@ -1403,7 +1436,8 @@ class Node:
             raise ValueError("heartbeat= and connect_timeout= are seconds above zero")
         if not 0 < max_message < 1 << 32:
             raise ValueError("max_message= is bytes, above zero and below 4 GiB")
-        self._key, self._advertise, self._allow = authkey, _address(advertise), allow
+        self._advertise = None if advertise is None else _address(advertise)
+        self._key, self._allow = authkey, allow
         self._heartbeat, self._connect_timeout = heartbeat, connect_timeout
         self._max_message = max_message
         self._load = _loader("anything" if allow is None else allow)
@@ -2013,9 +2047,8 @@ def demonitor(monitor: Monitor) -> None:
         watch = _awaited.pop(monitor.tag, None)
     if watch and isinstance(monitor.target, (Thread, RemoteThread)):
         monitor.target._forget(watch)
-    with suppress(TimeoutError):
-        current_thread()._mailbox.get_if(
-            lambda message: isinstance(message, Down) and message.monitor == monitor, 0)
+    current_thread()._mailbox._get_if(
+        lambda message: isinstance(message, Down) and message.monitor == monitor, 0)
 
 
 ######## Loss: of nodes, and of messages that nobody could take
