@@ -561,10 +561,15 @@ def _obituary(thread: Thread, reason: BaseException | None) -> ThreadDied:
     """What the end of `thread` is to those who wait for it."""
     if reason is None:
         return ThreadDied(f"{thread!r} returned without a reply")
-    trace = traceback.format_exception(reason)  # its last line is safe even from a bad __str__
-    died = ThreadDied(f"{thread!r} died before it replied: {trace[-1].strip()}", reason)
-    died.__cause__ = RemoteError(type(reason).__name__, "".join(trace))
+    died = ThreadDied(f"{thread!r} died before it replied: {_words(reason)}", reason)
+    trace = "".join(traceback.format_exception(reason))
+    died.__cause__ = RemoteError(type(reason).__name__, trace[-(1 << 16):])
     return died
+
+
+def _words(error: BaseException) -> str:
+    """The last line of a traceback, cut to size; safe even from a bad __str__."""
+    return traceback.format_exception_only(error)[-1].strip()[:1000]
 
 
 class _Guest:
@@ -749,8 +754,17 @@ def _instead(default: Any) -> Any:
 ######## Synchronous sends: Synchronous, Reply, send_, reply_, handle_synchronous
 
 
+class _Value:
+    """An immutable message, pickled as a call of its class with its attributes."""
+
+    __slots__: tuple[str, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, name) for name in self.__slots__)
+
+
 @dataclass(frozen=True, slots=True)
-class Synchronous:
+class Synchronous(_Value):
     """A message whose `sender` waits for a reply.  Factor: synchronous."""
 
     data: Any
@@ -759,7 +773,7 @@ class Synchronous:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(_Value):
     """The answer to the `Synchronous` of the same `tag`.  Factor: reply."""
 
     data: Any
@@ -884,9 +898,11 @@ def _loader(allow: Any) -> Callable[[Any], Any]:
 
     class Narrow(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            if (module, name) in known:
-                return known[module, name]
-            raise _Refused(f"{module}.{name} is not among what that node allows")
+            item = known.get((module, name))
+            if item is None:
+                raise _Refused(f"{module}.{name} is not among what that node allows")
+            # A partial can be called, but no pickle can change the class through it.
+            return item if item in (uuid.UUID, *(allow or ())) else partial(item)
 
     return lambda data: Narrow(io.BytesIO(data)).load()
 
@@ -967,6 +983,8 @@ class RemoteThread(_Handle):
     __slots__ = ("_node", "_id", "_target")
 
     def __init__(self, node: NodeLike | None, id: int | str, incarnation: int = 0) -> None:
+        if not isinstance(id, (int, str)) or len(str(id)) > 255:
+            raise TypeError(f"an id is an int, or a name of up to 255 letters, not {id!r}")
         self._node: Any = node if incarnation else _address(node)
         self._id = id
         self._key = (incarnation or self._node, id)
@@ -983,9 +1001,8 @@ class RemoteThread(_Handle):
             except NoSuchThread as error:
                 _undelivered(repr(self), str(error))
         elif message.__class__ is Reply:
-            payload = serialize(message.data)
+            local_node()._send(self, (REPLY, message.tag, serialize(message.data)))
             _strike(message.tag)
-            local_node()._send(self, (REPLY, message.tag, payload))
         else:
             local_node()._send(self, (SEND, self._target, serialize(message)))
 
@@ -1272,8 +1289,8 @@ class _Connection:
                 self.received += len(messages)
         except EOFError:
             self.close()  # the peer has said all; so may we
-        except Exception as error:
-            _log.info("the connection to %s ended: %s", _text(self.address), error)
+        except BaseException as error:  # to load what makes no sense may even raise SystemExit
+            _log.info("the connection to %s ended: %s", _text(self.address), _words(error))
             self.cut()
         self._silent = 0  # from now on, beats count how long the writer takes
         self._writer.join()
@@ -1342,8 +1359,8 @@ class _Connection:
             return error
         except BaseException as error:  # loading may raise anything, SystemExit too
             self._node._count("refused" if isinstance(error, _Refused) else "undelivered")
-            kind = type(error).__name__
-            return RemoteError(kind, f"the other node cannot read it: {kind}: {error}")
+            text = f"the other node cannot read it: {_words(error)}"
+            return RemoteError(type(error).__name__, text)
         return None
 
     def _on_reply(self, tag: str, payload: Any) -> None:
@@ -1353,8 +1370,8 @@ class _Connection:
         try:
             _settle(tag, Reply(self._node._load(payload), tag))
         except BaseException as error:
-            kind = type(error).__name__
-            _settle(tag, RemoteError(kind, f"the reply cannot be read here: {kind}: {error}"))
+            text = f"the reply cannot be read here: {_words(error)}"
+            _settle(tag, RemoteError(type(error).__name__, text))
 
     def _on_failed(self, tag: str, name: str, text: str, *cause: Any) -> None:
         if name == "NoSuchThread":
@@ -1580,7 +1597,8 @@ class Node:
                 _thread("dialler", self._dial, address, key, dial)
                 self._dials[address] = dial
         try:
-            return dial.result(_left(deadline))
+            connection = dial.result(_left(deadline))
+            return self._speaking.get(connection.peer, connection)  # the peer's may be first
         except FutureTimeout:
             self._dials.pop(address, None)  # who comes next dials anew
             seconds = f"{self._connect_timeout:g} seconds"
@@ -1611,7 +1629,10 @@ class Node:
         while not self._stopped:
             try:
                 stranger = listener.accept()
-                _thread("doorman", self._admit, stranger)
+                if self._stopped:  # it was `stop` that knocked
+                    stranger.close()
+                else:
+                    _thread("doorman", self._admit, stranger)
             except (OSError, RuntimeError) as error:  # out of descriptors, or of threads
                 _log.info("nobody can be let in just now: %s", error)
                 with self._changed:
@@ -1885,18 +1906,19 @@ class ChildNode:
 
     def stop(self, timeout: float = 5.0) -> None:
         """Have the child stop its node and end; after `timeout` seconds, kill it."""
-        with suppress(OSError):
-            self._process.stdin.close()  # type: ignore[union-attr]  # what the child waits for
+        with suppress(OSError, ValueError), self._process.stdin as orders:  # type: ignore
+            orders.write(b"stop")
         try:
             self._process.wait(timeout)
             self._printer.join(timeout)
         except subprocess.TimeoutExpired:
-            self.kill()
+            self._process.kill()
+            self._process.wait()
 
     def kill(self) -> None:
         """End the process at once, as a crash would; return when it has ended."""
         self._process.kill()
-        self._process.wait()
+        self.stop()
 
     def __enter__(self) -> "ChildNode":
         return self
@@ -1928,16 +1950,15 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
         process.stdin.write(pickle.dumps(sys.path) + pickle.dumps((_address(address), options)))
         process.stdin.flush()
         answer = pickle.load(process.stdout)
+        if isinstance(answer, Exception):
+            raise answer
+        return ChildNode(process, answer)
     except BaseException as error:
         process.kill()
-        status = process.wait()
-        if isinstance(error, (OSError, EOFError)):
-            raise RuntimeError(f"the new process ended with status {status}") from error
+        process.communicate()  # closes its pipes and waits for it
+        if isinstance(error, EOFError):
+            raise RuntimeError(f"its process ended with status {process.returncode}") from None
         raise
-    if isinstance(answer, Exception):
-        process.wait()
-        raise answer
-    return ChildNode(process, answer)
 
 
 def _be_child() -> None:
@@ -1951,14 +1972,15 @@ def _be_child() -> None:
     sys.stdout.buffer.write(pickle.dumps(answer))
     sys.stdout.flush()
     with suppress(KeyboardInterrupt):  # Ctrl-C is for the parent, which will end this, too
-        orders.read()
+        orders.read(1)  # the parent's word, or its end
     stop_node()
 
 
 def _print_on(source: Any) -> None:
     """Print what a child prints to this `sys.stdout`, be it a notebook's or a test's."""
-    for line in source:
-        print(line.decode(errors="replace"), end="", flush=True)
+    with source:
+        for line in source:
+            print(line.decode(errors="replace"), end="", flush=True)
 
 
 def _after_fork() -> None:
@@ -1984,7 +2006,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @dataclass(frozen=True, slots=True)
-class Monitor:
+class Monitor(_Value):
     """What `monitor` returned: `target` is watched.  Erlang: a monitor's reference."""
 
     target: Any
@@ -1992,7 +2014,7 @@ class Monitor:
 
 
 @dataclass(frozen=True, slots=True)
-class Down:
+class Down(_Value):
     """The message that `target` ended of `reason`; see `monitor`.  Erlang: 'DOWN'."""
 
     monitor: Monitor
@@ -2063,6 +2085,7 @@ def _tell_node(peer: int, tag: str, error: DistconcError) -> bool:
         kind, trace = cause.type, str(cause)
         with suppress(SerializationError):  # then its name and traceback stand in for it
             payload = serialize(error.reason)
+        payload = payload if len(payload) <= 1 << 16 else b""
     message = FAILED, tag, type(error).__name__, str(error), kind, trace, payload
     return local_node()._post(peer, message)
 
