@@ -1,0 +1,3481 @@
+"""The tests of distconc.py, and its bench; run by `make test`, `make soak`, `make bench`."""
+
+import argparse
+import array
+import contextlib
+import copy
+import fractions
+import functools
+import gc
+import hashlib
+import hmac
+import importlib.util
+import json
+import logging
+import math
+import operator
+import os
+import pickle
+import platform
+import queue
+import re
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+import unittest
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from hypothesis import given, settings, strategies as st
+from hypothesis.stateful import Bundle, invariant, rule, RuleBasedStateMachine
+from itertools import chain
+from multiprocessing.connection import answer_challenge, Client, deliver_challenge, Listener
+from multiprocessing.managers import BaseManager
+from statistics import median
+from time import monotonic, perf_counter
+from unittest import mock
+
+import distconc
+from distconc import *
+
+WAIT = 20.0  # seconds after which what has to happen has failed to
+NOTHING = object()
+logging.getLogger("distconc").addHandler(logging.NullHandler())
+
+
+def trip(thing):
+    return deserialize(serialize(thing))
+
+
+def fail(error):
+    raise error
+
+
+def idle():
+    receive_if(lambda message: message == "stop")
+
+
+def end(thread):
+    if thread.is_alive():
+        send("stop", thread)
+    assert thread.join(WAIT)
+
+
+def joined(func, *args, **options):
+    thread = spawn(func, *args, **options)
+    assert thread.join(WAIT)
+    return thread
+
+
+def outcome(func, *args):
+    """What `func` returns or raises."""
+    try:
+        return func(*args)
+    except Exception as error:
+        return error
+
+
+@contextlib.contextmanager
+def ctrl_c_storm(*functions, every=0.0002):
+    """Interrupt the main thread again and again, while it is within one of `functions`.
+
+    A single signal would not do: one that comes just before a wait does not end it.
+    """
+    codes, struck = {function.__code__ for function in functions}, []
+
+    def strike(signum, frame):
+        if frame.f_globals["__name__"] == "_weakrefset":
+            return  # a callback of the interpreter, which prints and drops what is raised there
+        while frame and frame.f_code not in codes:
+            frame = frame.f_back
+        if frame:
+            struck.append(signum)
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, strike)
+    signal.setitimer(signal.ITIMER_REAL, every, every)
+    try:
+        yield struck
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Odd:
+    """As awkward as an array: not to be compared, hashed or tested for truth."""
+
+    __hash__ = None
+    __eq__ = __ne__ = lambda self, other: fail(AssertionError("nobody may compare messages"))
+    __bool__ = __len__ = lambda self: fail(AssertionError("a message is a black box"))
+
+
+class Case(unittest.TestCase):
+    """Each test must leave an empty mailbox, no thread, no failure that it did not expect."""
+
+    def setUp(self):
+        self.me, self.shown = current_thread(), queue.SimpleQueue()
+        self.before = set(threading.enumerate())
+        patch = mock.patch("threading.excepthook", self.shown.put)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.addCleanup(self.nothing_is_left)  # the first to be added runs last but one
+
+    def nothing_is_left(self):
+        for thread in set(threading.enumerate()) - self.before:
+            if thread.ident and not isinstance(thread, threading.Timer):
+                thread.join(WAIT)
+                self.assertFalse(thread.is_alive(), thread)
+        left = list(iter(lambda: outcome(receive, 0, NOTHING), NOTHING))
+        while not self.shown.empty():
+            left.append(self.shown.get())
+        self.assertEqual([], left)
+
+    def failure_shown(self):
+        return self.shown.get(timeout=WAIT)
+
+    def raised(self, kind, func, *args):
+        with self.assertRaises(kind) as caught:
+            func(*args)
+        return caught.exception
+
+
+######## Mailbox
+
+MESSAGES = st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=2),
+                     st.lists(st.integers(), max_size=2), st.builds(Odd))
+PREDICATES = [int, str, (int, str), (), object, Odd, (list, type(None)), lambda message: 0,
+              lambda message: isinstance(message, int) and message > 0, lambda message: [0]]
+
+
+class MailboxMachine(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.box, self.model = Mailbox(), []
+
+    def takes_the_first_that(self, fits, call, *args):
+        at = next((at for at, message in enumerate(self.model) if fits(message)), None)
+        try:
+            assert call(*args) is self.model.pop(at)
+        except TimeoutError:
+            assert at is None
+
+    @rule(message=MESSAGES)
+    def put(self, message):
+        self.box.put(message)
+        self.model.append(message)
+
+    @rule()
+    def get(self):
+        self.takes_the_first_that(lambda message: True, self.box.get, 0)
+
+    @rule(pred=st.sampled_from(PREDICATES))
+    def get_if(self, pred):
+        fits = pred if not isinstance(pred, (type, tuple)) else (lambda m: isinstance(m, pred))
+        self.takes_the_first_that(fits, self.box.get_if, pred, 0)
+
+    @rule(at=st.integers(0, 4))
+    def a_predicate_that_raises_changes_nothing(self, at):
+        asked = []
+        error = outcome(self.box.get_if, lambda message: asked.append(message) or (
+            len(asked) > at and fail(ZeroDivisionError())), 0)
+        assert type(error) is (ZeroDivisionError if at < len(self.model) else TimeoutError)
+        assert list(map(id, asked)) == list(map(id, self.model[:at + 1]))
+
+    @rule()
+    def get_all(self):
+        got = outcome(self.box.get_all, 0)
+        assert list(map(id, got)) == list(map(id, self.model)) != [] if isinstance(
+            got, list) else isinstance(got, TimeoutError) and not self.model
+        self.model = []
+
+    @invariant()
+    def empty(self):
+        assert self.box.empty() == (not self.model)
+
+    def teardown(self):
+        while self.model:
+            self.get()
+        self.empty()
+
+
+MailboxAsAListTest = MailboxMachine.TestCase
+MailboxAsAListTest.settings = settings(deadline=None, max_examples=100, stateful_step_count=30)
+
+
+class MailboxTests(Case):
+    def test_getters_share_what_fits_them(self):  # Factor's own
+        mixed = [1, "junk", [456], 3, "junk2"]
+        for messages, preds in (([1, 2, 3], [object] * 3), ([1, 2, 3], [int] * 3),
+                                (mixed, [int, int, str, str, list])):
+            box = Mailbox()
+            for pred in preds:
+                spawn(lambda: send(box.get() if pred is object else box.get_if(pred), self.me))
+            for message in messages:
+                box.put(message)
+            self.assertCountEqual(messages, [receive(WAIT) for _ in preds])
+            self.assertTrue(box.empty())
+
+    def test_get_all_waits_for_the_first_and_takes_all(self):  # Factor's own
+        box = Mailbox()
+        putter = spawn(lambda: (receive(WAIT), box.put("foo")))
+        self.assertRaises(TimeoutError, box.get_all, 0)
+        send("go", putter)
+        self.assertEqual(["foo"], box.get_all(WAIT))
+        box.put("foo"), box.put("bar")
+        self.assertEqual(["foo", "bar"], box.get_all())
+
+    def test_an_empty_mailbox_times_out(self):  # Factor's own
+        box = Mailbox()
+        for call in (box.get, functools.partial(box.get_if, int), box.get_all):
+            self.assertRaises(TimeoutError, call, 0)
+            self.assertRaises(TimeoutError, call, timeout=0.01)
+        self.assertTrue(box.empty())
+        box.put("foo")
+        self.assertFalse(box.empty())
+
+    def test_many_putters_and_getters_lose_double_and_reorder_nothing(self):
+        box, count, stop = Mailbox(), 300, ()
+
+        def take(call, got):
+            while stop not in got:
+                taken = call()
+                got.extend(taken if isinstance(taken, list) else [taken])
+            while got[-2:] == [stop, stop]:  # get_all has taken the stop of another
+                box.put(got.pop())
+
+        calls = [box.get, box.get_all, lambda: box.get_if(tuple), lambda: box.get_if(object)]
+        gots = [[] for _ in calls]
+        getters = list(map(functools.partial(spawn, take), calls, gots))
+        flood = [spawn(lambda who: [box.put((who, at)) for at in range(count)], who)
+                 for who in range(4)]
+        self.assertTrue(all(thread.join(WAIT) for thread in flood))
+        for _ in getters:
+            box.put(stop)
+        self.assertTrue(all(thread.join(WAIT) for thread in getters))
+        self.assertEqual([stop] * 4 + [(who, at) for who in range(4) for at in range(count)],
+                         sorted(sum(gots, [])))
+        for got in gots:
+            for who in range(4):
+                own = [message for message in got if message[:1] == (who,)]
+                self.assertEqual(sorted(own), own)
+
+    def test_a_refused_message_is_not_asked_again_while_others_flood(self):
+        for _ in range(10):
+            box, asked, last = Mailbox(), [], 399
+            for at in range(200):
+                box.put(at)
+            flood = spawn(lambda: [box.put(at) for at in range(200, last + 1)])
+            self.assertEqual(last, box.get_if(lambda m: asked.append(m) or m == last, WAIT))
+            self.assertTrue(flood.join(WAIT))
+            self.assertEqual(list(range(last + 1)), asked)
+            self.assertEqual(list(range(last)), box.get_all(0))
+
+    def test_a_predicate_runs_in_the_receiving_thread_with_no_lock_held(self):
+        box, inside = Mailbox(), []
+        box.put(1), box.put(2)
+
+        def pred(message):
+            joined(box.put, "meanwhile")
+            joined(lambda: inside.append(box.get_if(str, 0)))
+            inside.append(current_thread())
+            return message == 2
+
+        self.assertEqual(2, box.get_if(pred, WAIT))
+        self.assertEqual(["meanwhile", self.me] * 2, inside)
+        self.assertEqual([1], box.get_all(0))
+
+    @unittest.skipIf(sys.version_info < (3, 11), "3.10 may strike between any two instructions")
+    def test_a_storm_of_ctrl_c_in_receive_loses_nothing(self):
+        takes = [receive, lambda: receive(WAIT), lambda: receive_if(int, WAIT)]
+        with ctrl_c_storm(receive, receive_if) as struck:
+            while len(struck) < 300:
+                flood, got = spawn(lambda: [send(at, self.me) for at in range(500)]), []
+                while len(got) < 500:
+                    with contextlib.suppress(KeyboardInterrupt):
+                        got.append(takes[len(got) % 3]())
+                self.assertEqual(list(range(500)), got)
+                self.assertTrue(flood.join(WAIT))
+
+
+######## Threads
+
+
+class ThreadTests(Case):
+    def test_a_failure_that_nobody_is_linked_to_is_shown_with_the_threads_name(self):
+        for options in ({"name": "error test"}, {}):
+            error = ValueError("Errors, errors")
+            monitor(spawn(fail, error, **options))  # to be told is not to be linked
+            shown = self.failure_shown()
+            self.assertEqual(options.get("name", "fail"), shown.thread.name)
+            self.assertIs(error, shown.exc_value)
+            self.assertIsNotNone(shown.exc_traceback)
+            self.assertIsInstance(receive(WAIT), Down)
+
+    def test_what_cannot_start_is_an_error_here_and_leaves_nothing_behind(self):
+        before = threads()
+        for start in (spawn, spawn_linked, spawn_server):
+            for wrong in ("a", 3, None):
+                self.assertRaises(TypeError, start, wrong, lambda: 1 + 1)
+            with mock.patch("threading.Thread.start", side_effect=RuntimeError("no more")):
+                self.assertRaises(RuntimeError, start, idle, name="unborn", register=True)
+        self.assertRaises(NoSuchThread, get_remote_thread, "unborn")
+        self.assertEqual(before, threads())
+
+    def test_a_thread_is_named_after_its_function(self):
+        twice = functools.partial(functools.partial(idle))
+        for start in (spawn, spawn_linked, spawn_server):
+            for func, options in ((idle, {}), (twice, {}), (lambda: idle(), {"name": "idle"})):
+                thread = start(func, **options)
+                self.addCleanup(end, thread)
+                self.assertEqual("idle", thread.name)
+
+    def test_a_thread_is_listed_while_it_lives_and_joined_when_it_ends(self):
+        thread = spawn(lambda: (receive(), send([
+            current_thread(), threads()[current_thread().id], threading.current_thread().daemon,
+            self.me in threads().values()], self.me)))
+        self.assertIs(thread, threads()[thread.id])
+        self.assertEqual([True, False, False],
+                         [thread.is_alive(), thread.join(0), thread.join(timeout=0.01)])
+        waiters = [spawn(lambda: send(thread.join(), self.me)) for _ in range(3)]
+        send("go", thread)
+        self.assertEqual([thread, thread, True, True], receive(WAIT))
+        self.assertEqual([True] * 3, [receive(WAIT) for _ in waiters])
+        self.assertEqual([True, 1, False], [thread.join(), thread.join(0), thread.is_alive()])
+        self.assertNotIn(thread.id, threads())
+
+    def test_other_threads_are_adopted_and_forgotten_when_they_end(self):
+        for at in range(20):
+            other = threading.Thread(name=f"adopted {at}", target=lambda: (
+                send(current_thread(), self.me), receive()))
+            other.start()
+            thread = receive(WAIT)
+            self.assertEqual((Thread, other.name), (type(thread), thread.name))
+            self.assertIs(thread, threads()[thread.id])
+            watch = monitor(thread)
+            send("go", thread)
+            other.join(WAIT)
+            self.assertTrue(thread.join(WAIT))
+            self.assertNotIn(thread, threads().values())
+            self.assertRaises(NoSuchThread, send_synchronous, "?", thread, WAIT)
+            self.assertEqual(Down(watch, thread, None), receive(WAIT))
+
+    def test_a_server_repeats_while_its_function_returns_something_true(self):
+        returns = [0, "x", [0], 1]
+        self.assertTrue(spawn_server(lambda: returns.pop()).join(WAIT))
+        self.assertEqual([], returns)
+
+    def test_system_exit_counts_as_returning(self):
+        for start in (spawn, spawn_linked, spawn_server):
+            thread = start(lambda: (receive(), sys.exit("not an error")))
+            watch = monitor(thread)
+            send("go", thread)
+            self.assertEqual(Down(watch, thread, None), receive(WAIT))
+
+    def test_copying_a_thread_gives_the_thread_itself(self):
+        self.assertIs(self.me, copy.copy(self.me))
+        self.assertIs(self.me, copy.deepcopy([self.me, {1: self.me}])[1][1])
+
+
+class LinkTests(Case):
+    error = LinkedError(KeyError("lost"), None)
+
+    def test_a_crash_is_raised_in_the_thread_that_linked(self):  # Factor's own
+        why = ValueError("crash")
+        child = spawn_linked(fail, why, name="Linked test")
+        linked = self.raised(LinkedError, receive, WAIT)
+        self.assertIs(why, linked.error)
+        self.assertIs(child, linked.thread)
+
+    def test_each_crash_is_delivered_once_after_what_the_child_sent(self):
+        children = {spawn_linked(lambda at: (send(at, self.me), fail(ValueError())), at): at
+                    for at in range(50)}
+        seen = []
+        for _ in range(2 * len(children)):
+            seen.append(outcome(receive, WAIT))
+            if isinstance(seen[-1], LinkedError):
+                self.assertIn(children.pop(seen[-1].thread), seen)
+        self.assertEqual({}, children)
+
+    def test_a_linked_error_waits_for_its_turn(self):
+        for message in (0, 1, self.error, 2):
+            send(message, self.me)
+        self.assertEqual(1, receive_if(lambda message: message == 1))
+        self.assertEqual(0, receive())
+        self.assertIs(self.error, self.raised(LinkedError, receive, 0, "default"))
+        self.assertEqual(2, receive())
+
+    def test_receive_if_raises_the_linked_error_that_its_scan_meets(self):
+        for message in (0, self.error, 2, 3):
+            send(message, self.me)
+        two = (lambda message: message == 2)
+        self.assertIs(self.error, self.raised(LinkedError, receive_if, two, WAIT, "default"))
+        self.assertEqual([2, 0, 3], [receive_if(two), receive(), receive()])
+
+    def test_a_waiting_call_is_not_disturbed_by_a_linked_error(self):
+        server = spawn(lambda: (send(self.error, (request := receive()).sender),
+                                reply_synchronous("reply", request)))
+        send(self.error, self.me)
+        self.assertEqual("reply", send_synchronous("?", server))
+        self.assertRaises(LinkedError, receive, 0)
+        self.assertRaises(LinkedError, receive, 0)
+
+    def test_a_linked_error_fails_the_thread_it_is_sent_to_and_who_is_linked_to_that(self):
+        child = spawn_linked(receive)
+        send(self.error, child)
+        linked = self.raised(LinkedError, receive, WAIT)
+        self.assertIs(self.error, linked.error)
+        self.assertIs(child, linked.thread)
+
+    def test_a_failure_whose_linked_parent_is_gone_is_shown(self):
+        def orphan():
+            receive()
+            raise ValueError("nobody hears me")
+
+        joined(lambda: send(spawn_linked(orphan), self.me))
+        send("go", receive(WAIT))
+        self.assertEqual("orphan", self.failure_shown().thread.name)
+
+    def test_returning_is_no_failure(self):
+        self.assertTrue(spawn_linked(len, "abc").join(WAIT))
+
+
+######## Messages
+
+
+class MessageTests(Case):
+    def test_receive_if_leaves_the_others_in_order(self):  # Factor's own
+        for message in (1, 2, 3):
+            send(message, self.me)
+        self.assertEqual([1, 3, 2], [receive(), receive_if(lambda n: n % 2 != 0), receive()])
+
+    def test_a_counter_keeps_its_state_in_a_loop(self):  # Factor's own
+        def counter(value):
+            while True:
+                match receive():
+                    case ["increment", by]:
+                        value += by
+                    case ["decrement", by]:
+                        value -= by
+                    case ["value", sender]:
+                        send(value, sender)
+                    case "exit":
+                        return
+
+        thread = spawn(counter, 0, name="Counter")
+        for message in (["increment", 10], ["decrement", 15], ["value", self.me], "exit"):
+            send(message, thread)
+        self.assertEqual(-5, receive(WAIT))
+
+    def test_a_local_message_is_the_object_itself(self):
+        for message in (None, [], Odd(), threading.Lock(), Synchronous(1, self.me, "2")):
+            send(message, self.me)
+            self.me.send(message)
+            self.assertIs(message, receive(0))
+            self.assertIs(message, receive_if(object, 0))
+
+    def test_a_time_out_returns_the_default_only_if_one_is_given(self):
+        send("other", self.me)
+        for call in (functools.partial(receive_if, int), receive):
+            self.assertRaises(TimeoutError, call, 0)
+            self.assertRaises(TimeoutError, call, timeout=0.01)
+            for default in (None, 0, NOTHING):
+                self.assertIs(default, call(0, default))
+                self.assertIs(default, call(timeout=0.01, default=default))
+            receive(0, None)
+
+    def test_what_a_predicate_raises_is_no_time_out(self):
+        send(1, self.me)
+        self.addCleanup(receive, 0)
+        for error in (KeyError("mine"), TimeoutError("mine")):
+            with self.subTest(error):
+                self.assertIs(error, outcome(receive_if, lambda m: fail(error), 0, "default"))
+
+    def test_each_senders_order_is_kept(self):
+        for who in range(4):
+            spawn(lambda who: [send((who, at), self.me) for at in range(200)], who)
+        got = [receive(WAIT) for _ in range(800)]
+        self.assertEqual(sorted(got), sorted(got, key=lambda message: message[0]))  # stable
+
+    def test_swapped_arguments_of_send_are_a_type_error_that_says_so(self):
+        for wrong in ("hello", 1, None, [2]):
+            self.assertRaisesRegex(TypeError, r"send\(message, thread\)", send, self.me, wrong)
+
+    def test_a_message_to_an_ended_thread_is_dropped_counted_and_logged(self):
+        for way in (lambda thread: thread, trip):
+            target, before = way(joined(int)), local_node().stats()["undelivered"]
+            with self.assertLogs("distconc", "WARNING") as logged:
+                self.assertEqual([None] * 10, [send("lost", target) for _ in range(10)])
+            self.assertEqual(1, len(logged.records))
+            self.assertEqual(before + 10, local_node().stats()["undelivered"])
+
+
+######## Synchronous sends
+
+
+def go(request):
+    receive_if(lambda message: message == "go", WAIT)
+
+
+def answer(reply):
+    return lambda request: reply_synchronous(reply, request)
+
+
+class SynchronousTests(Case):
+    def server(self, *deeds):
+        """A thread that takes one request, does the deeds with it, and tells its sender so."""
+        def serve():
+            request = receive(WAIT)
+            for deed in deeds:
+                deed(request)
+            send("done", request.sender)
+
+        return spawn(serve)
+
+    def nothing_else_comes(self, *threads):
+        for thread in threads:
+            send("go", thread)
+        self.assertEqual("done", receive(WAIT))  # nothing before it and, at the end, after it
+
+    def echo(self):
+        server = spawn_server(lambda: (request := receive()) != "stop" and (
+            reply_synchronous(request.data, request) or True))
+        self.addCleanup(end, server)
+        return server
+
+    def test_received(self):  # Factor's own
+        self.assertEqual("received", send_synchronous("sent", self.server(answer("received"))))
+        self.nothing_else_comes()
+
+    def test_add1_gives_six(self):  # Factor's own
+        self.assertEqual(6, send_synchronous(5, spawn(handle_synchronous, lambda n: n + 1)))
+
+    def test_nobody_can_call_himself_by_any_handle(self):  # Factor's own, and more
+        with start_node() as node:
+            register_remote_thread(self.me, "myself")
+            for target in (self.me, trip(self.me), RemoteThread(node, self.me.id),
+                           RemoteThread(str(node), "myself")):
+                with self.subTest(target=target):
+                    self.assertRaises(SynchronousToSelfError, send_synchronous, 1, target, 0.1)
+                receive_if(Synchronous, 0, None)
+
+    def test_the_server_sees_data_sender_and_a_tag_that_is_no_counter(self):
+        tags = []
+        for at in range(20):
+            thread = self.server(lambda request: tags.append(request.tag) or reply_synchronous(
+                (request.data, request.sender), request))
+            self.assertEqual((at, self.me), send_synchronous(at, thread, WAIT))
+            self.nothing_else_comes()
+        self.assertEqual(20, len(set(tags)))
+        self.assertNotIn(tags, (sorted(tags), sorted(tags, reverse=True)))
+
+    def test_a_late_reply_never_reaches_the_mailbox(self):
+        for timeout in (0, 0.01):
+            thread = self.server(go, answer("late"))
+            self.assertRaises(TimeoutError, send_synchronous, "?", thread, timeout)
+            self.nothing_else_comes(thread)
+
+    def test_a_second_reply_never_reaches_the_mailbox(self):
+        by_hand = lambda request: send(Reply("third", request.tag), request.sender)
+        thread = self.server(answer("first"), answer("second"), by_hand, by_hand)
+        self.assertEqual("first", send_synchronous("?", thread))
+        self.nothing_else_comes()
+
+    def test_a_forged_reply_neither_answers_nor_reaches_the_mailbox(self):
+        def forge(request):
+            for tag in ("", "0" * 16, 1, None, b"x"):
+                send(Reply("forged", tag), request.sender)
+                send(Reply("forged", tag), trip(request.sender))
+
+        thread = self.server(forge, answer("true"), forge)
+        self.assertEqual("true", send_synchronous("?", thread))
+        self.nothing_else_comes()
+
+    def test_any_thread_that_holds_the_request_may_answer(self):
+        for way in (lambda request: request, trip):
+            helper = spawn(lambda: reply_synchronous("helped", receive(WAIT)))
+            server = self.server(lambda request: send(way(request), helper), go)
+            self.assertEqual("helped", send_synchronous("?", server))
+            self.nothing_else_comes(server)
+
+    def test_the_thread_that_was_called_owes_the_answer_even_if_it_passed_the_call_on(self):
+        helper = self.server(go, answer("late"))
+        server = spawn(lambda: send(receive(), helper))
+        self.assertIsNone(self.raised(ThreadDied, send_synchronous, "?", server).reason)
+        self.nothing_else_comes(helper)
+
+    def test_an_interrupted_caller_gets_no_late_reply(self):
+        interrupt = lambda request: signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+        thread = self.server(interrupt, go, answer("late"))
+        with ctrl_c_storm(send_synchronous, every=0):
+            self.assertRaises(KeyboardInterrupt, send_synchronous, "?", thread)
+        self.nothing_else_comes(thread)
+
+    def test_a_storm_of_ctrl_c_in_calls_mixes_up_no_replies(self):
+        server, at = self.echo(), 0
+        with ctrl_c_storm(send_synchronous) as struck:
+            while len(struck) < 300:
+                at += 1
+                with contextlib.suppress(KeyboardInterrupt):
+                    self.assertEqual(at, send_synchronous(at, server, WAIT))
+        self.assertEqual("still there", send_synchronous("still there", server, WAIT))
+
+    def test_many_callers_of_one_server_get_their_own_replies(self):
+        server = self.echo()
+        for who in range(4):
+            spawn(lambda who: send([send_synchronous((who, at), server) == (who, at)
+                                    for at in range(100)], self.me), who)
+        self.assertEqual([[True] * 100] * 4, [receive(WAIT) for _ in range(4)])
+
+    def test_a_server_that_dies_tells_its_caller_why(self):
+        error = KeyError("why")
+        thread = self.server(lambda request: fail(error))
+        died = self.raised(ThreadDied, send_synchronous, "?", thread)
+        self.assertIs(error, died.reason)
+        self.assertEqual((RemoteError, "KeyError"), (type(died.__cause__), died.__cause__.type))
+        self.assertRegex(str(died.__cause__), r"(?s)^Traceback.* in fail\n.*KeyError: 'why'")
+        self.assertIs(error, self.failure_shown().exc_value)
+
+    def test_a_failing_function_of_handle_synchronous_fails_server_and_call(self):
+        server = spawn_server(handle_synchronous, lambda n: 1 // n)
+        self.assertEqual(1, send_synchronous(1, server))
+        died = self.raised(ThreadDied, send_synchronous, 0, server)
+        self.assertIs(died.reason, self.failure_shown().exc_value)
+        self.assertIsInstance(died.reason, ZeroDivisionError)
+        self.assertTrue(server.join(WAIT))
+
+    def test_handle_synchronous_leaves_other_messages_and_times_out(self):
+        send("other", self.me)
+        self.assertRaises(TimeoutError, handle_synchronous, len, 0)
+        self.assertRaises(TimeoutError, handle_synchronous, len, timeout=0.01)
+        caller = spawn(lambda: send(send_synchronous("abc", self.me), self.me))
+        self.assertIs(True, handle_synchronous(len, WAIT))
+        self.assertTrue(caller.join(WAIT))
+        self.assertEqual(["other", 3], [receive(0), receive(0)])
+
+    def test_a_call_of_a_thread_that_has_ended_or_is_ending_never_hangs(self):
+        for thread in (ended := joined(int), trip(ended)):
+            self.assertRaises(NoSuchThread, send_synchronous, "?", thread, WAIT)
+        for func in [int, receive, int] * 100:
+            died = outcome(send_synchronous, "?", spawn(func), WAIT)
+            self.assertIsInstance(died, (ThreadDied, NoSuchThread))
+
+    def test_unread_messages_cost_a_call_nothing(self):
+        server = self.echo()
+
+        def cost():  # how many functions are called by a call
+            made = []
+            sys.setprofile(lambda frame, event, arg: made.append(event))
+            send_synchronous("?", server, WAIT)
+            sys.setprofile(None)
+            return len(made)
+
+        def caller():
+            costs = [cost(), cost()]
+            for at in range(100_000):
+                send(at, current_thread())
+            send([*costs, cost()], self.me)
+
+        spawn(caller)
+        _, before, after = receive(WAIT)
+        self.assertLess(after, before + 50)
+
+    def test_a_reply_to_a_caller_that_is_gone_is_dropped(self):
+        joined(outcome, send_synchronous, "?", self.me, 0)
+        request = receive(WAIT)
+        for gone in (request, trip(request)):
+            self.assertIsNone(reply_synchronous("late", gone))
+
+    def test_messages_match_by_position_and_by_name(self):
+        watch = monitor(ended := joined(int))
+        match [Synchronous(1, self.me, "t"), Reply(2, "t"), receive(WAIT), watch]:
+            case [Synchronous(1, a, "t"), Reply(2, "t"), Down(b, c, NoSuchThread()), Monitor()]:
+                self.assertEqual((self.me, watch, ended), (a, b, c))
+            case wrong:
+                self.fail(wrong)
+        match [Synchronous(1, self.me, "t"), Reply(2, "t"), Down(watch, ended, None)]:
+            case [Synchronous(tag="t", sender=a, data=1), Reply(tag="t", data=2),
+                  Down(reason=None, target=c, monitor=b)]:
+                self.assertEqual((self.me, watch, ended), (a, b, c))
+            case wrong:
+                self.fail(wrong)
+
+    def test_messages_are_immutable_and_no_tuples(self):
+        watch = monitor(joined(int))
+        for message in (Synchronous(1, self.me, "t"), Reply(2, "t"), receive(WAIT), watch):
+            self.assertNotIsInstance(message, tuple)
+            self.assertTrue(message.__match_args__)
+            for name in message.__match_args__:
+                before = getattr(message, name)
+                self.assertRaises(AttributeError, setattr, message, name, 3)
+                self.assertRaises(AttributeError, delattr, message, name)
+                self.assertIs(before, getattr(message, name))
+
+
+######## Remote handles and the registry
+
+PORTS, IDS = st.integers(1, 65535), st.one_of(st.integers(1), st.text(min_size=1))
+MADE_BY_HAND = st.builds(RemoteThread, PORTS, IDS)
+
+
+class HandleTests(Case):
+    @settings(deadline=None, max_examples=40)
+    @given(st.lists(st.sampled_from([None, 2, 3, 4, 5]), min_size=1))
+    def test_a_handle_equals_its_thread_after_any_number_of_trips(self, protocols):
+        handle, other = current_thread(), joined(int)
+        for protocol in protocols:
+            handle = pickle.loads(pickle.dumps(handle, protocol)) if protocol else trip(handle)
+            self.assertIs(RemoteThread, type(handle))
+            self.assertTrue(handle == self.me == handle)
+            self.assertFalse(handle != self.me or self.me != handle)
+            self.assertEqual((hash(self.me), self.me.id), (hash(handle), handle.id))
+            self.assertNotIn(handle, [other, trip(other), self.me.id, None])
+
+    def test_a_handle_stays_equal_when_its_node_starts_and_stops(self):
+        early = trip(self.me)
+        with start_node() as node:
+            late = trip(self.me)
+            self.assertEqual([node.address] * 2, [self.me.node, late.node])
+            self.assertEqual({self.me}, {early, late, self.me})
+        self.assertEqual({self.me}, {early, late, self.me})
+
+    @settings(deadline=None, max_examples=40)
+    @given(PORTS, IDS)
+    def test_handles_made_by_hand_are_equal_however_the_node_is_written(self, port, id):
+        handles = [RemoteThread(node, id) for node in (
+            port, f"127.0.0.1:{port}", ("127.0.0.1", port), f"localhost:{port}")]
+        for handle in handles + list(map(trip, handles)):
+            self.assertEqual({handles[0]}, {handles[0], handle})
+            self.assertEqual((("127.0.0.1", port), id), (handle.node, handle.id))
+            for node, other in ((port % 65535 + 1, id), (f"127.0.0.2:{port}", id),
+                                ("/tmp/x", id), (port, id * 2), (port, repr(id))):
+                self.assertNotEqual(handle, RemoteThread(node, other))
+
+    def test_a_node_its_address_and_its_text_are_one_node(self):
+        with start_node() as node:
+            self.assertEqual(1, len({RemoteThread(spelling, "x") for spelling in (
+                node, str(node), node.address, node.address[1])}))
+
+    def test_a_remote_thread_is_immutable(self):
+        handle = RemoteThread(9000, "logger")
+        for name in ("node", "id", "other"):
+            self.assertRaises(AttributeError, setattr, handle, name, 1)
+        self.assertRaises(AttributeError, delattr, handle, "id")
+        self.assertEqual((("127.0.0.1", 9000), "logger"), (handle.node, handle.id))
+
+    def test_sent_home_it_delivers_without_the_network(self):
+        early, dialled = trip(self.me), AssertionError("dialled")
+        patch = mock.patch("socket.socket.connect", side_effect=dialled)
+        with start_node() as node, patch as connect:
+            register_remote_thread(self.me, "home")
+            for handle in (early, trip(self.me), RemoteThread(node, self.me.id),
+                           RemoteThread(node.address, "home")):
+                send([1], handle)
+                handle.send([2])
+                self.assertEqual([[1], [2]], [receive(0), receive(0)])
+                caller = spawn(lambda: send(send_synchronous("abc", handle), self.me))
+                self.assertTrue(handle_synchronous(len, WAIT) and caller.join(WAIT))
+                self.assertEqual(3, receive(0))
+            self.assertEqual(([], 0), (nodes(), connect.call_count))
+        send("stopped", early)
+        self.assertEqual("stopped", receive(0))
+
+
+class RegistryMachine(RuleBasedStateMachine):
+    threads = Bundle("threads")
+    names = st.sampled_from(["a", "logger"])
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.alive, self.ended = {}, [], []
+
+    @rule(target=threads, name=names, register=st.booleans())
+    def spawn(self, name, register):
+        thread = spawn(idle, name=name, register=register)
+        self.alive.append(thread)
+        self.model.update({name: thread} if register else {})
+        return thread
+
+    @rule(thread=threads, name=st.none() | names)
+    def register(self, thread, name):
+        error = outcome(register_remote_thread, thread, *[name] * (name is not None))
+        assert type(error) is (type(None) if thread in self.alive else NoSuchThread)
+        self.model.update({} if error else {name or thread.name: thread})
+        for wrong in (trip(thread), thread.id, None):
+            assert isinstance(outcome(register_remote_thread, wrong, "a"), TypeError)
+
+    @rule(name=names)
+    def unregister(self, name):
+        error = outcome(unregister_remote_thread, name)
+        assert type(error) is (type(None) if self.model.pop(name, None) else NoSuchThread)
+
+    @rule(thread=threads)
+    def end(self, thread):
+        end(thread)
+        if thread in self.alive:
+            self.alive.remove(thread)
+            self.ended.append(thread)
+        self.model = {name: owner for name, owner in self.model.items() if owner != thread}
+
+    @invariant()
+    def lookup(self):
+        known = {**self.model, **{thread.id: thread for thread in self.alive}}
+        for wanted in ("a", "logger", *(thread.id for thread in self.alive + self.ended)):
+            found = outcome(get_remote_thread, wanted)
+            assert found is known[wanted] if wanted in known else type(found) is NoSuchThread
+
+    def teardown(self):
+        for thread in self.alive:
+            end(thread)
+
+
+RegistryAsADictTest = RegistryMachine.TestCase
+RegistryAsADictTest.settings = settings(deadline=None, max_examples=150, stateful_step_count=20)
+
+
+class RegistryTests(Case):
+    def test_the_text_of_no_such_thread_lists_near_names(self):
+        self.addCleanup(end, spawn(idle, name="logger", register=True))
+        with start_node() as node:
+            for call in (get_remote_thread, unregister_remote_thread,
+                         lambda name: send_synchronous("?", RemoteThread(node, name), WAIT)):
+                self.assertRaisesRegex(NoSuchThread, r"\blogger\b", call, "loger")
+
+    def test_a_thread_has_its_registered_name_before_it_runs(self):
+        for at in range(20):
+            thread = spawn(lambda: send(outcome(get_remote_thread, "early"), self.me),
+                           name="early", register=True)
+            self.assertIs(thread, receive(WAIT))
+            self.assertTrue(thread.join(WAIT))
+            self.assertRaises(NoSuchThread, get_remote_thread, "early")
+
+    def test_a_name_given_while_the_thread_ends_does_not_stay(self):
+        for _ in range(200):
+            thread = spawn(int)
+            self.assertIsInstance(outcome(register_remote_thread, thread, "brief"),
+                                  (type(None), NoSuchThread))
+            self.assertTrue(thread.join(WAIT))
+            self.assertRaises(NoSuchThread, get_remote_thread, "brief")
+
+
+######## Serializing
+
+
+@dataclass
+class Pair:
+    a: object
+    b: object
+
+
+OBJECTS = [  # Factor's own
+    False, True, 0, -50, 20, 5.25, -5.25, 1 + 2j, fractions.Fraction(1, 2), "test",
+    (1, 2, "three"), [1, 2, "three"], bytearray(b"hello world"), "hello \U00012345 unicode",
+    len, [len, "dup"], Pair("a", 2), b"\x32\x0d\x37\x40\x01", [True, False, True],
+    array.array("d", [1.0, 3.0, 4.0, 1.0, 2.35, 0.33]), (("a", "bc"), ("de", "fg")),
+    {"a": "bc", "de": "fg"}, math.pi, 2 ** 1008, 2 ** 1024 - 1]
+LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False),
+                   st.text(), st.binary(), st.fractions(), st.datetimes(), st.uuids(),
+                   MADE_BY_HAND, st.builds(current_thread))
+DATA = st.recursive(LEAVES, lambda inner: st.one_of(
+    st.lists(inner), st.lists(inner).map(tuple), st.dictionaries(LEAVES, inner),
+    st.frozensets(LEAVES), st.builds(Synchronous, inner, MADE_BY_HAND, st.text())))
+
+
+class SerializeTests(Case):
+    def test_objects_come_back_equal_and_what_is_shared_stays_shared(self):  # Factor's own
+        for thing in OBJECTS:
+            first, second = trip([thing, thing])
+            self.assertEqual((thing, type(thing)), (first, type(first)))
+            self.assertTrue(first is second or isinstance(thing, (int, float, complex)))
+        curry = trip(functools.partial(operator.add, 1))
+        self.assertEqual(3, curry(2))
+
+    def test_a_list_and_a_dict_that_contain_themselves_come_back_so(self):  # Factor's own
+        for ring, key in (([None], 0), ({}, "self")):
+            ring[key] = ring
+            back = trip(ring)
+            self.assertIs(back, back[key])
+
+    @settings(deadline=None, max_examples=100)
+    @given(DATA)
+    def test_nested_data_with_handles_inside_comes_back_equal(self, data):
+        self.assertEqual(data, trip(data))
+
+    def test_errors_come_back_with_what_they_carry(self):
+        thread = spawn(lambda: receive() and fail(KeyError("why")))
+        died = outcome(send_synchronous, "?", thread)
+        self.failure_shown()
+        back = trip([died, died.__cause__, LinkedError(ValueError("x"), self.me)])
+        self.assertEqual([ThreadDied, RemoteError, LinkedError], list(map(type, back)))
+        self.assertEqual("KeyError('why')", repr(back[0].reason))
+        self.assertEqual(("KeyError", str(died.__cause__)), (back[1].type, str(back[1])))
+        self.assertEqual(("ValueError('x')", self.me), (repr(back[2].error), back[2].thread))
+        for error in (died, outcome(send_synchronous, 1, self.me), NoSuchThread("no"),
+                      NodeDown("no"), NodeUnreachable("no"), outcome(serialize, len.__call__)):
+            self.assertIs(type(error), type(trip(error)))
+
+    @settings(deadline=None, max_examples=40)
+    @given(st.lists(st.text(max_size=3) | st.integers(0, 3), max_size=8), st.booleans())
+    def test_what_cannot_be_pickled_is_named_with_its_path(self, path, as_tuple):
+        message = threading.Lock()
+        for step in reversed(path):
+            if isinstance(step, str):
+                message = {"fine": 1, step: message}
+            else:
+                message = [*["fine", 2.5, {}][:step], message, "fine"]
+                message = tuple(message) if as_tuple else message
+        where = "message" + "".join(f"[{step!r}]" for step in path)
+        self.assertRaisesRegex(SerializationError, re.escape(where) + r"(?![\[.\w])",
+                               serialize, message)
+
+    def test_the_path_leads_through_attributes_cycles_and_many_levels(self):
+        ring, deep = [Pair("fine", [threading.Lock()])], threading.Lock()
+        ring.insert(0, ring)
+        for _ in range(30):
+            deep = [deep]
+        for message, where in ((ring, "message[1].b[0]"), (deep, "message" + "[0]" * 30)):
+            with self.subTest(where):
+                self.assertRaisesRegex(SerializationError, re.escape(where) + r"(?!\[)",
+                                       serialize, message)
+
+    def test_whatever_cannot_be_serialized_raises_the_same_kind_of_error(self):
+        class Hopeless:
+            def __init__(self, error):
+                self.error = error
+
+            def __reduce__(self):
+                raise self.error
+
+            __repr__ = __reduce__
+
+        deep = []
+        for _ in range(100_000):
+            deep = [deep]
+        for at, wrong in enumerate((
+                lambda: 0, deep, Hopeless(MemoryError()), [Hopeless(ZeroDivisionError())],
+                {Hopeless(ZeroDivisionError()): 1}, {1, lambda: 0}, (at for at in ()), sys,
+                Pair(threading.Lock(), 1))):
+            with self.subTest(at):
+                error = self.raised(SerializationError, serialize, wrong)
+                self.assertIn("message", str(error))
+
+
+######## Monitors
+
+
+class MonitorTests(Case):
+    def watched(self, func, *args):
+        """The reason of the one Down of a thread that runs `func`."""
+        thread = spawn(lambda: (receive(), func(*args)))
+        watch = monitor(thread)
+        send("go", thread)
+        down = receive(WAIT)
+        self.assertEqual((watch, thread), (down.monitor, down.target))
+        return down.reason
+
+    def test_the_reason_is_none_if_it_returned_and_else_the_exception(self):
+        error = ValueError("why")
+        self.assertIsNone(self.watched(int))
+        self.assertIs(error, self.watched(fail, error))
+        self.failure_shown()
+
+    def test_the_reason_is_no_such_thread_if_it_had_ended(self):
+        for target in (ended := joined(int), trip(ended)):
+            watch, down = monitor(target), receive(WAIT)
+            self.assertEqual((watch, target), (down.monitor, down.target))
+            self.assertIsInstance(down.reason, NoSuchThread)
+
+    def test_down_comes_after_all_that_the_thread_had_sent(self):
+        for _ in range(10):
+            thread = spawn(lambda: (receive(), [send(at, self.me) for at in range(100)]))
+            watches = [monitor(thread), monitor(trip(thread)), monitor(thread)]
+            send("go", thread)
+            self.assertEqual(list(range(100)), [receive(WAIT) for _ in range(100)])
+            downs = [receive(WAIT) for _ in watches]
+            self.assertCountEqual(watches, [down.monitor for down in downs])
+            self.assertEqual([None] * 3, [down.reason for down in downs])
+
+    def test_a_monitor_that_races_with_the_end_gets_exactly_one_down(self):
+        for _ in range(200):
+            watch = monitor(thread := spawn(int))
+            down = receive(WAIT)
+            self.assertEqual((watch, thread), (down.monitor, down.target))
+            self.assertIsInstance(down.reason, (type(None), NoSuchThread))
+
+    def test_after_demonitor_no_down_is_or_comes(self):
+        send("other", self.me)
+        thread = spawn(idle)
+        early, late, kept = (monitor(thread) for _ in range(3))
+        demonitor(early)
+        end(thread)
+        self.assertEqual(kept, receive_if(lambda message: message != "other" and (
+            message.monitor == kept), WAIT).monitor)
+        demonitor(late)
+        demonitor(late)
+        self.assertEqual("other", receive(0))
+        self.assertRaises(TimeoutError, receive, 0)
+
+    def test_after_a_demonitor_that_races_with_the_end_no_down_is_or_comes(self):
+        for at in range(300):
+            thread = spawn([int, receive][at % 2])
+            watch = monitor(thread)
+            send("go", thread)
+            demonitor(watch)
+            self.assertIsNone(receive(0, None))
+            self.assertTrue(thread.join(WAIT))
+            self.assertIsNone(receive(0, None))
+
+    def test_what_is_neither_thread_nor_node_cannot_be_watched(self):
+        for wrong in (3.5, object(), None, True):
+            with self.subTest(wrong):
+                self.addCleanup(receive, 0, None)
+                self.assertRaises(ValueError, monitor, wrong)
+
+
+######## The module as a whole
+
+CONTRACT = """
+    Mailbox Thread RemoteThread spawn spawn_linked spawn_server current_thread threads
+    send receive receive_if
+    Synchronous Reply send_synchronous reply_synchronous handle_synchronous
+    Node start_node stop_node local_node nodes connect disconnect ChildNode spawn_node
+    register_remote_thread unregister_remote_thread get_remote_thread serialize deserialize
+    Monitor Down monitor demonitor
+    DistconcError LinkedError NodeDown NodeUnreachable NoSuchThread ThreadDied
+    SynchronousToSelfError SerializationError RemoteError AuthenticationError
+    trace chart faults""".split()
+SCRIPT = """
+from distconc import *
+with start_node() as node:
+    server = spawn_server(handle_synchronous, lambda n: n + 1, name="add1", register=True)
+    demonitor(monitor(server))
+    print(send_synchronous(5, server), send_synchronous(6, RemoteThread(node, "add1")))
+    send(deserialize(serialize([current_thread()])), current_thread())
+    print(receive() == [current_thread()])
+spawn_linked(lambda: 1 / 0)
+try:
+    receive()
+except LinkedError as error:
+    print(error.error)
+"""
+
+
+class ModuleTests(Case):
+    def test_all_names_are_exported_in_the_contracts_order(self):
+        later = {"trace", "chart", "faults"} - set(distconc.__all__)
+        self.assertEqual([name for name in CONTRACT if name not in later], distconc.__all__)
+        for name in distconc.__all__:
+            self.assertTrue(getattr(distconc, name))
+
+    def test_errors_derive_from_what_the_contract_says(self):
+        for name in CONTRACT[CONTRACT.index("LinkedError"):CONTRACT.index("RemoteError") + 1]:
+            self.assertTrue(issubclass(getattr(distconc, name), DistconcError), name)
+        for error, base in ((NoSuchThread, LookupError), (SerializationError, ValueError),
+                            (NodeDown, ConnectionError), (NodeUnreachable, NodeDown)):
+            self.assertTrue(issubclass(error, base))
+
+    def test_it_runs_without_asserts_and_without_warnings(self):
+        for options in (["-W", "error", "-X", "dev"], ["-O", "-W", "error"]):
+            done = subprocess.run(
+                [sys.executable, *options, "-c", SCRIPT], text=True, capture_output=True,
+                timeout=60, cwd=os.path.dirname(os.path.abspath(distconc.__file__)))
+            self.assertEqual(("6 7\nTrue\ndivision by zero\n", "", 0),
+                             (done.stdout, done.stderr, done.returncode))
+
+
+def tearDownModule():
+    stop_node()
+
+
+KEY = os.environ["DISTCONC_AUTHKEY"] = os.urandom(32).hex()
+T = 30.0  # seconds: what takes longer hangs
+LOOPS = 30  # how often what may race is tried
+MODULE = os.path.join(os.path.dirname(os.path.abspath(distconc.__file__)), "distconc.py")
+
+######## What runs on other nodes
+
+
+def echo(data):
+    return data
+
+
+def once(func):
+    """Answer one call, with what `func` makes of its data: a value or an error."""
+    def answer(args):
+        try:
+            return True, func(*args)
+        except Exception as error:
+            return False, error
+    handle_synchronous(answer, T)
+
+
+def ask(node, func, *args):
+    """Return what `func(*args)` is on another node, or raise what it raises."""
+    well, answer = send_synchronous(args, spawn(once, func, node=node), T)
+    if well:
+        return answer
+    raise answer
+
+
+def collect():
+    """Keep messages; a call for n of them is answered with all as soon as there are n."""
+    kept, waiting = [], []
+    while (message := receive()) != "stop":
+        (waiting if isinstance(message, Synchronous) else kept).append(message)
+        for request in [w for w in waiting if w.data <= len(kept)]:
+            waiting.remove(request)
+            reply_synchronous(kept, request)
+
+
+def add_three():
+    number, back = receive(T)
+    send(3 + number, back)
+
+
+def triple():
+    request = receive(T)
+    reply_synchronous(request.data * 3, request)
+
+
+def log_one():
+    print("logger:", receive(), flush=True)
+    return True
+
+
+def fail_so(*args):
+    raise ValueError("deliberate", *args)
+
+
+def fail_quietly(*args):
+    threading.excepthook = lambda *_: None
+    fail_so(*args)
+
+
+def fail_when_called(error):
+    threading.excepthook = lambda *_: None
+    receive_if(Synchronous, T)
+    raise error if isinstance(error, BaseException) else error()
+
+
+def pass_on(to):
+    send(receive_if(Synchronous, T), to)
+    receive(T)
+
+
+def answer_passed(suffix):
+    request = receive_if(Synchronous, T)
+    reply_synchronous(request.data + suffix, request)
+
+
+def try_send(message, thread):
+    try:
+        send(message, thread)
+        return "sent"
+    except Exception as error:
+        return type(error).__name__
+
+
+def send_all(numbers, thread):
+    for number in numbers:
+        send(number, thread)
+
+
+def send_then_end(numbers, thread, error=None):
+    receive(T)
+    send_all(numbers, thread)
+    if error:
+        threading.excepthook = lambda *_: None
+        raise error
+
+
+def send_over_cuts(numbers, thread, cuts):
+    """Send with `cuts` disconnects from another thread in between; return what was sent."""
+    done, sent = threading.Event(), []
+
+    def cut():
+        for _ in range(cuts):
+            disconnect(thread.node)
+        done.set()
+    cutter = threading.Thread(target=cut)
+    cutter.start()
+    for number in numbers:
+        try:
+            send((number), thread)
+            sent.append(number)
+        except NodeDown:
+            pass
+    cutter.join()
+    return sent
+
+
+def hold():
+    receive_if(str)
+
+
+def stats_here():
+    return local_node().stats()
+
+
+def census():
+    return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+def memory():
+    with open("/proc/self/status") as file:
+        return int(re.search(r"VmRSS:\s+(\d+)", file.read())[1]) << 10
+
+
+def stranger_from(module):
+    """Return an instance of a class that only this process can import."""
+    sys.modules[module] = types.ModuleType(module)
+    made = type("Made", (), {"__module__": module})
+    sys.modules[module].Made = made
+    return made()
+
+
+def register_here(name):
+    register_remote_thread(current_thread(), name)
+    unregister_remote_thread(name)
+
+
+def append_and_count(path, number):
+    """Note in a file, which outlives kill -9, that a request ran."""
+    with open(path, "a") as file:
+        file.write(f"{number}\n")
+    return number
+
+
+class TwoArguments(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+class Mute(Exception):
+    """An error that cannot even be printed."""
+
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+class Does:
+    """What is pickled into a call of `func`."""
+
+    def __init__(self, func, *args):
+        self.call = func, args
+
+    def __reduce__(self):
+        return self.call
+
+
+class Point:
+    def __init__(self, x=0):
+        self.x = x
+
+    def __eq__(self, other):
+        return isinstance(other, Point) and self.x == other.x
+
+
+def exit_now():
+    raise SystemExit("at loading")
+
+
+def raise_mute():
+    raise Mute
+
+
+######## What the tests share
+
+
+class Net(unittest.TestCase):
+    """A node here for each test; afterwards its threads and descriptors are back."""
+
+    options = {}
+
+    def setUp(self):
+        self.drain()
+        self.dir = tempfile.mkdtemp(prefix="dc")
+        self.addCleanup(shutil.rmtree, self.dir)
+        gc.collect()
+        self.before = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+        self.addCleanup(self.check_rest)
+        self.addCleanup(stop_node)
+        self.node = start_node(**self.options)
+
+    def check_rest(self):
+        stop_node()
+        rest, end = [None], monotonic() + T
+        while rest and monotonic() < end:  # a thread that reports losses may start another
+            here = {thread.name for thread in threads().values()}
+            rest = [t for t in set(threading.enumerate()) - self.before[0] if t.name not in here]
+            for thread in rest:
+                with contextlib.suppress(RuntimeError):  # it is just being started
+                    thread.join(1)
+        self.assertFalse([t for t in rest if t.is_alive()], "threads are left")
+        gc.collect()
+        self.assertLessEqual(len(os.listdir("/proc/self/fd")), self.before[1], "descriptors leak")
+        self.drain()
+
+    def drain(self):
+        with contextlib.suppress(LinkedError):
+            while receive(0, NOTHING) is not NOTHING:
+                pass
+
+    def child(self, address=0, **options):
+        child = spawn_node(address, **options)
+        self.addCleanup(child.stop)
+        return child
+
+    def here(self, func, *args, name=None):
+        """Spawn a thread on this node that "stop" ends."""
+        thread = spawn(func, *args, name=name, register=bool(name))
+        self.addCleanup(lambda: (thread.is_alive() and thread.send("stop"), thread.join(T)))
+        return thread
+
+    def collector(self, node, name="collector"):
+        spawn(collect, name=name, node=node, register=True)
+        return RemoteThread(node, name)
+
+    def got(self, collector, number=0):
+        return send_synchronous(number, collector, T)
+
+    def mark(self):
+        return tempfile.mktemp(dir=self.dir)
+
+    def assert_raises_soon(self, error, func, *args, seconds=2.0):
+        start = monotonic()
+        with self.assertRaises(error) as caught:
+            func(*args)
+        self.assertLess(monotonic() - start, seconds)
+        return caught.exception
+
+
+class OneChild(Net):
+    """As Net, and a node in a process of its own for the whole class."""
+
+    child_options = {}
+
+    @classmethod
+    def setUpClass(cls):
+        cls.other = spawn_node(**cls.child_options)
+        cls.addClassCleanup(cls.other.stop)
+
+
+def freeze(child):
+    """Stop a process; it has stopped when this returns."""
+    os.kill(child.pid, signal.SIGSTOP)
+    os.waitpid(child.pid, os.WUNTRACED)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def environment(**changes):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **changes}
+    return {name: value for name, value in env.items() if value is not None}
+
+
+def script(text, *args, python=sys.executable, **env):
+    """Run a script that knows distconc; return what it printed."""
+    done = subprocess.run([python, "-c", "from distconc import *\nimport sys, os\n" + text,
+                           *map(str, args)], env=environment(**env), text=True, timeout=60,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return types.SimpleNamespace(out=done.stdout, err=done.stderr, status=done.returncode)
+
+
+def shell(*args, **env):
+    done = subprocess.run([sys.executable, MODULE, *map(str, args)], env=environment(**env),
+                          text=True, timeout=60, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return types.SimpleNamespace(out=done.stdout, err=done.stderr, status=done.returncode)
+
+
+######## The raw peer: the wire from its description alone
+
+SEND, ASK, REPLY, FAILED, FORGET, LOST = range(6)
+HEAD = struct.Struct(">II16s")
+
+
+class Cut(Exception):
+    """The node ended the connection."""
+
+
+class RawPeer:
+    """One end of a connection, of nothing but the standard library; each step can go wrong.
+
+    `self.fields` is our hello, to be changed before `greet`.
+    """
+
+    stamps = iter(range(1, 1 << 30))
+
+    def __init__(self, conn, role, address="", meant=(), key=KEY, heartbeat=10.0):
+        self.conn, self.role, self.key = conn, role, key.encode()
+        self.incarnation = int.from_bytes(os.urandom(8), "big")
+        self.fields = ["distconc 1", role, os.urandom(16).hex(), f"{self.incarnation:x}",
+                       str(heartbeat), str(1 << 28), address, *meant]
+        self.inbox = []
+
+    @classmethod
+    def dial(cls, node, **options):
+        """Connect and shake hands."""
+        return cls.knock(node, **options).challenge().greet().introduce()
+
+    @classmethod
+    def knock(cls, node, **options):
+        name = str(node)
+        address = name if "/" in name else (name.split(":")[0], int(name.split(":")[1]))
+        return cls(Client(address), "dialler", meant=(name, name), **options)
+
+    @classmethod
+    def accept(cls, listener, address, **options):
+        return cls(listener.accept(), "acceptor", address, **options).challenge().greet().introduce()
+
+    def challenge(self):
+        steps = [answer_challenge, deliver_challenge]
+        for step in steps if self.role == "dialler" else steps[::-1]:
+            if step is answer_challenge and not self.conn.poll(T):
+                raise TimeoutError("no challenge came")
+            step(self.conn, self.key)
+        return self
+
+    def greet(self, alter=None):
+        """Exchange hellos; `alter` is what somebody on the way makes of ours."""
+        mine = "\0".join(self.fields).encode()
+        try:
+            self.conn.send_bytes(alter(mine) if alter else mine)
+            if not self.conn.poll(T):
+                raise TimeoutError("no hello came")
+            theirs = self.conn.recv_bytes(4096)
+        except (EOFError, ConnectionError) as error:
+            raise Cut from error
+        self.peer = theirs.decode().split("\0")
+        self.peer_incarnation = int(self.peer[3], 16)
+        hellos = [mine, theirs] if self.role == "dialler" else [theirs, mine]
+        context = b"".join(hashlib.sha256(hello).digest() for hello in hellos)
+        keys = {role: hmac.new(self.key, role.encode() + context, "sha256").digest()
+                for role in ("dialler", "acceptor")}
+        self.out_key = keys.pop(self.role)
+        [self.in_key] = keys.values()
+        self.out_count = self.in_count = 0
+        self.sock = socket.socket(fileno=os.dup(self.conn.fileno()))
+        self.sock.settimeout(T)
+        return self
+
+    def introduce(self):
+        for mine in (True, False) if self.role == "dialler" else (False, True):
+            if mine:
+                stamp = next(self.stamps)
+                self.write([(stamp, stamp)])
+            else:
+                [pair] = self.read_frame()
+                if not all(type(number) is int for number in pair) or len(pair) != 2:
+                    raise AssertionError(f"no introduction: {pair}")
+        return self
+
+    def frame(self, body, tail=b""):
+        lengths = struct.pack(">II", len(body), len(tail))
+        count = self.out_count.to_bytes(8, "big")
+        mac = hashlib.sha256(self.out_key + count + lengths + body + tail).digest()[:16]
+        self.out_count += 1
+        return lengths + mac + body + tail
+
+    def write(self, messages, tail=b""):
+        self.pour(self.frame(pickle.dumps(messages), tail))
+
+    def pour(self, data):
+        try:
+            self.sock.sendall(data)
+        except ConnectionError as error:
+            raise Cut from error
+
+    def take(self, size):
+        data = b""
+        while len(data) < size:
+            try:
+                more = self.sock.recv(size - len(data))
+            except ConnectionError as error:
+                raise Cut from error
+            if not more:
+                raise Cut
+            data += more
+        return data
+
+    def read_frame(self):
+        head = self.take(HEAD.size)
+        size, tail_size, mac = HEAD.unpack(head)
+        body, tail = self.take(size), self.take(tail_size)
+        count = self.in_count.to_bytes(8, "big")
+        if mac != hashlib.sha256(self.in_key + count + head[:8] + body + tail).digest()[:16]:
+            raise AssertionError("the node's MAC is wrong")
+        self.in_count += 1
+        return [(*m[:-1], tail) if m and m[-1] is None else m for m in pickle.loads(body)]
+
+    def read(self):
+        """Return the next message; ticks are none."""
+        while not self.inbox:
+            self.inbox += self.read_frame()
+        return self.inbox.pop(0)
+
+    def send(self, message, to, incarnation=0):
+        self.write([(SEND, (incarnation, to), pickle.dumps(message))])
+
+    def ask(self, message, to, tag="tag", caller=1, incarnation=0):
+        payload = pickle.dumps(message) if caller else b""
+        self.write([(ASK, (incarnation, to), caller, tag, payload)])
+
+    def call(self, message, to):
+        tag = os.urandom(8).hex()
+        self.ask(message, to, tag)
+        kind, *rest = self.read()
+        if kind != REPLY or rest[0] != tag:
+            raise AssertionError(f"no reply: {(kind, *rest)}")
+        return pickle.loads(rest[1])
+
+    def is_cut(self):
+        """Read to the end; False if there is none in time."""
+        try:
+            while True:
+                self.read()
+        except Cut:
+            return True
+        except TimeoutError:
+            return False
+
+    def close(self):
+        self.conn.close()
+        if hasattr(self, "sock"):
+            self.sock.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class TheWire(Net):
+    """What the module's head says of the wire is true, and enough to speak it."""
+
+    def setUp(self):
+        super().setUp()
+        self.kept = self.here(collect, name="kept")
+        self.here(self.serve_echo, name="echo")
+
+    def serve_echo(self):
+        while isinstance(request := receive(), Synchronous):
+            reply_synchronous(request.data, request)
+
+    def dial(self, **options):
+        peer = RawPeer.dial(self.node, **options)
+        self.addCleanup(peer.close)
+        return peer
+
+    def knock(self, **options):
+        peer = RawPeer.knock(self.node, **options)
+        self.addCleanup(peer.close)
+        return peer
+
+    def test_a_raw_peer_sends_by_name_and_by_id(self):
+        peer = self.dial()
+        peer.send({"a": [1]}, "kept")
+        peer.send("by id", self.kept.id)
+        peer.send("by whole handle", self.kept.id, peer.peer_incarnation)
+        self.assertEqual(self.got(self.kept, 3), [{"a": [1]}, "by id", "by whole handle"])
+        self.assertEqual(peer.peer[1], "acceptor")
+        self.assertEqual(peer.peer_incarnation, self.node.incarnation)
+        self.assertEqual(peer.peer[6], str(self.node))
+
+    def test_a_raw_peer_calls(self):
+        peer = self.dial()
+        for number in range(LOOPS):
+            self.assertEqual(peer.call(number, "echo"), number)
+
+    def test_many_messages_in_one_frame_keep_their_order(self):
+        peer = self.dial()
+        peer.write([(SEND, (0, "kept"), pickle.dumps(n)) for n in range(1000)])
+        self.assertEqual(self.got(self.kept, 1000), list(range(1000)))
+
+    def test_a_tail_takes_the_place_of_the_last_item_both_ways(self):
+        peer, data = self.dial(), os.urandom(1 << 20)
+        peer.write([(SEND, (0, "kept"), None)], pickle.dumps(data))
+        self.assertEqual(self.got(self.kept, 1), [data])
+        peer.write([(ASK, (0, "echo"), 1, "tag", None)], pickle.dumps(data))
+        kind, tag, payload = peer.read()
+        self.assertEqual((kind, tag, pickle.loads(payload)), (REPLY, "tag", data))
+
+    def test_a_monitor_is_an_ask_without_caller_and_hears_the_end(self):
+        peer = self.dial()
+        thread = self.here(hold, name="held")
+        peer.ask(None, "held", "m1", caller=0)
+        self.assertEqual(peer.call(1, "echo"), 1)  # so the monitor stands
+        thread.send("end")
+        kind, tag, name, text, error, trace, payload = peer.read()
+        self.assertEqual((kind, tag, name, error, payload), (FAILED, "m1", "ThreadDied", "", b""))
+
+    def test_a_thread_that_dies_says_why(self):
+        hook, threading.excepthook = threading.excepthook, lambda *_: None
+        self.addCleanup(setattr, threading, "excepthook", hook)
+        peer = self.dial()
+        self.here(fail_when_called, KeyError("k"), name="doomed")
+        peer.ask("die", "doomed", "t")
+        kind, tag, name, text, error, trace, payload = peer.read()
+        self.assertEqual((kind, tag, name, error), (FAILED, "t", "ThreadDied", "KeyError"))
+        self.assertEqual(pickle.loads(payload).args, ("k",))
+        self.assertIn("Traceback", trace)
+        self.assertIn("fail_when_called", trace)
+
+    def test_nobody_hears_of_what_was_forgotten(self):
+        peer, thread = self.dial(), self.here(hold, name="held")
+        peer.ask(None, "held", "m1", caller=0)
+        peer.write([(FORGET, "m1")])
+        self.assertEqual(peer.call(1, "echo"), 1)
+        thread.send("end")
+        self.assertTrue(thread.join(T))
+        peer.write([(FORGET, "m1"), (FORGET, "never was")])  # late, and of nothing
+        self.assertEqual(peer.call(2, "echo"), 2)  # and not a FAILED before it
+
+    def test_unknown_names_and_stale_incarnations_are_told(self):
+        peer = self.dial()
+        peer.write([(SEND, (0, "kepd"), pickle.dumps(1))] * 3)
+        kind, name, why, times = peer.read()
+        self.assertEqual((kind, name, times), (LOST, "kepd", 3))
+        self.assertIn("'kept'", why)
+        for target in (0, "kepd"), (0, 1 << 40), (12345, self.kept.id), (12345, "kept"):
+            peer.ask(1, target[1], "t", incarnation=target[0])
+            kind, tag, name, text, *_ = peer.read()
+            self.assertEqual((kind, tag, name), (FAILED, "t", "NoSuchThread"), target)
+        self.assertEqual(self.got(self.kept), [])
+
+    def test_what_cannot_be_read_is_told(self):
+        peer = self.dial()
+        payload = pickle.dumps(Point()).replace(b"Point", b"Pxint")
+        peer.write([(SEND, (0, "kept"), payload)])
+        self.assertEqual([part for part in peer.read() if part != part or part in (LOST, "kept", 1)],
+                         [LOST, "kept", 1])
+        peer.write([(ASK, (0, "echo"), 1, "t", payload)])
+        kind, tag, name, text, error, *_ = peer.read()
+        self.assertEqual((kind, tag, name, error), (FAILED, "t", "RemoteError", "AttributeError"))
+
+    def test_an_idle_node_ticks_within_the_heartbeat(self):
+        peer = self.dial(heartbeat=1.0)
+        peer.sock.settimeout(1.5)
+        self.assertEqual(peer.read_frame(), [])
+        peer.write([])
+        self.assertEqual(peer.read_frame(), [])
+
+    def test_a_silent_peer_is_cut_and_one_that_ticks_is_not(self):
+        silent, ticking = self.dial(heartbeat=1.0), self.dial(heartbeat=1.0)
+        start = monotonic()
+        with self.assertRaises(Cut):
+            while True:
+                ticking.write([])
+                ticking.read_frame()
+                if select.select([silent.sock], [], [], 0)[0]:
+                    silent.read_frame()
+        self.assertLess(monotonic() - start, 2.0)
+        self.assertEqual(ticking.call(1, "echo"), 1)
+
+    def listen(self):
+        listener = Listener(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+        return listener, f"127.0.0.1:{listener.address[1]}"
+
+    def accept(self, **options):
+        """Have the node dial a raw peer."""
+        listener, address = self.listen()
+        dialler = spawn(connect, address)
+        peer = RawPeer.accept(listener, address, **options)
+        self.addCleanup(peer.close)
+        self.assertTrue(dialler.join(T))
+        self.assertEqual(peer.peer[1], "dialler")
+        self.assertEqual(peer.peer[7:], [address, address])
+        return peer, address
+
+    def test_the_node_dials_a_raw_peer_and_speaks_to_it(self):
+        peer, address = self.accept()
+        self.assertIn(address, [f"{host}:{port}" for host, port in nodes()])
+        send("hello", RemoteThread(address, "there"))
+        kind, target, payload = peer.read()
+        self.assertEqual((kind, target, pickle.loads(payload)), (SEND, (0, "there"), "hello"))
+        peer.send("hello back", current_thread().id)
+        self.assertEqual(receive(T), "hello back")
+
+    def ask_raw(self, peer, address, answer):
+        """Return how the node takes the answer to a call."""
+        results = queue.Queue()
+
+        def call():
+            try:
+                results.put(send_synchronous("q", RemoteThread(address, "there"), T))
+            except Exception as error:
+                results.put(error)
+        spawn(call)
+        kind, target, caller, tag, payload = peer.read()
+        self.assertEqual((kind, target, pickle.loads(payload)), (ASK, (0, "there"), "q"))
+        peer.write(answer(tag))
+        return results.get(timeout=T)
+
+    def test_a_raw_peer_answers_calls_in_each_way(self):
+        peer, address = self.accept()
+        reply = self.ask_raw(peer, address, lambda tag: [(REPLY, tag, pickle.dumps("a"))])
+        self.assertEqual(reply, "a")
+        reply = self.ask_raw(peer, address, lambda tag: [
+            (REPLY, "0" * 16, pickle.dumps("forged")), (REPLY, tag, pickle.dumps("true")),
+            (REPLY, tag, pickle.dumps("second")), (FAILED, tag, "NoSuchThread", "", "", "", b"")])
+        self.assertEqual(reply, "true")
+        error = self.ask_raw(peer, address, lambda tag: [
+            (FAILED, tag, "NoSuchThread", "no such", "", "", b"")])
+        self.assertIsInstance(error, NoSuchThread)
+        self.assertIn("no such", str(error))
+        error = self.ask_raw(peer, address, lambda tag: [
+            (FAILED, tag, "ThreadDied", "died", "KeyError", "the trace", pickle.dumps(KeyError(1)))])
+        self.assertIsInstance(error, ThreadDied)
+        self.assertIsInstance(error.reason, KeyError)
+        self.assertIsInstance(error.__cause__, RemoteError)
+        self.assertIn("the trace", str(error.__cause__))
+        error = self.ask_raw(peer, address, lambda tag: [
+            (FAILED, tag, "RemoteError", "unreadable", "ImportError", "", b"")])
+        self.assertIsInstance(error, RemoteError)
+        self.assertEqual(error.type, "ImportError")
+        self.assertIs(receive(0, NOTHING), NOTHING)
+
+    def test_a_node_monitors_and_forgets_over_the_wire(self):
+        peer, address = self.accept()
+        target = RemoteThread(address, "there")
+        watch = monitor(target)
+        kind, where, caller, tag, payload = peer.read()
+        self.assertEqual((kind, where, caller, payload), (ASK, (0, "there"), 0, b""))
+        peer.write([(FAILED, tag, "ThreadDied", "returned", "", "", b"")])
+        self.assertEqual(receive(T), Down(watch, target, None))
+        watch = monitor(target)
+        tag = peer.read()[3]
+        demonitor(watch)
+        self.assertEqual(peer.read(), (FORGET, tag))
+        peer.write([(FAILED, tag, "ThreadDied", "returned", "", "", b"")])
+        peer.send("after", current_thread().id)
+        self.assertEqual(receive(T), "after")
+
+    def test_a_close_is_answered_with_all_that_waits_and_a_close(self):
+        peer = self.dial()
+        peer.ask("last words", "echo", "t")
+        kind, *_ = peer.read()
+        self.assertEqual(kind, REPLY)
+        peer.sock.shutdown(socket.SHUT_WR)
+        self.assertTrue(peer.is_cut())
+
+    # One bit wrong
+
+    def assert_shut(self, peer, mark, *steps):
+        """The steps end in a cut, and `mark` was never made."""
+        with contextlib.suppress(Cut):
+            for step in steps:
+                step()
+            self.assertTrue(peer.is_cut())
+        self.assertFalse(os.path.exists(mark))
+
+    def bomb(self, mark):
+        return [(SEND, (0, "kept"), pickle.dumps(Does(os.mkdir, mark)))]
+
+    def test_the_mark_is_made_when_all_is_right(self):
+        mark = self.mark()
+        self.dial().write(self.bomb(mark))
+        self.assertEqual(self.got(self.kept, 1), [None])
+        self.assertTrue(os.path.exists(mark))
+
+    def tamper_hello(self, alter, fields=None):
+        mark, peer = self.mark(), self.knock()
+        with contextlib.suppress(Cut):
+            peer.challenge()
+            peer.fields = fields or peer.fields
+            peer.greet(alter)
+            peer.write([(1, 1)])
+            peer.write(self.bomb(mark))
+            self.assertTrue(peer.is_cut())
+        self.assertFalse(os.path.exists(mark))
+
+    def test_a_hello_with_one_field_altered_on_its_way_is_not_let_in(self):
+        good = RawPeer.knock(self.node)
+        self.addCleanup(good.close)
+        for field in range(len(good.fields)):
+            def alter(line, field=field):
+                fields = line.split(b"\0")
+                fields[field] = fields[field][:-1] + bytes([(fields[field] or b"0")[-1] ^ 1])
+                return b"\0".join(fields)
+            with self.subTest(field=field):
+                self.tamper_hello(alter)
+
+    def test_a_sealed_lie_about_role_or_address_is_not_let_in(self):
+        good = RawPeer.knock(self.node)
+        self.addCleanup(good.close)
+        name = good.fields[-1]
+        for change in ({1: "acceptor"}, {1: ""}, {0: "distconc 2"}, {0: ""},
+                       {7: "127.0.0.1:1", 8: "127.0.0.1:1"}, {7: "", 8: ""},
+                       {7: name + "0", 8: name[:-1]}, {3: "xyz"}, {4: "soon"}, {5: ""}):
+            with self.subTest(change):
+                fields = [change.get(at, field) for at, field in enumerate(good.fields)]
+                self.tamper_hello(None, fields)
+        for fields in ([], good.fields[:3], good.fields[:7], ["\xff" * 4000]):
+            with self.subTest(fields=fields):
+                self.tamper_hello(lambda line: "\0".join(fields).encode("latin-1"))
+
+    def test_our_own_hello_sent_back_is_not_let_in(self):
+        mark, peer = self.mark(), self.knock().challenge()
+        self.assertTrue(peer.conn.poll(T))
+        peer.conn.send_bytes(peer.conn.recv_bytes())
+        with self.assertRaises((EOFError, ConnectionError)):
+            peer.conn.recv_bytes()
+
+    @unittest.skipUnless(importlib.util.find_spec("hypothesis"), "needs hypothesis")
+    def test_a_frame_with_any_one_bit_wrong_ends_the_connection_unread(self):
+        from hypothesis import given, settings, strategies as st
+
+        @settings(max_examples=80, deadline=None, derandomize=True)
+        @given(st.floats(0, 1, exclude_max=True), st.booleans(), st.booleans())
+        def check(where, first, tailed):
+            mark, peer = self.mark(), RawPeer.knock(self.node).challenge().greet()
+            with peer:
+                if not first:
+                    peer.introduce()
+                [bomb], tail = self.bomb(mark), b""
+                if tailed:
+                    bomb, tail = (*bomb[:-1], None), bomb[-1]
+                frame = bytearray(peer.frame(pickle.dumps([(1, 1)] if first else [bomb]),
+                                             b"" if first else tail))
+                bit = int(where * len(frame) * 8)
+                frame[bit // 8] ^= 1 << bit % 8
+                self.assert_shut(peer, mark, lambda: peer.pour(frame),
+                                 lambda: first and peer.write([bomb], tail),
+                                 lambda: bit < 64 and peer.sock.shutdown(socket.SHUT_WR))
+        check()
+        self.assertEqual(self.got(self.kept), [])
+
+    def test_a_repeated_skipped_swapped_or_reflected_frame_ends_the_connection(self):
+        mark = self.mark()
+        for name in "repeat", "skip", "swap", "reflect", "other connection":
+            with self.subTest(name):
+                peer = self.dial()
+                one, two = (peer.frame(pickle.dumps(self.bomb(mark))) for _ in range(2))
+                if name == "repeat":
+                    one = peer.frame(pickle.dumps([]))  # number 2
+                    peer.out_count = 1
+                    first = peer.frame(pickle.dumps([]))
+                    steps = [first, first]
+                elif name == "reflect":
+                    peer.out_key, peer.in_key, peer.out_count = peer.in_key, peer.out_key, 1
+                    steps = [peer.frame(pickle.dumps(self.bomb(mark)))]
+                elif name == "other connection":
+                    steps = [self.dial().frame(pickle.dumps(self.bomb(mark)))]
+                else:
+                    steps = [two] if name == "skip" else [two, one]
+                self.assert_shut(peer, mark, *(lambda s=s: peer.pour(s) for s in steps))
+
+    def test_a_stranger_to_the_key_sees_nothing_loaded(self):
+        mark, peer = self.mark(), self.knock()
+        self.assertTrue(peer.conn.poll(T))
+        peer.conn.recv_bytes()
+        peer.conn.send(Does(os.mkdir, mark))
+        with self.assertRaises((EOFError, ConnectionError)):
+            while True:
+                peer.conn.recv_bytes()
+        self.assertFalse(os.path.exists(mark))
+
+    # With the key, but mad
+
+    def test_lengths_beyond_all_bounds_end_the_connection_and_take_no_memory(self):
+        before = memory()
+        for body, tail in ((0xffffffff, 0), (0, 0xffffffff), (1 << 31, 1 << 31), (1 << 28, 0),
+                           (0x7fffffff, 0), (0, (1 << 28) + 1)):
+            with self.subTest(body=body, tail=tail):
+                peer = self.dial()
+                peer.pour(struct.pack(">II", body, tail) + bytes(16))
+                self.assertTrue(peer.is_cut())
+        self.assertLess(memory() - before, 50 << 20)
+
+    def test_half_a_frame_and_an_empty_one_end_the_connection(self):
+        for data in (b"\0\0\0\4\0\0", b"\0\0\0\4" + bytes(22), bytes(24)):
+            with self.subTest(data):
+                peer = self.dial()
+                peer.pour(data)
+                peer.sock.shutdown(socket.SHUT_WR)
+                self.assertTrue(peer.is_cut())
+
+    def test_a_sealed_frame_of_nonsense_ends_that_connection_only(self):
+        bodies = [b"", b"junk", pickle.dumps(None), pickle.dumps([()]), pickle.dumps([None]),
+                  pickle.dumps([(99, 1)]), pickle.dumps([(SEND,)]), pickle.dumps({1: 2}),
+                  pickle.dumps([("SEND", (0, "kept"), b"")]), pickle.dumps([(SEND, 7, b"x")]),
+                  pickle.dumps([[]]), pickle.dumps(Does(exit_now)),
+                  pickle.dumps([(REPLY, "t", b"", b"")]), pickle.dumps(Does(raise_mute))]
+        honest = self.dial()
+        for body in bodies:
+            with self.subTest(body):
+                peer = self.dial()
+                peer.sock.settimeout(5)
+                peer.pour(peer.frame(body))
+                with contextlib.suppress(Cut):
+                    peer.call(1, "echo")  # what it could make sense of
+                    peer.sock.shutdown(socket.SHUT_WR)
+                    self.assertTrue(peer.is_cut())
+                self.assertEqual(honest.call(1, "echo"), 1)
+        start = monotonic()
+        honest.close()
+        stop_node()
+        self.assertLess(monotonic() - start, 4, "a connection is left that nobody cleans up")
+
+    def test_payloads_that_load_badly_are_contained_and_told(self):
+        for func in exit_now, raise_mute, fail_so:
+            with self.subTest(func.__name__):
+                peer = self.dial()
+                payload = pickle.dumps(Does(func))
+                peer.write([(SEND, (0, "kept"), payload), (ASK, (0, "echo"), 1, "t", payload)])
+                told = sorted(peer.read()[:2] for _ in range(2))
+                self.assertEqual(told, [(FAILED, "t"), (LOST, "kept")])
+                self.assertEqual(peer.call(1, "echo"), 1)
+
+
+######## Two nodes
+
+
+class Lines:
+    """Stands in for sys.stdout; its lines can be waited for."""
+
+    def __init__(self):
+        self.lines, self.rest = queue.Queue(), ""
+
+    def write(self, text):
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            self.lines.put(line)
+
+    def flush(self):
+        pass
+
+    def next(self):
+        return self.lines.get(timeout=T)
+
+
+class TwoNodes(OneChild):
+    """Names, handles, spawning and calls between two processes."""
+
+    def test_factors_first_test_gives_8(self):
+        for node in self.node, self.other:
+            spawn(add_three, name="thread-a", node=node, register=True)
+            send([5, current_thread()], RemoteThread(node, "thread-a"))
+            self.assertEqual(receive(100), 8)
+
+    def test_factors_second_test_gives_15(self):
+        for node in self.node, self.other:
+            spawn(triple, name="thread-s", node=node, register=True)
+            self.assertEqual(send_synchronous(5, RemoteThread(node, "thread-s"), T), 15)
+
+    def test_the_logger_on_another_node_prints_what_is_sent_to_its_name(self):
+        with contextlib.redirect_stdout(Lines()) as printed:
+            logger = spawn_server(log_one, node=self.other, name="logger", register=True)
+            send("hello", RemoteThread(self.other, "logger"))
+            self.assertEqual(printed.next(), "logger: hello")
+            send(("handle", current_thread()), logger)
+            self.assertIn("RemoteThread", printed.next())
+
+    def test_a_node_is_known_by_every_spelling_of_its_address(self):
+        target = self.collector(self.other, "spelt")
+        host, port = self.other.address
+        spellings = [port, f"{host}:{port}", (host, port), self.other, str(self.other),
+                     f"localhost:{port}", ("localhost", port)]
+        for node in spellings:
+            handle = RemoteThread(node, "spelt")
+            self.assertEqual((handle, hash(handle)), (target, hash(target)), node)
+            send("x", handle)
+        self.assertEqual(self.got(target), ["x"] * len(spellings))
+        self.assertEqual(nodes(), [self.other.address])
+        for node in -1, 70000, ("h",), 1.5, True, ("h", "1"), b"127.0.0.1:1":
+            with self.subTest(node), self.assertRaises((ValueError, TypeError)):
+                connect(node)
+
+    def test_unknown_names_raise_and_name_what_is_near(self):
+        self.collector(self.other, "kitchen")
+        for func in (lambda t: send_synchronous(1, t, T), ):
+            with self.assertRaisesRegex(NoSuchThread, "kitchen"):
+                func(RemoteThread(self.other, "kitchn"))
+        with self.assertRaises(NoSuchThread):
+            send_synchronous(1, RemoteThread(self.other, 1 << 40), T)
+        with self.assertRaises(NoSuchThread):
+            ask(self.other, get_remote_thread, "kitchn")
+        self.assertEqual(ask(self.other, get_remote_thread, "kitchen"),
+                         ask(self.other, get_remote_thread, "kitchen"))
+
+    def test_a_name_goes_with_its_thread_and_to_who_comes_later(self):
+        first = spawn(collect, name="seat", node=self.other, register=True)
+        second = spawn(collect, name="seat", node=self.other, register=True)
+        send("for the second", RemoteThread(self.other, "seat"))
+        self.assertEqual(self.got(second, 1), ["for the second"])
+        watch = monitor(second)
+        send("stop", second)
+        self.assertEqual(receive(T), Down(watch, second, None))
+        with self.assertRaises(NoSuchThread):
+            send_synchronous(0, RemoteThread(self.other, "seat"), T)
+        self.assertEqual(self.got(first), [])
+        ask(self.other, register_here, "brief")
+        with self.assertRaises(TypeError):
+            register_remote_thread(first, "not of this node")
+
+    def test_handles_travel_and_stay_equal_and_are_answered_through(self):
+        me = current_thread()
+        home = ask(self.other, echo, {"deep": [me]})["deep"][0]
+        self.assertEqual((home, hash(home)), (me, hash(me)))
+        self.assertIn(home, {me})
+        self.assertIsInstance(home, RemoteThread)
+        self.assertEqual(home, deserialize(serialize(home)))
+        with self.child() as third:
+            far = ask(third, echo, ask(self.other, echo, me))
+            self.assertEqual(far, me)
+            self.assertEqual(ask(self.other, try_send, "from afar", far), "sent")
+        self.assertEqual(receive(T), "from afar")
+        message = ["the object itself"]
+        send(message, home)
+        self.assertIs(receive(T), message)
+        with self.assertRaises(SynchronousToSelfError):
+            send_synchronous(1, home, T)
+
+    def test_a_message_is_a_copy_taken_before_send_returns(self):
+        target, message = self.collector(self.other, "copies"), [0]
+        for message[0] in range(1000):
+            send(message, target)
+        self.assertEqual(self.got(target), [[n] for n in range(1000)])
+
+    def test_a_process_without_start_node_sends_and_is_answered_but_not_dialled(self):
+        self.here(collect, name="door")
+        done = queue.Queue()
+        spawn(lambda: done.put(script('''
+            |me = current_thread()
+            |door = RemoteThread(sys.argv[1], "door")
+            |send(me, door)
+            |print(receive(20))
+            |send_synchronous(2, door, 20)
+            |print(local_node().address, nodes())
+            |'''.replace("            |", ""), self.node)))
+        [guest] = self.got(RemoteThread(self.node, "door"), 1)
+        self.assertEqual(ask(self.other, try_send, "from a third", guest), "NodeUnreachable")
+        send("from the one it called", guest)
+        send("go", RemoteThread(self.node, "door"))
+        result = done.get(timeout=T)
+        self.assertEqual(result.out, f"from the one it called\nNone [{self.node.address!r}]\n",
+                         result.err)
+
+    def test_nothing_listens_before_start_node(self):
+        result = script("import distconc; print(local_node().address)\n"
+                        "send_synchronous(0, RemoteThread(sys.argv[1], 'kept'), 20)\n"
+                        "print(open('/proc/net/tcp').read().count('%x' % os.getpid()) * 0)\n"
+                        "socks = [os.readlink('/proc/self/fd/' + f) for f in os.listdir("
+                        "'/proc/self/fd') if os.path.exists('/proc/self/fd/' + f)]\n"
+                        "print(sum('socket' in s for s in socks))\n",
+                        self.node, **({} if self.here(collect, name="kept") else {}))
+        self.assertEqual(result.out, "None\n0\n1\n", result.err)
+
+    # Spawning there
+
+    def test_what_is_spawned_there_runs_there(self):
+        self.assertEqual(ask(self.other, os.getpid), self.other.pid)
+        handle = spawn(hold, node=self.other, name="held", register=True)
+        self.assertEqual(handle.node, self.other.address)
+        self.assertEqual(ask(self.other, get_remote_thread, "held"), handle)
+        send("end", handle)
+
+    def test_errors_in_getting_it_started_there_are_raised_here(self):
+        alien = stranger_from("only_here").__class__
+        self.addCleanup(sys.modules.pop, "only_here")
+        with self.assertRaises(RemoteError) as caught:
+            spawn(alien, node=self.other)
+        self.assertEqual(caught.exception.type, "ModuleNotFoundError")
+        with self.assertRaises(SerializationError):
+            spawn(lambda: None, node=self.other)
+        with self.assertRaises(SerializationError):
+            spawn(echo, threading.Lock(), node=self.other)
+        with self.assertRaises(TypeError):
+            spawn("echo", node=self.other)
+        with self.assertRaises(NodeUnreachable):
+            spawn(echo, 1, node=free_port())
+        with self.assertRaises(NodeUnreachable):
+            spawn_linked(echo, 1, node=free_port())
+        self.assertIs(receive(0.1, NOTHING), NOTHING)
+        with self.assertRaises(TypeError):
+            spawn(echo, 1, node=self.other, name=7, register=True)
+
+    def test_a_function_of_main_cannot_be_spawned_elsewhere(self):
+        result = script("def f(): pass\ntry: spawn(f, node=sys.argv[1])\n"
+                        "except RemoteError as error: print(error.type, 'f' in str(error))\n",
+                        self.other)
+        self.assertEqual(result.out, "AttributeError True\n", result.err)
+
+    def test_spawn_server_serves_there_for_ever(self):
+        server = spawn_server(handle_synchronous, echo, node=self.other)
+        self.assertEqual([send_synchronous(n, server, T) for n in range(100)], list(range(100)))
+
+    # Calls
+
+    def test_a_call_passed_on_to_a_third_node_is_answered_from_there(self):
+        with self.child() as third:
+            last = spawn(answer_passed, "!", node=third)
+            middle = spawn(pass_on, last, node=self.other)
+            self.assertEqual(send_synchronous("hi", middle, T), "hi!")
+            send("end", middle)
+            local = self.here(pass_on, spawn(answer_passed, "?", node=third))
+            self.assertEqual(send_synchronous("hi", local, T), "hi?")
+
+    def test_the_thread_that_was_called_owes_the_answer_even_if_it_passed_it_on(self):
+        held = spawn(hold, node=self.other)
+        middle = spawn(pass_on, held, node=self.other)
+        send("end at once", middle)  # taken after the call
+        with self.assertRaises(ThreadDied):
+            send_synchronous("hi", middle, T)
+        send("end", held)
+
+    def test_a_server_that_dies_fails_the_call_with_its_traceback(self):
+        server = spawn(fail_when_called, KeyError("why"), node=self.other)
+        with self.assertRaises(ThreadDied) as caught:
+            send_synchronous(1, server, T)
+        self.assertIsInstance(caught.exception.reason, KeyError)
+        cause = caught.exception.__cause__
+        self.assertIsInstance(cause, RemoteError)
+        self.assertEqual(cause.type, "KeyError")
+        for words in "Traceback", "fail_when_called", "why":
+            self.assertIn(words, str(cause))
+        with self.assertRaises(NoSuchThread):
+            send_synchronous(1, server, T)
+
+    def test_a_server_that_returns_fails_the_call_without_reason(self):
+        server = spawn(fail_when_called, SystemExit(), node=self.other)
+        with self.assertRaises(ThreadDied) as caught:
+            send_synchronous(1, server, T)
+        self.assertIsNone(caught.exception.reason)
+
+    def test_a_reply_that_cannot_be_pickled_fails_the_server_and_the_call(self):
+        server = spawn(handle_quietly, threading.Lock, node=self.other)
+        with self.assertRaises(ThreadDied) as caught:
+            send_synchronous((), server, T)
+        self.assertIsInstance(caught.exception.reason, SerializationError)
+
+    def test_an_error_that_does_not_unpickle_becomes_a_remote_error(self):
+        server = spawn(handle_quietly, raise_two, node=self.other)
+        with self.assertRaises(ThreadDied) as caught:
+            send_synchronous((), server, T)
+        self.assertIsInstance(caught.exception.reason, RemoteError)
+        self.assertEqual(caught.exception.reason.type, "TwoArguments")
+
+    def test_an_error_without_words_fails_the_call_as_any_other(self):
+        for node in None, self.other:
+            with self.subTest(node):
+                hook, threading.excepthook = threading.excepthook, lambda *_: None
+                self.addCleanup(setattr, threading, "excepthook", hook)
+                server = spawn(fail_when_called, Mute, node=node)
+                with self.assertRaises(ThreadDied):
+                    send_synchronous(1, server, 5)
+
+    def test_an_error_of_20_megabytes_fails_the_call_as_any_other(self):
+        server = spawn(fail_when_called, Does(ValueError, Does(bytes, 20 << 20)), node=self.other)
+        held = spawn(hold, node=self.other)
+        watch = monitor(held)
+        with self.assertRaises(ThreadDied):
+            send_synchronous(1, server, T)
+        self.assertIs(receive(0, NOTHING), NOTHING)
+        demonitor(watch)
+        send("end", held)
+
+    def test_a_reply_that_cannot_be_read_is_a_remote_error(self):
+        server = spawn(once, stranger_from, node=self.other)
+        with self.assertRaises(RemoteError) as caught:
+            send_synchronous(("only_there",), server, T)
+        self.assertEqual(caught.exception.type, "ModuleNotFoundError")
+
+    def test_a_call_that_cannot_be_read_there_is_a_remote_error(self):
+        message = stranger_from("only_here")
+        self.addCleanup(sys.modules.pop, "only_here")
+        server = self.collector(self.other, "reader")
+        with self.assertRaises(RemoteError) as caught:
+            send_synchronous(message, server, T)
+        self.assertEqual(caught.exception.type, "ModuleNotFoundError")
+        with self.assertLogs("distconc", "WARNING") as logged:
+            send(message, server)
+            self.assertEqual(self.got(server), [])
+        self.assertIn("only_here", logged.output[0])
+
+    def test_a_call_that_times_out_leaves_no_late_reply(self):
+        server = spawn(answer_later, node=self.other)
+        with self.assertRaises(TimeoutError):
+            send_synchronous("q", server, 0.05)
+        send("now", server)
+        self.assertEqual(ask(self.other, echo, 1), 1)
+        self.assertIs(receive(0.1, NOTHING), NOTHING)
+
+    def test_what_cannot_be_pickled_is_named_with_its_path(self):
+        with self.assertRaisesRegex(SerializationError, r"message\[1\]\['lock'\]"):
+            send((1, {"lock": threading.Lock()}), RemoteThread(free_port(), "nobody"))
+        with self.assertRaises(SerializationError):
+            send_synchronous((1, {"lock": threading.Lock()}), RemoteThread(self.other, "n"), T)
+
+    def test_a_deep_list_is_refused_here_or_arrives(self):
+        deep = []
+        for _ in range(100_000):
+            deep = [deep]
+        with self.assertRaises(SerializationError):
+            send(deep, RemoteThread(self.other, "nobody"))
+        while deep:  # not all levels at once
+            deep = deep.pop()
+        self.assertEqual(ask(self.other, echo, 1), 1)
+
+    # Large, many, in order
+
+    def test_64_mib_arrive_there_and_back(self):
+        data = os.urandom(1 << 26)
+        self.assertTrue(ask(self.other, echo, data) == data)
+
+    def test_sends_as_the_last_line_of_a_script_all_arrive(self):
+        self.here(collect, name="kept")
+        result = script("for n in range(20_000): send(n, RemoteThread(sys.argv[1], 'kept'))\n",
+                        self.node)
+        self.assertEqual((result.status, result.err), (0, ""))
+        self.assertEqual(self.got(get_remote_thread("kept")), list(range(20_000)))
+
+    def test_each_senders_order_is_kept_with_many_senders_both_ways(self):
+        there, here = self.collector(self.other, "all there"), self.here(collect)
+        senders = [threading.Thread(target=send_all, args=([(s, n) for n in range(500)], there))
+                   for s in range(8)]
+        for s in range(8):
+            spawn(send_all, [(s, n) for n in range(500)], here, node=self.other)
+        for sender in senders:
+            sender.start()
+        for sender in senders:
+            sender.join()
+        for got in self.got(there, 4000), self.got(here, 4000):
+            for s in range(8):
+                self.assertEqual([n for t, n in got if t == s], list(range(500)))
+
+    def test_small_and_large_messages_of_one_sender_keep_their_order(self):
+        there = self.collector(self.other, "mixed")
+        sizes = [(n * 7919) % 5000 if n % 50 else 300_000 for n in range(1000)]
+        for number, size in enumerate(sizes):
+            send((number, bytes(size)), there)
+        got = self.got(there)
+        self.assertEqual([(n, len(data)) for n, data in got], list(enumerate(sizes)))
+
+    def test_order_and_at_most_once_with_disconnects_in_between(self):
+        there = self.collector(self.other, "cut here")
+        sent = send_over_cuts(range(20_000), there, 50)
+        got = self.got(there)
+        self.assertEqual(got, sorted(set(got)), "an old message after a new one")
+        self.assertEqual(set(sent) - set(got), set(), "disconnect sends what is queued")
+
+    def test_order_and_at_most_once_where_the_receiver_disconnects(self):
+        here = self.here(collect)
+        results = spawn(once, send_over_cuts, node=self.other)
+        cutter = spawn(lambda: [disconnect(self.other) for _ in range(50)])
+        with contextlib.suppress(NodeDown):
+            send_synchronous((range(20_000), here, 0), results, T)
+        self.assertTrue(cutter.join(T))
+        self.assertEqual(ask(self.other, echo, 1), 1)
+        got = self.got(here)
+        self.assertEqual(got, sorted(set(got)), "an old message after a new one")
+
+    def test_two_nodes_dialling_each_other_at_once_lose_and_double_nothing(self):
+        with self.child() as third:
+            a, b = (self.collector(node, "met") for node in (self.other, third))
+            for turn in range(LOOPS):
+                starters = [spawn(once, send_all, node=node) for node in (self.other, third)]
+                calls = [threading.Thread(target=send_synchronous, args=((range(turn * 20, (turn + 1)
+                         * 20), to), starter, T)) for to, starter in zip((b, a), starters)]
+                for call in calls:
+                    call.start()
+                for call in calls:
+                    call.join()
+                for met in a, b:
+                    self.assertEqual(self.got(met, (turn + 1) * 20), list(range((turn + 1) * 20)))
+                enders = [threading.Thread(target=ask, args=(node, disconnect, peer.address))
+                          for node, peer in ((self.other, third), (third, self.other))]
+                for ender in enders:
+                    ender.start()
+                for ender in enders:
+                    ender.join()
+
+    # Undelivered
+
+    def test_lost_sends_are_logged_at_most_once_a_second_with_counts_that_add_up(self):
+        records, before = Records(), ask(self.other, stats_here)["undelivered"]
+        with records:
+            for _ in range(2000):
+                send("x", RemoteThread(self.other, "nobody here"))
+            total = 0
+            while total < 2000:
+                record = records.get()
+                total += int(re.search(r"(\d+) message", record.getMessage())[1])
+                self.assertEqual((record.levelname, record.name), ("WARNING", "distconc"))
+                self.assertIn("nobody here", record.getMessage())
+            self.assertEqual(total, 2000)
+            times = [record.created for record in records.seen]
+            for early, late in zip(times, times[1:]):
+                self.assertGreater(late - early, 0.9)
+        self.assertEqual(ask(self.other, stats_here)["undelivered"] - before, 2000)
+
+    def test_sends_to_a_dead_thread_here_or_there_are_logged_and_never_raise(self):
+        for node in None, self.other:
+            dead = spawn(hold, node=node)
+            watch = monitor(dead)
+            send("end", dead)
+            self.assertEqual(receive(T).monitor, watch)
+            with Records() as records:
+                send("x", dead)
+                self.assertIn("1 message", records.get().getMessage())
+
+    # Monitors and links
+
+    def test_down_comes_after_all_that_the_thread_had_sent(self):
+        for error in [None, KeyError("x")] * LOOPS:
+            thread = spawn(send_then_end, range(200), current_thread(), error, node=self.other)
+            watch = monitor(thread)
+            send("go", thread)
+            self.assertEqual([receive(T) for _ in range(200)], list(range(200)))
+            down = receive(T)
+            self.assertEqual((down.monitor, down.target), (watch, thread))
+            self.assertEqual(repr(down.reason), repr(error))
+
+    def test_a_monitor_of_nobody_says_so_and_never_raises(self):
+        for target, kind in ((RemoteThread(self.other, "nobody"), NoSuchThread),
+                             (RemoteThread(free_port(), "x"), NodeUnreachable),
+                             (free_port(), NodeUnreachable), (os.path.join(self.dir, "no"), NodeDown)):
+            watch = monitor(target)
+            down = receive(T)
+            self.assertEqual((down.monitor, down.target), (watch, target))
+            self.assertIsInstance(down.reason, kind)
+
+    def test_after_demonitor_no_down_comes_or_is_there(self):
+        for _ in range(LOOPS):
+            thread = spawn(hold, node=self.other)
+            watches = [monitor(thread) for _ in range(3)]
+            send("end", thread)
+            demonitor(watches[0])
+            demonitor(watches[0])
+            downs = {receive(T).monitor for _ in range(2)}
+            self.assertEqual(downs, set(watches[1:]))
+        self.assertEqual(ask(self.other, echo, 1), 1)
+        self.assertIs(receive(0.1, NOTHING), NOTHING)
+
+    def test_a_monitored_node_is_down_when_contact_ends_and_can_be_monitored_again(self):
+        for _ in range(3):
+            watch, silent = monitor(self.other), monitor(str(self.other))
+            demonitor(silent)
+            disconnect(self.other)
+            down = receive(T)
+            self.assertEqual((down.monitor, down.target), (watch, self.other))
+            self.assertIsInstance(down.reason, NodeDown)
+            self.assertIs(receive(0.05, NOTHING), NOTHING)
+            self.assertEqual(ask(self.other, echo, 1), 1)
+
+    def test_a_link_over_nodes_gives_exactly_one_error(self):
+        for _ in range(LOOPS):  # also where the child ends before its start has answered
+            child = spawn_linked(fail_quietly, node=self.other)
+            with self.assertRaises(LinkedError) as caught:
+                receive(T)
+            self.assertIsInstance(caught.exception.error, ValueError)
+            self.assertEqual(caught.exception.thread, child)
+        spawn_linked(echo, 1, node=self.other)  # to return is no failure
+        self.assertEqual(ask(self.other, echo, 1), 1)
+        self.assertIs(receive(0.1, NOTHING), NOTHING)
+
+    def test_a_linked_error_does_not_disturb_a_call(self):
+        spawn_linked(fail_quietly, node=self.other)
+        self.assertEqual(ask(self.other, echo, 1), 1)
+        with self.assertRaises(LinkedError):
+            receive(T)
+
+    # Stopping
+
+    def test_a_remote_send_after_stop_node_raises_until_start_node(self):
+        target = self.collector(self.other, "stopped")
+        send("before", target)
+        stop_node()
+        stop_node()
+        for act in (send, send_synchronous):
+            with self.assertRaises(NodeDown):
+                act("after", target)
+        with self.assertRaises(NodeDown):
+            spawn(echo, 1, node=self.other)
+        with self.assertRaises(RuntimeError), start_node():
+            start_node()
+        start_node()
+        send("again", target)
+        self.assertEqual(self.got(target), ["before", "again"])
+
+    def test_stop_node_ends_while_threads_receive_call_and_send(self):
+        held = spawn(hold, node=self.other)
+        target, results = self.collector(self.other, "flooded"), queue.Queue()
+
+        def note(func, *args):
+            try:
+                while True:
+                    func(*args)
+            except Exception as error:
+                results.put(error)
+        self.here(hold)
+        spawn(note, send_synchronous, "q", held)
+        spawn(note, send, bytes(1000), target)
+        spawn(note, send, bytes(100_000), target)
+        self.assertEqual(ask(self.other, echo, 1), 1)
+        stoppers = [threading.Thread(target=stop_node) for _ in range(3)]
+        start = monotonic()
+        for stopper in stoppers:
+            stopper.start()
+        for stopper in stoppers:
+            stopper.join(T)
+        self.assertLess(monotonic() - start, 5.5)
+        for _ in range(3):
+            self.assertIsInstance(results.get(timeout=T), NodeDown)
+        start_node()
+        send("end", held)
+
+
+def raise_two():
+    raise TwoArguments(1, 2)
+
+
+def handle_quietly(func):
+    threading.excepthook = lambda *_: None
+    handle_synchronous(lambda args: func(*args), T)
+
+
+def answer_later():
+    request = receive_if(Synchronous, T)
+    receive_if(str, T)
+    reply_synchronous("late", request)
+
+
+class Records(logging.Handler):
+    """What is logged, to be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.queue, self.seen = queue.Queue(), []
+
+    def emit(self, record):
+        self.queue.put(record)
+
+    def get(self):
+        self.seen.append(self.queue.get(timeout=T))
+        return self.seen[-1]
+
+    def __enter__(self):
+        logger = logging.getLogger("distconc")
+        self.old, logger.propagate = logger.propagate, False
+        logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_):
+        logger = logging.getLogger("distconc")
+        logger.propagate = self.old
+        logger.removeHandler(self)
+
+
+class Plain(Net):
+    """`allow` and `max_message`, as this node's and as a child's options."""
+
+    def narrow(self):
+        return self.child(allow=[Point, once, collect, echo, stats_here, census])
+
+    def bomb_module(self):
+        """A module on the child's path that leaves a mark when it is imported."""
+        mark, name = self.mark(), "bomb_" + os.urandom(4).hex()
+        with open(os.path.join(self.dir, name + ".py"), "w") as file:
+            file.write(f"open({mark!r}, 'w')\ndef Made(*_): pass\n")
+        sys.path.append(self.dir)
+        self.addCleanup(sys.path.remove, self.dir)
+        self.addCleanup(sys.modules.pop, name)
+        message = stranger_from(name)
+        return message, mark
+
+    def test_what_allow_does_not_name_is_never_imported_and_counted_and_told(self):
+        message, mark = self.bomb_module()
+        child = self.narrow()
+        target, ran = self.collector(child), self.mark()
+        bad = [message, Does(os.system, f"touch {ran}"), Does(eval, f"open({ran!r}, 'w')"),
+               Does(os.mkdir, ran), Does(getattr, "", "join"), [Does(open, ran, "w")]]
+        with Records() as records:
+            for item in bad:
+                with self.assertRaises(RemoteError):
+                    send_synchronous(item, target, T)
+                send(item, target)
+            self.assertEqual(self.got(target), [])
+            self.assertIn("collector", records.get().getMessage())
+        with self.assertRaises(RemoteError):
+            spawn(os.mkdir, ran, node=child)
+        with self.assertRaises(RemoteError):
+            spawn_server(print, node=child)
+        self.assertEqual(ask(child, stats_here)["refused"], 2 * len(bad) + 2)
+        self.assertFalse(os.path.exists(ran) or os.path.exists(mark))
+        unguarded = self.child()  # the same does leave its mark where all is allowed
+        send(Does(os.mkdir, ran), self.collector(unguarded))
+        send(message, RemoteThread(unguarded, "collector"))
+        self.got(RemoteThread(unguarded, "collector"))
+        self.assertTrue(os.path.exists(ran) and os.path.exists(mark))
+
+    def plain(self):
+        import datetime as dt, decimal, fractions, uuid  # noqa: E401
+        return [None, True, 1, -1 << 70, 1.5, "s", b"b", bytearray(b"c"), [1], (2,), {"k": {3}},
+                frozenset([4]), 1j, range(5), dt.date(2020, 1, 1), dt.time(1, 2, tzinfo=dt.timezone.utc),
+                dt.datetime(2020, 1, 1, tzinfo=dt.timezone(dt.timedelta(hours=1), "x")),
+                dt.timedelta(1), decimal.Decimal("1.5"), fractions.Fraction(1, 3), uuid.uuid4(),
+                uuid.uuid1(), current_thread(), RemoteThread(self.node, "n"), Point(7),
+                Reply(1, "t"), Synchronous(1, current_thread(), "t"), Monitor(1, "t"),
+                Down(Monitor(1, "t"), 1, None)]
+
+    def test_plain_data_and_what_is_named_gets_in(self):
+        child = self.narrow()
+        for item in self.plain():
+            with self.subTest(item):
+                back = ask(child, echo, [item])[0]
+                self.assertEqual((type(back), back), (type(item), item) if not
+                                 isinstance(item, Thread) else (RemoteThread, item))
+        for error in (ValueError("v"), OSError(2, "no"), UnicodeDecodeError("u", b"x", 0, 1, "r"),
+                      StopIteration(1), NoSuchThread("n"), NodeDown("d"), ThreadDied("t", None),
+                      RemoteError("a", "b"), SerializationError("s"), AuthenticationError("a"),
+                      NodeUnreachable("u"), SynchronousToSelfError("s")):
+            with self.subTest(error):
+                back = ask(child, echo, [error])[0]
+                self.assertEqual((type(back), back.args), (type(error), error.args))
+
+    def test_cycles_and_sharing_get_in(self):
+        shared, child = [1], self.narrow()
+        cycle = {"a": shared, "b": shared}
+        cycle["self"] = cycle
+        back = ask(child, echo, cycle)
+        self.assertIs(back["a"], back["b"])
+        self.assertIs(back["self"], back)
+
+    def test_a_message_cannot_change_a_class_of_the_node(self):
+        child = self.narrow()
+        with RawPeer.dial(child) as peer:
+            for name in "RemoteThread", "Synchronous", "Reply":
+                # pickle: push the class, push (None, {"__repr__": 1}), BUILD
+                payload = (b"\x80\x04\x8c\x08distconc\x8c" + bytes([len(name)]) + name.encode()
+                           + b"\x93N}\x8c\x08__repr__K\x01s\x86b.")
+                peer.write([(SEND, (0, "collector"), payload)])
+                with contextlib.suppress(TimeoutError):
+                    peer.sock.settimeout(0.3)
+                    peer.read()
+        self.assertEqual(ask(child, echo, "alive"), "alive")
+        text = ask(child, echo, [current_thread()])
+        self.assertEqual(text, [current_thread()])
+        self.assertEqual(ask(self.child(allow=[repr_of, once]), repr_of, 1), "1")
+
+    def test_a_message_cannot_change_a_class_here(self):
+        stop_node()
+        start_node(allow=[Point])
+        for name in "RemoteThread", "Synchronous", "NodeDown":
+            payload = (b"\x80\x04\x8c\x08distconc\x8c" + bytes([len(name)]) + name.encode()
+                       + b"\x93N}\x8c\x06forgedK\x01s\x86b.")
+            with contextlib.suppress(Exception):
+                deserialize(payload)
+            self.assertFalse(hasattr(getattr(distconc, name), "forged"), name)
+
+    def test_allow_takes_classes_and_functions_only(self):
+        stop_node()
+        for item in "os.system", 7, Point(), None, os:
+            with self.subTest(item), self.assertRaises(TypeError):
+                start_node(allow=[item])
+        for allow in "os.system", 7, "all":
+            with self.subTest(allow), self.assertRaises(TypeError):
+                start_node(allow=allow)
+        start_node(allow=[])
+
+    def test_off_loopback_only_plain_data_gets_in_by_default(self):
+        stop_node()
+        mark = self.mark()
+        for address, options, inside in ((("0.0.0.0", 0), {}, False), (0, {}, True),
+                                         (("0.0.0.0", 0), {"allow": "anything"}, True),
+                                         (None, {}, True)):
+            with self.subTest(address, **options), start_node(address, **options):
+                with contextlib.suppress(Exception):
+                    deserialize(serialize(Does(os.mkdir, mark)))
+                self.assertEqual(os.path.exists(mark), inside)
+                inside and os.rmdir(mark)
+                self.assertEqual(deserialize(serialize([1])), [1])
+
+    def test_a_wildcard_bind_is_reached_by_every_name_and_advertises_none_of_zeros(self):
+        child = self.child(("0.0.0.0", 0), allow="anything", advertise=None)
+        self.assertNotEqual(child.address[0], "0.0.0.0")
+        for host in "127.0.0.1", "127.0.0.2":
+            target = RemoteThread((host, child.address[1]), "collector")
+            if host == "127.0.0.1":
+                spawn(collect, name="collector", node=target.node, register=True)
+            send(host, target)
+            self.assertEqual(self.got(target)[-1], host)
+
+    def test_a_message_above_max_message_is_refused_at_the_sender_before_connecting(self):
+        child = self.child(max_message=10_000)
+        target = self.collector(child)
+        for act in send, send_synchronous:
+            with self.assertRaises(SerializationError):
+                act(bytes(20_000), target)
+        send(bytes(9_000), target)
+        self.assertEqual(self.got(target), [bytes(9_000)])
+        stop_node()
+        start_node(max_message=1000)
+        with self.assertRaises(SerializationError):
+            send(bytes(2000), RemoteThread(free_port(), "nobody"))
+        with self.assertRaises(NodeUnreachable):
+            send(bytes(900), RemoteThread(free_port(), "nobody"))
+
+    def test_a_reply_above_max_message_fails_the_call(self):
+        child = self.child(max_message=10_000)
+        with self.assertRaises(ThreadDied) as caught:
+            send_synchronous((20_000,), spawn(handle_quietly, bytes, node=child), T)
+        self.assertIsInstance(caught.exception.reason, SerializationError)
+
+
+def repr_of(item):
+    return repr(item)
+
+
+class Processes(Net):
+    """Children, signals, forks, keys, ports and paths."""
+
+    def test_a_child_node_says_what_it_is_and_ends_when_stopped_or_killed(self):
+        with spawn_node() as child:
+            self.assertTrue(child.is_alive())
+            self.assertEqual(ask(child, os.getpid), child.pid)
+            self.assertEqual(str(child), "127.0.0.1:%d" % child.address[1])
+            self.assertNotEqual(child.pid, os.getpid())
+        self.assertFalse(child.is_alive())
+        child = spawn_node()
+        child.kill()
+        self.assertFalse(child.is_alive())
+        child.stop()
+
+    def test_spawn_node_raises_what_start_node_raises_there(self):
+        with self.assertRaises(OSError):
+            spawn_node(self.node)
+        with self.assertRaises(ValueError):
+            spawn_node(heartbeat=-1)
+        with self.assertRaises(ValueError):
+            spawn_node(authkey=b"")
+
+    def test_a_child_ends_with_its_parent_even_if_that_is_killed(self):
+        parent = subprocess.Popen(
+            [sys.executable, "-c", "from distconc import *\nchild = spawn_node()\n"
+             "print(child.pid, child, flush=True)\nreceive()"], env=environment(),
+            stdout=subprocess.PIPE, text=True)
+        with parent:
+            pid, address = parent.stdout.readline().split()
+            watch = monitor(address)
+            parent.kill()
+        self.assertEqual(receive(T).monitor, watch)
+        gone = os.pidfd_open(int(pid)) if os.path.exists(f"/proc/{pid}") else None
+        if gone is not None:
+            self.assertTrue(select.select([gone], [], [], T)[0])
+            os.close(gone)
+
+    def test_killing_a_node_ends_each_call_and_monitor_and_link_once(self):
+        for _ in range(5):
+            log = self.mark()
+            child = spawn_node()
+            held = spawn_linked(hold, node=child)
+            watches = [monitor(held), monitor(child)]
+            ended, replied = queue.Queue(), []
+            count = iter(range(1 << 30))
+
+            def call(child=child, log=log, ended=ended, replied=replied, count=count):
+                server = spawn_server(handle_synchronous, AppendTo(log), node=child)
+                try:
+                    while True:
+                        number = next(count)
+                        if send_synchronous(number, server, T) != number:
+                            raise AssertionError("somebody else's reply")
+                        replied.append(number)
+                except Exception as error:
+                    ended.put(error)
+            callers = [self.here(call) for _ in range(10)]
+            while len(replied) < 200:
+                self.assertIs(receive_if(int, 0.01, NOTHING), NOTHING)
+            child.kill()
+            start = monotonic()
+            for caller in callers:
+                self.assertTrue(caller.join(T))
+            downs, links = {}, 0
+            for _ in range(3):
+                try:
+                    down = receive(T)
+                    downs[down.monitor] = down.reason
+                except LinkedError as error:
+                    self.assertIsInstance(error.error, NodeDown)
+                    links += 1
+            self.assertLess(monotonic() - start, 2)
+            self.assertEqual((set(downs), links), (set(watches), 1))
+            for error in [*downs.values(), *(ended.get(timeout=T) for _ in callers)]:
+                self.assertIsInstance(error, NodeDown)
+            self.assertIs(receive(0.05, NOTHING), NOTHING)
+            with open(log) as file:
+                ran = [int(line) for line in file]
+            self.assertEqual(len(ran), len(set(ran)), "a call ran twice")
+            self.assertEqual(set(replied) - set(ran), set())
+            child.stop()
+
+    def test_a_frozen_node_is_down_within_its_heartbeat_and_nothing_comes_twice(self):
+        child = self.child(heartbeat=1)
+        target, held = self.collector(child), spawn_linked(hold, node=child)
+        send_all(range(100), target)
+        self.assertEqual(self.got(target), list(range(100)))
+        watch = monitor(child)
+        freeze(child)
+        try:
+            start = monotonic()
+            sent = list(range(100, 200))
+            send_all(sent, target)
+            with self.assertRaises(NodeDown):
+                send_synchronous(0, target, T)
+            downs = []
+            for _ in range(2):
+                with contextlib.suppress(LinkedError):
+                    downs.append(receive(T))
+            self.assertLess(monotonic() - start, 2)
+            self.assertEqual([down.monitor for down in downs], [watch])
+        finally:
+            os.kill(child.pid, signal.SIGCONT)
+        send_all(range(200, 300), target)
+        got = self.got(target)
+        self.assertEqual(got, sorted(set(got)))
+        self.assertEqual(got[-100:], list(range(200, 300)))
+        self.assertIs(receive(0.05, NOTHING), NOTHING)
+        send("end", held)
+
+    def test_a_short_freeze_loses_nothing(self):
+        child = self.child(heartbeat=5)
+        target, watch = self.collector(child), monitor(child)
+        for turn in range(5):
+            freeze(child)
+            send_all(range(turn * 100, turn * 100 + 100), target)
+            self.assertIs(receive(0.1, NOTHING), NOTHING)
+            os.kill(child.pid, signal.SIGCONT)
+        self.assertEqual(self.got(target), list(range(500)))
+        demonitor(watch)
+
+    def test_an_idle_connection_between_different_heartbeats_stays(self):
+        child = self.child(heartbeat=0.5)
+        watch = monitor(child)
+        self.assertEqual(ask(child, echo, 1), 1)
+        self.assertIs(receive(2.0, NOTHING), NOTHING)
+        demonitor(watch)
+
+    def test_a_frozen_node_delays_no_traffic_to_another(self):
+        frozen, good = self.child(), self.child()
+        target = self.collector(frozen)
+        self.got(target)
+        freeze(frozen)
+        try:
+            flooders = [self.here(flood, target) for _ in range(4)]
+            for _ in range(100):
+                start = monotonic()
+                self.assertEqual(ask(good, echo, 1), 1)
+                self.assertLess(monotonic() - start, 1)
+            self.assertLess(memory(), 1 << 30)
+        finally:
+            frozen.kill()
+        for flooder in flooders:
+            self.assertTrue(flooder.join(T), "a sender hangs")
+
+    def test_a_fork_leaves_the_child_with_no_node_and_the_parent_unharmed(self):
+        result = script("""
+import distconc, select, signal
+spot = start_node()
+child = spawn_node()
+send_synchronous(0, RemoteThread(sys.argv[1], "kept"), 20)
+handle, incarnation, me = RemoteThread(sys.argv[1], "kept"), spot.incarnation, current_thread()
+register_remote_thread(me, "main")
+read, write = os.pipe()
+hold_read, hold_write = os.pipe()
+pid = os.fork()
+if not pid:
+    signal.alarm(60)
+    os.close(hold_write)
+    try:
+        assert local_node().address is None, local_node()
+        assert local_node().incarnation != incarnation
+        assert nodes() == [], nodes()
+        assert current_thread() != me
+        try: get_remote_thread("main")
+        except NoSuchThread: pass
+        else: assert False, "the name came along"
+        send("from the fork", handle)
+        send_synchronous(0, handle, 20)
+        with start_node(): pass
+        text = b"well"
+    except BaseException as error:
+        text = repr(error).encode()
+    os.write(write, text)
+    os.read(hold_read, 1)
+    os._exit(0)
+os.close(hold_read)
+print(os.read(read, 1000).decode())
+send("from the parent", handle)
+print(send_synchronous(2, handle, 20))
+address, start = spot.address, distconc.monotonic()
+child.stop()
+print("child stopped in time:", distconc.monotonic() - start < 4)
+stop_node()
+try:
+    start_node(address)
+    print("restarted")
+except OSError as error:
+    print(error)
+os.close(hold_write)
+os.waitpid(pid, 0)
+""", self.here(collect, name="kept").send("x") or self.node, PYTHONWARNINGS="ignore")
+        self.assertEqual(result.out.splitlines(), [
+            "well", "['x', 'from the fork', 'from the parent']", "child stopped in time: True",
+            "restarted"], result.err)
+
+    # Ports and paths
+
+    def test_a_node_starts_and_stops_again_and_again_on_one_port(self):
+        address = self.node.address
+        for _ in range(LOOPS):
+            stop_node()
+            with start_node(address) as node:
+                self.assertEqual(node.address, address)
+                with RawPeer.dial(node) as peer:
+                    peer.send("in", self.here(collect, name="kept").id)
+
+    def test_a_socket_file_comes_and_goes_with_its_node(self):
+        path = os.path.join(self.dir, "sock")
+        for _ in range(LOOPS):
+            stop_node()
+            with start_node(path) as node:
+                self.assertEqual((node.address, str(node)), (path, path))
+                self.assertTrue(os.path.exists(path))
+                RawPeer.dial(node).close()
+            self.assertFalse(os.path.exists(path))
+        child = self.child(path)
+        start_node()
+        self.assertEqual(ask(child, echo, current_thread()), current_thread())
+        self.assertEqual(ask(path, os.getpid), child.pid)
+        child.stop()
+        self.assertFalse(os.path.exists(path))
+        with self.assertRaises(NodeUnreachable):
+            connect(path)
+
+    def test_an_address_in_use_is_told_and_starts_nothing(self):
+        other = self.child()
+        stop_node()
+        for address in other, os.path.join(self.dir, "no", "dir"):
+            with self.assertRaises(OSError):
+                start_node(address)
+        start_node()
+
+    def test_a_restarted_node_is_a_stranger_to_old_handles(self):
+        port = free_port()
+        first = self.child(port)
+        old, named = spawn(hold, node=first, name="held", register=True), RemoteThread(port, "held")
+        first.kill()
+        second = self.child(port)
+        new = self.collector(second, "held")
+        with self.assertRaises(NoSuchThread):
+            send_synchronous(0, old, T)
+        with Records() as records:
+            send("for the old", old)
+            self.assertIn("1 message", records.get().getMessage())
+        self.assertEqual(self.got(named), [])
+        watch = monitor(old)
+        self.assertIsInstance(receive(T).reason, NoSuchThread)
+        self.assertNotEqual(old, new)
+        del watch
+
+    def test_nobody_listening_is_told_at_once(self):
+        for node in free_port(), os.path.join(self.dir, "none"):
+            target = RemoteThread(node, "x")
+            for func, *args in ((connect, node), (send, 1, target), (send_synchronous, 1, target),
+                                (spawn, echo, 1), ):
+                if func is not spawn:
+                    self.assert_raises_soon(NodeUnreachable, func, *args)
+
+    def test_a_silent_listener_is_given_up_in_time_by_all_who_wait(self):
+        stop_node()
+        start_node(connect_timeout=1)
+        silent = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(silent.close)
+        target = RemoteThread(silent.getsockname(), "x")
+        errors, start = queue.Queue(), monotonic()
+
+        def call():
+            try:
+                send_synchronous(1, target, T)
+            except Exception as error:
+                errors.put(error)
+        callers = [threading.Thread(target=call) for _ in range(20)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(T)
+            self.assertIsInstance(errors.get(timeout=T), NodeUnreachable)
+        self.assertLess(monotonic() - start, 2.5)
+
+    # Keys
+
+    def test_the_wrong_key_is_refused_both_ways(self):
+        other = self.child(authkey=b"another key, not ours")
+        for act, *args in ((connect, other), (send, 1, RemoteThread(other, "x")),
+                           (send_synchronous, 1, RemoteThread(other, "x"), T), (spawn, echo, 1)):
+            with self.assertRaises(AuthenticationError):
+                act(*args, **({"node": other} if act is spawn else {}))
+        watch = monitor(other)
+        self.assertIsInstance(receive(T).reason, NodeDown)
+        del watch
+        result = script("try: connect(sys.argv[1])\n"
+                        "except AuthenticationError as error: print('refused')\n",
+                        self.node, DISTCONC_AUTHKEY="another key, not ours")
+        self.assertEqual(result.out, "refused\n", result.err)
+        self.assertGreaterEqual(self.node.stats()["strangers"], 1)
+
+    def test_bad_keys_are_refused(self):
+        stop_node()
+        for address, key in ((0, b""), (0, ""), (("0.0.0.0", 0), "short"), (("0.0.0.0", 0), b"")):
+            with self.subTest(address, key=key), self.assertRaises(ValueError):
+                start_node(address, authkey=key)
+        start_node(authkey="short")
+        stop_node()
+        start_node(("0.0.0.0", 0), authkey=b"sixteen or more!")
+
+    def test_authkey_of_the_environment_cookie_and_argument(self):
+        home = self.dir
+        cookie = os.path.join(home, ".distconc.cookie")
+        quiet = {"HOME": home, "DISTCONC_AUTHKEY": None}
+        make = "start_node(); send_synchronous(0, RemoteThread(local_node().address, 'x'))" \
+               if False else "start_node(); print('up')"
+        self.assertEqual(script(make, **quiet).out, "up\n")
+        self.assertEqual(os.stat(cookie).st_mode & 0o777, 0o600)
+        with open(cookie) as file:
+            key = file.read()
+        self.assertGreaterEqual(len(key.strip()), 32)
+        self.assertEqual(script(make, **quiet).out, "up\n")
+        with open(cookie) as file:
+            self.assertEqual(file.read(), key)
+        for mode in 0o640, 0o604:
+            os.chmod(cookie, mode)
+            result = script("try: start_node()\nexcept PermissionError as e: print(e)", **quiet)
+            self.assertIn(cookie, result.out, result.err)
+        os.chmod(cookie, 0o600)
+        for env, out in (({"DISTCONC_AUTHKEY": ""}, "refused\n"), ({"DISTCONC_AUTHKEY": "k"}, "up\n")):
+            result = script("try: start_node(); print('up')\nexcept ValueError: print('refused')",
+                            **{**quiet, **env})
+            self.assertEqual(result.out, out, result.err)
+        named = os.path.join(home, "elsewhere")
+        self.assertEqual(script(make, **quiet, DISTCONC_COOKIE=named).out, "up\n")
+        self.assertEqual(os.stat(named).st_mode & 0o777, 0o600)
+        with open(named) as file:
+            other = file.read().strip()
+        stop_node()
+        with start_node(authkey=other):
+            self.here(collect, name="kept")
+            text = "try: print(send_synchronous(0, RemoteThread(sys.argv[1], 'kept'), 20))\n" \
+                   "except AuthenticationError: print('refused')"
+            self.assertEqual(script(text, local_node(), **quiet, DISTCONC_COOKIE=named).out, "[]\n")
+            self.assertEqual(script(text, local_node(), **quiet).out, "refused\n")
+            self.assertEqual(script(text, local_node(), **{**quiet, "DISTCONC_AUTHKEY": other},
+                                    DISTCONC_COOKIE=cookie).out, "[]\n")
+
+    def test_processes_that_make_the_cookie_at_once_share_one_key(self):
+        for turn in range(3):
+            cookie = self.mark()
+            command = [sys.executable, "-c", "import sys; from distconc import *; "
+                       "print('ready', flush=True); sys.stdin.read(); start_node(); "
+                       f"print(open({cookie!r}).read().strip())"]
+            several = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        env=environment(DISTCONC_AUTHKEY=None,
+                                                        DISTCONC_COOKIE=cookie)) for _ in range(4)]
+            for one in several:
+                self.assertEqual(one.stdout.readline(), b"ready\n")
+            for one in several:
+                one.stdin.close()
+            keys = set()
+            for one in several:
+                with one:
+                    keys.add(one.stdout.read())
+            self.assertEqual(len(keys), 1)
+            self.assertGreaterEqual(len(keys.pop().strip()), 32)
+        self.assertEqual(len([f for f in os.listdir(self.dir)]), 3, "drafts are left")
+
+
+class AppendTo:
+    def __init__(self, path):
+        self.path = path
+
+    def __call__(self, number):
+        return append_and_count(self.path, number)
+
+
+def flood(target):
+    with contextlib.suppress(NodeDown):
+        while True:
+            send(bytes(1000), target)
+
+
+######## Bench: bench, its sets of processes, what is measured, the peers measured against
+#
+# A set is a fresh process, pinned to one CPU, with fresh peers, which inherit that.  It yields
+# rows: the work, the unit, ours, raw, and what is asked of ours / raw (with a third word:
+# of ours).  Ours and raw take turns.  "Raw" is Connection.send and recv with NODELAY, a thread
+# at each end of each connection, unless the row names another.  Rates run from the first send
+# until the consumer has received all and said so.
+
+SMALL = "work", 7, 3.5  # the small message
+BENCH = f"import {__name__} as it; it."  # how other processes reach the functions here
+
+
+def bench(arguments):
+    """Measure distconc beside the bare standard library; print a table, or JSON."""
+    parser = argparse.ArgumentParser(prog="bench", description=bench.__doc__)
+    parser.add_argument("--json", action="store_true", help="one object, in s, 1/s, B, B/s")
+    parser.add_argument("--sets", type=int, default=2, help="fresh sets of processes (2)")
+    options = parser.parse_args(arguments)
+    os.environ["DISTCONC_AUTHKEY"] = os.urandom(16).hex()  # for all processes of the bench
+    os.environ["PYTHONPATH"] = os.path.dirname(os.path.abspath(__file__))
+    for unwanted in "DISTCONC_TRACE", "PYTHONDONTWRITEBYTECODE":  # import, not compile
+        os.environ.pop(unwanted, None)
+    sets = []
+    for number in range(options.sets):
+        print(f"set {number + 1} of {options.sets} ", end="", file=sys.stderr, flush=True)
+        parts = f"_bench_pinned({number})", "_bench_unpinned()"
+        sets.append(sum((json.loads(_bench_run(BENCH + part)) for part in parts), []))
+        print(file=sys.stderr)
+    name, cpu = platform.processor(), _bench_cpu()
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        models = (line.split(": ")[1].strip() for line in file if "model name" in line)
+        name = next(models, name)
+    about = {"python": platform.python_version(), "sets": options.sets, "pinned_to_cpu": cpu,
+             "machine": f"{name}, {os.cpu_count()} CPUs, {platform.system()}",
+             "rows": [_bench_summary(results) for results in zip(*sets)]}
+    print(json.dumps(about)) if options.json else _bench_table(about)
+
+
+def _bench_summary(results):
+    """One row for the table from that row of all sets."""
+    work, unit, _, _, asked = results[0]
+    figures = [row[2:4] for row in results if row[2] and row[3]]
+    ours, raw = map(median, zip(*figures)) if figures else (None, None)
+    ratio = median([ours / raw for ours, raw in figures]) if figures else None
+    met, meant = None, ours if asked and asked[2:] else ratio
+    if asked and figures:
+        met = meant <= asked[1] if asked[0] == "<=" else meant >= asked[1]
+    return {"work": work, "unit": unit, "ours": ours, "raw": raw, "ratio": ratio,
+            "asked": asked, "met": met, "sets": figures}
+
+
+def _bench_table(about):
+    cpu = about["pinned_to_cpu"]
+    pinned = "not pinned" if cpu is None else f"all pinned to CPU {cpu}, but for the last row"
+    print(f"Python {about['python']}; {about['machine']}; medians over {about['sets']} sets of "
+          f"fresh processes, {pinned}; ! misses what is asked\n")
+    shown = {"s": lambda s: f"{s * 1e6:,.1f} us" if s < 1e-3 else f"{s * 1e3:,.1f} ms",
+             "/s": "{:,.0f}/s".format, "B/s": lambda b: f"{b / (1 << 20):,.0f} MiB/s",
+             "B": lambda b: f"{b / 1024:,.1f} KiB", "ratio": "{:.2f}".format}
+    lines = [("work", "ours", "raw", "ratio", "asked")]
+    for row in about["rows"]:
+        sign, number, *of = row["asked"] or ("", 0)
+        asked = f"{sign} {shown[of[0]](number) if of else number}" if sign else ""
+        units = row["unit"], row["unit"], "ratio"
+        figures = [shown[unit](row[what]) if row[what] else "-"
+                   for what, unit in zip(("ours", "raw", "ratio"), units)]
+        lines.append((row["work"], *figures, asked + " !" * (row["met"] is False)))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for work, *figures, asked in lines:
+        figures = map(str.rjust, figures, widths[1:])
+        print("  ".join([work.ljust(widths[0]), *figures, asked]).rstrip())
+
+
+######## Bench: one set
+
+
+def _bench_run(code):
+    """Run `code` in a fresh Python; return what it prints."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, stdout=subprocess.PIPE, timeout=120, check=True).stdout
+
+
+def _bench_cpu():
+    """The CPU to pin to, the last of those we may use; None where one cannot."""
+    return max(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else None
+
+
+def _bench_pinned(number):
+    """Measure all but the last row."""
+    if _bench_cpu() is not None:
+        os.sched_setaffinity(0, {_bench_cpu()})  # of this thread; what it starts inherits it
+    with ExitStack() as stack:
+        children = [stack.enter_context(spawn_node()) for _ in range(4)]
+        peers = [stack.enter_context(_bench_peer("_bench_raw_peer()")) for _ in range(4)]
+        manager = stack.enter_context(_bench_peer("_bench_manager()"))
+        _bench_print(chain(
+            _bench_calls(children[0], peers[0], manager), _bench_floods(children, peers),
+            _bench_starts(children[0], peers[0]), _bench_local(), _bench_mailbox(),
+            _bench_memory(number)))
+
+
+def _bench_unpinned():
+    with spawn_node() as child, _bench_peer("_bench_raw_peer()") as peer:
+        _bench_print([_bench_row("one-way flood, unpinned", "/s", (">=", 2.5), 5,
+                                 partial(_bench_flood, child, SMALL, 30_000),
+                                 partial(_bench_flood_raw, _bench_dial(peer), SMALL, 30_000))])
+
+
+def _bench_print(source):
+    rows = []
+    for row in source:
+        rows.append(row)
+        print(".", end="", file=sys.stderr, flush=True)
+    print(json.dumps(rows))
+
+
+def _bench_turns(rounds, *works):
+    """Call the works in turn, after once to warm up; return the figures of each, sorted."""
+    turns = [[work() for work in works] for _ in range(rounds + 1)]
+    return [sorted(chain(*figures)) for figures in zip(*turns[1:])]
+
+
+def _bench_row(work, unit, asked, rounds, ours, raw):
+    return work, unit, *map(median, _bench_turns(rounds, ours, raw)), asked
+
+
+def _bench_each(times, work):
+    """The seconds that each of `times` calls took."""
+    took = []
+    for _ in range(times):
+        start = perf_counter()
+        work()
+        took.append(perf_counter() - start)
+    return took
+
+
+def _bench_together(times, works):
+    """Calls a second, if as many threads as works each do theirs `times` times."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        start = perf_counter()
+        list(pool.map(partial(_bench_each, times), works))
+        return [times * len(works) / (perf_counter() - start)]
+
+
+######## Bench: what is measured
+
+
+def _bench_calls(child, peer, manager):
+    server = spawn_server(handle_synchronous, _bench_same, node=child)
+    wires = [_bench_dial(peer) for _ in range(4)]
+    for wire in wires:
+        wire.send(("echo", 1 << 60))
+    BaseManager.register("Proxied")
+    managed = BaseManager(manager, _bench_key())
+    managed.connect()
+    proxy = managed.Proxied()
+
+    def ours(message=SMALL):
+        send_synchronous(message, server)
+
+    def bare(message=SMALL, wire=wires[0]):
+        wire.send(message)
+        wire.recv()
+
+    works = ours, bare, lambda: proxy.same(SMALL)
+    o, r, p = _bench_turns(8, *(partial(_bench_each, 250, work) for work in works))
+    yield "round trip, median", "s", median(o), median(r), ("<=", 1.6)
+    yield "round trip, 99th percentile", "s", o[len(o) * 99 // 100], r[len(r) * 99 // 100], None
+    yield "round trip / a BaseManager proxy's", "s", median(o), median(p), None
+    yield _bench_row("four callers", "/s", (">=", 1.2), 3,
+                     partial(_bench_together, 400, [ours] * 4),
+                     partial(_bench_together, 400, [partial(bare, SMALL, w) for w in wires]))
+    large = bytes(20_000)
+    yield _bench_row("round trip of 20 kB", "s", ("<=", 2.5), 3,
+                     partial(_bench_each, 200, partial(ours, large)),
+                     partial(_bench_each, 200, partial(bare, large)))
+
+
+def _bench_floods(children, peers):
+    wires = [_bench_dial(peer) for peer in peers]
+    for work, message, times, asked in (
+            ("one-way flood", SMALL, 30_000, 3.5), ("flood of 1 kB", bytes(1_000), 12_000, 1.3),
+            ("flood of 10 kB", bytes(10_000), 3_000, 0.6),
+            ("flood of 60 kB", bytes(60_000), 800, 0.4)):
+        yield _bench_row(work, "/s", (">=", asked), 2,
+                         partial(_bench_flood, children[0], message, times),
+                         partial(_bench_flood_raw, wires[0], message, times))
+    yield _bench_row("fan-in from four processes", "/s", (">=", 2.8), 2,
+                     partial(_bench_fan_in, children, 8_000),
+                     partial(_bench_fan_in_raw, wires, 8_000))
+    large = bytes(64 << 20)
+    o, r = _bench_turns(2, partial(_bench_flood, children[0], large, 1),
+                        partial(_bench_flood_raw, wires[0], large, 1))
+    yield "64 MiB", "B/s", median(o) * len(large), median(r) * len(large), (">=", 0.7)
+
+
+def _bench_flood(node, message, times):
+    """Messages a second to a thread of `node` (None: this one)."""
+    sink = spawn(_bench_sink, times, current_thread(), node=node)
+    start = perf_counter()
+    for _ in range(times):
+        send(message, sink)
+    receive()
+    return [times / (perf_counter() - start)]
+
+
+def _bench_flood_raw(wire, message, times):
+    wire.send(("sink", times))
+    start = perf_counter()
+    for _ in range(times):
+        wire.send(message)
+    wire.recv()
+    return [times / (perf_counter() - start)]
+
+
+def _bench_fan_in(children, times):
+    """Messages a second from all children to this thread."""
+    sources = [spawn(_bench_source, times, current_thread(), node=child) for child in children]
+    start = perf_counter()
+    for source in sources:
+        send("go", source)
+    for _ in range(times * len(sources)):
+        receive()
+    return [times * len(sources) / (perf_counter() - start)]
+
+
+def _bench_fan_in_raw(wires, times):
+    def take(wire):
+        wire.send(("source", times))
+        for _ in range(times):
+            wire.recv()
+
+    return [times * _bench_together(1, [partial(take, wire) for wire in wires])[0]]
+
+
+def _bench_starts(child, peer):
+    spawn_server(handle_synchronous, _bench_same, node=child, name="echo", register=True)
+    ours = ("from distconc import RemoteThread, send_synchronous\n"
+            f"print(send_synchronous(1, RemoteThread({child.address!r}, 'echo')), flush=True)")
+    raw = ("import socket; from multiprocessing.connection import Client\n"
+           f"wire = Client({peer!r}, authkey={_bench_key()!r})\n"
+           "with socket.fromfd(wire.fileno(), socket.AF_INET, socket.SOCK_STREAM) as sock:\n"
+           "    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)\n"
+           "wire.send(('echo', 1)); wire.send(1); print(wire.recv(), flush=True)")
+    clock = "from time import perf_counter as now; t = now(); import {}; print([now() - t])"
+
+    def first_reply(code):
+        start = perf_counter()
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+            if process.stdout.readline().strip() != b"1":
+                raise RuntimeError(f"no reply to {code}")
+            return [perf_counter() - start]
+
+    def imported(module):
+        return json.loads(_bench_run(clock.format(module)))
+
+    yield _bench_row("process start to first reply", "s", ("<=", 1.3), 2,
+                     partial(first_reply, ours), partial(first_reply, raw))
+    yield _bench_row("import / of multiprocessing.connection", "s", None, 2,
+                     partial(imported, "distconc"),
+                     partial(imported, "multiprocessing.connection"))
+
+
+def _bench_local():
+    server = spawn_server(handle_synchronous, _bench_same)
+
+    def echo(there, back):
+        while True:
+            back.put(there.get())
+
+    def call_over(kind):
+        there, back = kind(), kind()
+        _bench_thread(echo, there, back)
+        return lambda: (there.put(SMALL), back.get())
+
+    def flood_bare(times):
+        there, back = queue.SimpleQueue(), queue.SimpleQueue()
+        _bench_thread(lambda: back.put([there.get() for _ in range(times)]))
+        start = perf_counter()
+        for _ in range(times):
+            there.put(SMALL)
+        back.get()
+        return [times / (perf_counter() - start)]
+
+    works = lambda: send_synchronous(SMALL, server), *map(call_over, (queue.SimpleQueue,
+                                                                      queue.Queue))
+    o, s, q = map(median, _bench_turns(8, *(partial(_bench_each, 500, w) for w in works)))
+    yield "local round trip / two SimpleQueues", "s", o, s, ("<=", 2)
+    yield "local round trip / two queue.Queues", "s", o, q, None
+    yield _bench_row("local flood / a SimpleQueue's", "/s", (">=", 1e6, "/s"), 3,
+                     partial(_bench_flood, None, SMALL, 100_000), partial(flood_bare, 100_000))
+    yield _bench_row("thread start to its end / bare", "s", None, 3,
+                     partial(_bench_each, 100, lambda: spawn(_bench_same, 0).join()),
+                     partial(_bench_each, 100, lambda: _bench_thread(_bench_same, 0).join()))
+
+
+def _bench_mailbox():
+    server, me = spawn_server(handle_synchronous, _bench_same), current_thread()
+
+    def among(unread, times, work):
+        """Time `work` with that many messages in the mailbox, then empty it."""
+        for number in range(unread):
+            send(number, me)
+        took = _bench_each(times, work)
+        while receive(0, None) is not None:
+            pass
+        return took
+
+    def scan():
+        send(-1, me)
+        receive_if(is_last, 0)
+
+    def is_last(message):
+        return message < 0
+
+    def scan_bare():
+        next(filter(is_last, numbers))
+
+    call, numbers = lambda: send_synchronous(SMALL, server), deque([*range(100_000), -1])
+    yield _bench_row("local call, 100,000 unread / none", "s", ("<=", 1.2), 4,
+                     partial(among, 100_000, 1000, call), partial(among, 0, 1000, call))
+    whole, half, bare = map(median, _bench_turns(
+        5, partial(among, 100_000, 1, scan), partial(among, 50_000, 1, scan),
+        partial(_bench_each, 1, scan_bare)))
+    yield "receive_if over 100,000 / a bare scan", "s", whole, bare, ("<=", 0.030, "s")
+    yield "receive_if over 100,000 / over 50,000", "s", whole, half, ("<=", 2.5)
+
+
+def _bench_memory(number):
+    ours = raw = None
+    if number == 0 and os.path.exists("/proc/self/statm"):  # it hardly varies: once will do
+        ours, raw = (json.loads(_bench_run(f"{BENCH}_bench_idle_threads({kind})"))
+                     for kind in (True, False))
+    yield "an idle thread of 10,000 / bare with queue", "B", ours, raw, ("<=", 1.3)
+
+
+def _bench_idle_threads(with_mailbox):
+    """Print the bytes that each of 10,000 idle threads takes; null if so many cannot be."""
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def idle(wait):
+        ready.release()
+        wait()
+
+    ready, before, size = threading.Semaphore(0), resident(), None
+    with suppress(RuntimeError):  # can't start new thread
+        for _ in range(10_000):
+            if with_mailbox:
+                spawn(idle, receive)
+            else:
+                _bench_thread(idle, queue.SimpleQueue().get)
+            ready.acquire()
+        size = (resident() - before) / 10_000
+    print(json.dumps(size), flush=True)
+    os._exit(0)  # at once, without the end of 10,000 threads
+
+
+######## Bench: the peers, and what runs there
+
+
+def _bench_same(data):
+    return data
+
+
+def _bench_sink(times, whom):
+    for _ in range(times):
+        receive()
+    send("done", whom)
+
+
+def _bench_source(times, whom):
+    receive()
+    for _ in range(times):
+        send(SMALL, whom)
+
+
+def _bench_thread(func, *args):
+    thread = threading.Thread(target=func, args=args, daemon=True)
+    thread.start()
+    return thread
+
+
+def _bench_key():
+    return os.environ["DISTCONC_AUTHKEY"].encode()
+
+
+def _bench_dial(peer):
+    return _bench_no_delay(Client(peer, authkey=_bench_key()))
+
+
+def _bench_no_delay(wire):
+    with socket.fromfd(wire.fileno(), socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return wire
+
+
+@contextmanager
+def _bench_peer(call):
+    """A new process that does `call`, which prints an address; it ends with its stdin."""
+    with subprocess.Popen([sys.executable, "-c", BENCH + call], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
+        yield tuple(json.loads(process.stdout.readline()))
+        process.stdin.close()
+
+
+def _bench_be_peer(address, serve):
+    _bench_thread(serve)
+    print(json.dumps(address), flush=True)
+    sys.stdin.read()
+    os._exit(0)
+
+
+class _BenchProxied:
+    same = staticmethod(_bench_same)
+
+
+def _bench_manager():
+    BaseManager.register("Proxied", _BenchProxied)
+    server = BaseManager(("127.0.0.1", 0), _bench_key()).get_server()
+    _bench_be_peer(server.address, server.serve_forever)
+
+
+def _bench_raw_peer():
+    listener = Listener(("127.0.0.1", 0), backlog=16, authkey=_bench_key())
+
+    def accept():
+        while True:
+            _bench_thread(_bench_obey, _bench_no_delay(listener.accept()))
+
+    _bench_be_peer(listener.address, accept)
+
+
+def _bench_obey(wire):
+    """Do what comes over a raw connection, until that ends."""
+    with suppress(EOFError, OSError):
+        while True:
+            order, times = wire.recv()
+            if order == "echo":
+                for _ in range(times):
+                    wire.send(wire.recv())
+            elif order == "sink":
+                for _ in range(times):
+                    wire.recv()
+                wire.send("done")
+            elif order == "source":
+                for _ in range(times):
+                    wire.send(SMALL)
+
+
+if __name__ == "__main__":
+    import test_distconc as by_its_name  # under which other nodes find what they are to run
+
+    if sys.argv[1:2] == ["bench"]:
+        by_its_name.bench(sys.argv[2:])
+    else:
+        unittest.main(by_its_name)
