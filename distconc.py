@@ -1168,8 +1168,6 @@ class _Connection:
         self._silent = -1  # beats since something was read; below 0 while the reader is busy
         self.sent = self.received = 0  # messages; the first guarded by _writing
         self._losses: Counter[tuple[int | str, str]] = Counter()  # of the frame being read
-        self._on = (self._on_send, self._on_ask, self._on_reply, self._on_failed,
-                    self._on_forget, self._on_lost)
 
     def start(self) -> None:
         self.due = 0.0
@@ -1274,15 +1272,17 @@ class _Connection:
         self._idle = True
 
     def _read_on(self) -> None:
+        on = (self._on_send, self._on_ask, self._on_reply, self._on_failed, self._on_forget,
+              self._on_lost)
         try:
             while True:
                 messages, tail = self.read()
                 self._silent = -1
                 self._wrote = 0.0
+                if tail:
+                    messages[-1] = (*messages[-1][:-1], tail)
                 for message in messages:
-                    if message[-1] is None:
-                        message = (*message[:-1], tail)
-                    self._on[message[0]](*message[1:])
+                    on[message[0]](*message[1:])
                 while self._losses:
                     (name_or_id, why), times = self._losses.popitem()
                     self.post((LOST, name_or_id, why, times))
@@ -1333,35 +1333,30 @@ class _Connection:
         raise OSError("the connection ended in the middle of a frame")
 
     def _on_send(self, target: Target, payload: Any) -> None:
-        error = self._deliver(target, payload, Thread.send)
-        if error:
-            self._losses[target[1], str(error)] += 1
+        try:
+            self._node._find(target).send(self._node._load(payload))
+        except BaseException as error:  # loading may raise anything, SystemExit too
+            self._losses[target[1], str(self._refusal(error))] += 1
 
     def _on_ask(self, target: Target, caller: int, tag: str, payload: Any) -> None:
-        def hand_over(thread: Thread, message: Any) -> None:
-            if thread._owe(tag, self.peer) and caller:
-                sender = RemoteThread(self.address, caller, self.peer)
-                thread._mailbox.put(Synchronous(message, sender, tag))
-            if target[1] == KERNEL:
-                thread._start(_kernel)
-        error = self._deliver(target, payload, hand_over)
-        if error:
-            _tell_node(self.peer, tag, error)
-
-    def _deliver(self, target: Target, payload: Any,
-                 hand_over: Callable[[Thread, Any], None]) -> DistconcError | None:
-        """Find the thread, then load the message, then hand it over; or return why not."""
         try:
             thread = self._node._find(target)
-            hand_over(thread, self._node._load(payload) if payload else None)
-        except NoSuchThread as error:
-            self._node._count("undelivered")
+            data = self._node._load(payload) if caller else None
+        except BaseException as error:
+            _tell_node(self.peer, tag, self._refusal(error))
+            return
+        if thread._owe(tag, self.peer) and caller:
+            sender = RemoteThread(self.address, caller, self.peer)
+            thread._mailbox.put(Synchronous(data, sender, tag))
+        if target[1] == KERNEL:
+            thread._start(_kernel)
+
+    def _refusal(self, error: BaseException) -> DistconcError:
+        """Count a message that cannot be delivered; return what its sender is told."""
+        self._node._count("refused" if isinstance(error, _Refused) else "undelivered")
+        if isinstance(error, NoSuchThread):
             return error
-        except BaseException as error:  # loading may raise anything, SystemExit too
-            self._node._count("refused" if isinstance(error, _Refused) else "undelivered")
-            text = f"the other node cannot read it: {_words(error)}"
-            return RemoteError(type(error).__name__, text)
-        return None
+        return RemoteError(type(error).__name__, f"the other node cannot read it: {_words(error)}")
 
     def _on_reply(self, tag: str, payload: Any) -> None:
         awaited = _awaited.get(tag)
@@ -1538,9 +1533,12 @@ class Node:
 
     def _find(self, target: Target) -> Thread:
         incarnation, name_or_id = target
-        if incarnation and incarnation != self.incarnation:
+        if incarnation not in (0, self.incarnation):
             raise NoSuchThread(f"{name_or_id!r} was a thread of an earlier run of this node")
-        return get_remote_thread(name_or_id) if name_or_id != KERNEL else Thread("kernel")
+        thread = (_threads if incarnation else _names).get(name_or_id)  # type: ignore
+        if thread is None:
+            return get_remote_thread(name_or_id) if name_or_id != KERNEL else Thread("kernel")
+        return thread
 
     # Sending
 
@@ -1549,9 +1547,9 @@ class Node:
         for _ in range(2):
             connection = self._speaking.get(to._target[0]) or self._speaking.get(to._node)
             limit = connection.limit if connection else self._max_message
-            size = len(message[-1])
-            if size > limit:
-                raise SerializationError(f"{size} bytes are more than max_message, {limit}")
+            if len(message[-1]) > limit:
+                text = f"{len(message[-1])} bytes are more than max_message, {limit}"
+                raise SerializationError(text)
             if connection is None or connection.ending:
                 connection = self._reach(to._node, to._target[0])
             if awaited:

@@ -1095,7 +1095,7 @@ def tearDownModule():
     stop_node()
 
 
-KEY = os.environ["DISTCONC_AUTHKEY"] = os.urandom(32).hex()
+KEY = os.environ.setdefault("DISTCONC_AUTHKEY", os.urandom(32).hex())
 T = 30.0  # seconds: what takes longer hangs
 LOOPS = 30  # how often what may race is tried
 MODULE = os.path.join(os.path.dirname(os.path.abspath(distconc.__file__)), "distconc.py")
