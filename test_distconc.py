@@ -52,6 +52,12 @@ NOTHING = object()
 logging.getLogger("distconc").addHandler(logging.NullHandler())
 
 
+def check(holds, *about):
+    """Like `assert`, under `-O` as well."""
+    if not holds:
+        raise AssertionError(*about)
+
+
 def trip(thing):
     return deserialize(serialize(thing))
 
@@ -67,12 +73,12 @@ def idle():
 def end(thread):
     if thread.is_alive():
         send("stop", thread)
-    assert thread.join(WAIT)
+    check(thread.join(WAIT))
 
 
 def joined(func, *args, **options):
     thread = spawn(func, *args, **options)
-    assert thread.join(WAIT)
+    check(thread.join(WAIT))
     return thread
 
 
@@ -164,9 +170,9 @@ class MailboxMachine(RuleBasedStateMachine):
     def takes_the_first_that(self, fits, call, *args):
         at = next((at for at, message in enumerate(self.model) if fits(message)), None)
         try:
-            assert call(*args) is self.model.pop(at)
+            check(call(*args) is self.model.pop(at))
         except TimeoutError:
-            assert at is None
+            check(at is None)
 
     @rule(message=MESSAGES)
     def put(self, message):
@@ -187,19 +193,19 @@ class MailboxMachine(RuleBasedStateMachine):
         asked = []
         error = outcome(self.box.get_if, lambda message: asked.append(message) or (
             len(asked) > at and fail(ZeroDivisionError())), 0)
-        assert type(error) is (ZeroDivisionError if at < len(self.model) else TimeoutError)
-        assert list(map(id, asked)) == list(map(id, self.model[:at + 1]))
+        check(type(error) is (ZeroDivisionError if at < len(self.model) else TimeoutError))
+        check(list(map(id, asked)) == list(map(id, self.model[:at + 1])))
 
     @rule()
     def get_all(self):
         got = outcome(self.box.get_all, 0)
-        assert list(map(id, got)) == list(map(id, self.model)) != [] if isinstance(
-            got, list) else isinstance(got, TimeoutError) and not self.model
+        check(list(map(id, got)) == list(map(id, self.model)) != [] if isinstance(
+            got, list) else isinstance(got, TimeoutError) and not self.model)
         self.model = []
 
     @invariant()
     def empty(self):
-        assert self.box.empty() == (not self.model)
+        check(self.box.empty() == (not self.model))
 
     def teardown(self):
         while self.model:
@@ -807,15 +813,15 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule(thread=threads, name=st.none() | names)
     def register(self, thread, name):
         error = outcome(register_remote_thread, thread, *[name] * (name is not None))
-        assert type(error) is (type(None) if thread in self.alive else NoSuchThread)
+        check(type(error) is (type(None) if thread in self.alive else NoSuchThread))
         self.model.update({} if error else {name or thread.name: thread})
         for wrong in (trip(thread), thread.id, None):
-            assert isinstance(outcome(register_remote_thread, wrong, "a"), TypeError)
+            check(isinstance(outcome(register_remote_thread, wrong, "a"), TypeError))
 
     @rule(name=names)
     def unregister(self, name):
         error = outcome(unregister_remote_thread, name)
-        assert type(error) is (type(None) if self.model.pop(name, None) else NoSuchThread)
+        check(type(error) is (type(None) if self.model.pop(name, None) else NoSuchThread))
 
     @rule(thread=threads)
     def end(self, thread):
@@ -830,7 +836,7 @@ class RegistryMachine(RuleBasedStateMachine):
         known = {**self.model, **{thread.id: thread for thread in self.alive}}
         for wanted in ("a", "logger", *(thread.id for thread in self.alive + self.ended)):
             found = outcome(get_remote_thread, wanted)
-            assert found is known[wanted] if wanted in known else type(found) is NoSuchThread
+            check(found is known[wanted] if wanted in known else type(found) is NoSuchThread)
 
     def teardown(self):
         for thread in self.alive:
