@@ -1155,7 +1155,7 @@ class _Connection:
         self.heartbeat = min(mine.heartbeat, peer.heartbeat)
         self.limit = min(mine.limit, peer.limit)
         self.stamp = self.peer_stamp = 0  # each side's number for it; see Node._introduce
-        self.ending = False  # takes no more messages
+        self.started = self.ending = False  # ending: takes no more messages
         self.due = float("inf")  # when its next beat is
         self._node, self._sock = node, sock
         self._file = sock.makefile("rb", 1 << 16)
@@ -1170,7 +1170,7 @@ class _Connection:
         self._losses: Counter[tuple[int | str, str]] = Counter()  # of the frame being read
 
     def start(self) -> None:
-        self.due = 0.0
+        self.started, self.due = True, 0.0
         self._writer = _thread("writer", self._write_on)
         _thread("reader", self._read_on)
 
@@ -1672,10 +1672,8 @@ class Node:
                 self._introduce(connection, dialled)
                 return connection
         except BaseException:
-            with self._changed:
-                self._open -= {connection}
-                self._changed.notify_all()
             if connection:
+                self._forget(connection)
                 connection.release()
             sock.close()
             raise
@@ -1750,13 +1748,16 @@ class Node:
                 self._changed.wait(min([now + 60] + [c.due for c in self._open]) - now)
 
     def _forget(self, connection: _Connection) -> None:
-        """A connection has been read to its end: contact with its peer is lost, all of it."""
+        """A connection has been read to its end: contact with its peer is lost, all of it.
+
+        One that never started takes no other with it, but may be the last to go.
+        """
         peer = connection.peer
         with self._changed:
             self._open.discard(connection)
             self._counts.update(sent=connection.sent, received=connection.received)
             rest = [other for other in self._open if other.peer == peer]
-            for other in rest:
+            for other in rest if connection.started else ():
                 other.cut()
             for key in [key for key, value in self._speaking.items() if value is connection]:
                 if rest:

@@ -4,12 +4,14 @@ import argparse
 import array
 import contextlib
 import copy
+import faulthandler
 import fractions
 import functools
 import gc
 import hashlib
 import hmac
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -30,6 +32,7 @@ import tempfile
 import threading
 import types
 import unittest
+import uuid
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, ExitStack, suppress
@@ -124,12 +127,23 @@ class Odd:
     __bool__ = __len__ = lambda self: fail(AssertionError("a message is a black box"))
 
 
+class Awkward(Exception):
+    """An error that is false (a list of none, say) and cannot be printed."""
+
+    __len__ = lambda self: 0
+    __str__ = __repr__ = lambda self: 1 // 0
+
+
 class Case(unittest.TestCase):
     """Each test must leave an empty mailbox, no thread, no failure that it did not expect."""
 
     def setUp(self):
         self.me, self.shown = current_thread(), queue.SimpleQueue()
         self.before = set(threading.enumerate())
+        faulthandler.dump_traceback_later(5 * WAIT, exit=True)  # a hang is a failure, too
+        self.addCleanup(faulthandler.cancel_dump_traceback_later)
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-5)  # gives races a chance
         patch = mock.patch("threading.excepthook", self.shown.put)
         patch.start()
         self.addCleanup(patch.stop)
@@ -275,13 +289,20 @@ class MailboxTests(Case):
                 self.assertEqual(sorted(own), own)
 
     def test_a_refused_message_is_not_asked_again_while_others_flood(self):
+        def flood():
+            for at in range(200, last + 1):
+                box.put(at)
+                if at >= 300:  # from here on one by one, each after the last was refused
+                    receive_if(lambda refused: refused == at, WAIT)
+
         for _ in range(10):
             box, asked, last = Mailbox(), [], 399
             for at in range(200):
                 box.put(at)
-            flood = spawn(lambda: [box.put(at) for at in range(200, last + 1)])
-            self.assertEqual(last, box.get_if(lambda m: asked.append(m) or m == last, WAIT))
-            self.assertTrue(flood.join(WAIT))
+            thread = spawn(flood)
+            self.assertEqual(last, box.get_if(
+                lambda at: asked.append(at) or send(at, thread) or at == last, WAIT))
+            self.assertTrue(thread.join(WAIT))
             self.assertEqual(list(range(last + 1)), asked)
             self.assertEqual(list(range(last)), box.get_all(0))
 
@@ -333,6 +354,7 @@ class ThreadTests(Case):
                 self.assertRaises(TypeError, start, wrong, lambda: 1 + 1)
             with mock.patch("threading.Thread.start", side_effect=RuntimeError("no more")):
                 self.assertRaises(RuntimeError, start, idle, name="unborn", register=True)
+            self.assertRaises(TypeError, start, idle, name=5, register=True)
         self.assertRaises(NoSuchThread, get_remote_thread, "unborn")
         self.assertEqual(before, threads())
 
@@ -395,11 +417,12 @@ class LinkTests(Case):
     error = LinkedError(KeyError("lost"), None)
 
     def test_a_crash_is_raised_in_the_thread_that_linked(self):  # Factor's own
-        why = ValueError("crash")
-        child = spawn_linked(fail, why, name="Linked test")
-        linked = self.raised(LinkedError, receive, WAIT)
-        self.assertIs(why, linked.error)
-        self.assertIs(child, linked.thread)
+        for why in (ValueError("crash"), Awkward()):
+            child = spawn_linked(fail, why, name="Linked test")
+            linked = self.raised(LinkedError, receive, WAIT)
+            self.assertIs(why, linked.error)
+            self.assertIs(child, linked.thread)
+            self.assertTrue(child.join(WAIT))
 
     def test_each_crash_is_delivered_once_after_what_the_child_sent(self):
         children = {spawn_linked(lambda at: (send(at, self.me), fail(ValueError())), at): at
@@ -597,7 +620,7 @@ class SynchronousTests(Case):
 
     def test_a_forged_reply_neither_answers_nor_reaches_the_mailbox(self):
         def forge(request):
-            for tag in ("", "0" * 16, 1, None, b"x"):
+            for tag in ("", "0" * 16, 1, None, b"x", []):
                 send(Reply("forged", tag), request.sender)
                 send(Reply("forged", tag), trip(request.sender))
 
@@ -642,13 +665,14 @@ class SynchronousTests(Case):
         self.assertEqual([[True] * 100] * 4, [receive(WAIT) for _ in range(4)])
 
     def test_a_server_that_dies_tells_its_caller_why(self):
-        error = KeyError("why")
-        thread = self.server(lambda request: fail(error))
-        died = self.raised(ThreadDied, send_synchronous, "?", thread)
-        self.assertIs(error, died.reason)
-        self.assertEqual((RemoteError, "KeyError"), (type(died.__cause__), died.__cause__.type))
-        self.assertRegex(str(died.__cause__), r"(?s)^Traceback.* in fail\n.*KeyError: 'why'")
-        self.assertIs(error, self.failure_shown().exc_value)
+        for error, text in ((KeyError("why"), "KeyError: 'why'"), (Awkward(), "Awkward")):
+            thread = self.server(lambda request: fail(error))
+            died = self.raised(ThreadDied, send_synchronous, "?", thread, WAIT)
+            self.assertIs(error, died.reason)
+            self.assertEqual((RemoteError, type(error).__name__),
+                             (type(died.__cause__), died.__cause__.type))
+            self.assertRegex(str(died.__cause__), rf"(?s)^Traceback.* in fail\n.*{text}")
+            self.assertIs(error, self.failure_shown().exc_value)
 
     def test_a_failing_function_of_handle_synchronous_fails_server_and_call(self):
         server = spawn_server(handle_synchronous, lambda n: 1 // n)
@@ -849,7 +873,10 @@ RegistryAsADictTest.settings = settings(deadline=None, max_examples=150, statefu
 
 class RegistryTests(Case):
     def test_the_text_of_no_such_thread_lists_near_names(self):
-        self.addCleanup(end, spawn(idle, name="logger", register=True))
+        thread = spawn(idle, name="logger", register=True)
+        self.addCleanup(end, thread)
+        for at in range(10):
+            register_remote_thread(thread, f"an{at}")
         with start_node() as node:
             for call in (get_remote_thread, unregister_remote_thread,
                          lambda name: send_synchronous("?", RemoteThread(node, name), WAIT)):
@@ -988,10 +1015,10 @@ class MonitorTests(Case):
         return down.reason
 
     def test_the_reason_is_none_if_it_returned_and_else_the_exception(self):
-        error = ValueError("why")
         self.assertIsNone(self.watched(int))
-        self.assertIs(error, self.watched(fail, error))
-        self.failure_shown()
+        for error in (ValueError("why"), Awkward()):
+            self.assertIs(error, self.watched(fail, error))
+            self.failure_shown()
 
     def test_the_reason_is_no_such_thread_if_it_had_ended(self):
         for target in (ended := joined(int), trip(ended)):
@@ -1017,16 +1044,16 @@ class MonitorTests(Case):
             self.assertIsInstance(down.reason, (type(None), NoSuchThread))
 
     def test_after_demonitor_no_down_is_or_comes(self):
-        send("other", self.me)
-        thread = spawn(idle)
-        early, late, kept = (monitor(thread) for _ in range(3))
+        first, second = spawn(idle), spawn(idle)
+        kept, early, late = monitor(first), monitor(second), monitor(second)
+        end(first)
         demonitor(early)
-        end(thread)
-        self.assertEqual(kept, receive_if(lambda message: message != "other" and (
-            message.monitor == kept), WAIT).monitor)
+        end(second)
+        joined(send, "other", self.me)
         demonitor(late)
         demonitor(late)
-        self.assertEqual("other", receive(0))
+        self.assertEqual("other", receive_if(str, WAIT))
+        self.assertEqual(Down(kept, first, None), receive(WAIT))
         self.assertRaises(TimeoutError, receive, 0)
 
     def test_after_a_demonitor_that_races_with_the_end_no_down_is_or_comes(self):
@@ -1310,7 +1337,7 @@ class Net(unittest.TestCase):
         self.dir = tempfile.mkdtemp(prefix="dc")
         self.addCleanup(shutil.rmtree, self.dir)
         gc.collect()
-        self.before = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+        self.before = set(threading.enumerate()), census()[1]
         self.addCleanup(self.check_rest)
         self.addCleanup(stop_node)
         self.node = start_node(**self.options)
@@ -1320,13 +1347,14 @@ class Net(unittest.TestCase):
         rest, end = [None], monotonic() + T
         while rest and monotonic() < end:  # a thread that reports losses may start another
             here = {thread.name for thread in threads().values()}
-            rest = [t for t in set(threading.enumerate()) - self.before[0] if t.name not in here]
+            rest = [thread for thread in set(threading.enumerate()) - self.before[0]
+                    if thread.name not in here]
             for thread in rest:
                 with contextlib.suppress(RuntimeError):  # it is just being started
                     thread.join(1)
         self.assertFalse([t for t in rest if t.is_alive()], "threads are left")
         gc.collect()
-        self.assertLessEqual(len(os.listdir("/proc/self/fd")), self.before[1], "descriptors leak")
+        self.assertLessEqual(census()[1], self.before[1], "descriptors leak")
         self.drain()
 
     def drain(self):
@@ -1374,6 +1402,15 @@ class OneChild(Net):
         cls.addClassCleanup(cls.other.stop)
 
 
+def at_once(*calls):
+    """Make the calls, (func, *args) each, at the same time; return when all are done."""
+    callers = [threading.Thread(target=func, args=args) for func, *args in calls]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(T)
+
+
 def freeze(child):
     """Stop a process; it has stopped when this returns."""
     os.kill(child.pid, signal.SIGSTOP)
@@ -1386,7 +1423,8 @@ def free_port():
 
 
 def environment(**changes):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **changes}
+    path = os.pathsep.join([os.path.dirname(MODULE)])
+    env = {**os.environ, "PYTHONPATH": path, **changes}
     return {name: value for name, value in env.items() if value is not None}
 
 
@@ -1421,7 +1459,7 @@ class RawPeer:
     `self.fields` is our hello, to be changed before `greet`.
     """
 
-    stamps = iter(range(1, 1 << 30))
+    stamps = itertools.count(1)
 
     def __init__(self, conn, role, address="", meant=(), key=KEY, heartbeat=10.0):
         self.conn, self.role, self.key = conn, role, key.encode()
@@ -1443,7 +1481,8 @@ class RawPeer:
 
     @classmethod
     def accept(cls, listener, address, **options):
-        return cls(listener.accept(), "acceptor", address, **options).challenge().greet().introduce()
+        peer = cls(listener.accept(), "acceptor", address, **options)
+        return peer.challenge().greet().introduce()
 
     def challenge(self):
         steps = [answer_challenge, deliver_challenge]
@@ -1625,7 +1664,8 @@ class TheWire(Net):
         self.assertEqual(peer.call(1, "echo"), 1)  # so the monitor stands
         thread.send("end")
         kind, tag, name, text, error, trace, payload = peer.read()
-        self.assertEqual((kind, tag, name, error, payload), (FAILED, "m1", "ThreadDied", "", b""))
+        self.assertEqual((kind, tag, name), (FAILED, "m1", "ThreadDied"))
+        self.assertEqual((error, payload), ("", b""))
 
     def test_a_thread_that_dies_says_why(self):
         hook, threading.excepthook = threading.excepthook, lambda *_: None
@@ -1665,11 +1705,12 @@ class TheWire(Net):
         peer = self.dial()
         payload = pickle.dumps(Point()).replace(b"Point", b"Pxint")
         peer.write([(SEND, (0, "kept"), payload)])
-        self.assertEqual([part for part in peer.read() if part != part or part in (LOST, "kept", 1)],
-                         [LOST, "kept", 1])
+        kind, name, why, times = peer.read()
+        self.assertEqual((kind, name, times), (LOST, "kept", 1))
         peer.write([(ASK, (0, "echo"), 1, "t", payload)])
         kind, tag, name, text, error, *_ = peer.read()
-        self.assertEqual((kind, tag, name, error), (FAILED, "t", "RemoteError", "AttributeError"))
+        self.assertEqual((kind, tag, name), (FAILED, "t", "RemoteError"))
+        self.assertEqual(error, "AttributeError")
 
     def test_an_idle_node_ticks_within_the_heartbeat(self):
         peer = self.dial(heartbeat=1.0)
@@ -1736,14 +1777,16 @@ class TheWire(Net):
         self.assertEqual(reply, "a")
         reply = self.ask_raw(peer, address, lambda tag: [
             (REPLY, "0" * 16, pickle.dumps("forged")), (REPLY, tag, pickle.dumps("true")),
-            (REPLY, tag, pickle.dumps("second")), (FAILED, tag, "NoSuchThread", "", "", "", b"")])
+            (REPLY, tag, pickle.dumps("second")),
+            (FAILED, tag, "NoSuchThread", "", "", "", b"")])
         self.assertEqual(reply, "true")
         error = self.ask_raw(peer, address, lambda tag: [
             (FAILED, tag, "NoSuchThread", "no such", "", "", b"")])
         self.assertIsInstance(error, NoSuchThread)
         self.assertIn("no such", str(error))
         error = self.ask_raw(peer, address, lambda tag: [
-            (FAILED, tag, "ThreadDied", "died", "KeyError", "the trace", pickle.dumps(KeyError(1)))])
+            (FAILED, tag, "ThreadDied", "died", "KeyError", "the trace",
+             pickle.dumps(KeyError(1)))])
         self.assertIsInstance(error, ThreadDied)
         self.assertIsInstance(error.reason, KeyError)
         self.assertIsInstance(error.__cause__, RemoteError)
@@ -2185,7 +2228,8 @@ class TwoNodes(OneChild):
                     send_synchronous(1, server, 5)
 
     def test_an_error_of_20_megabytes_fails_the_call_as_any_other(self):
-        server = spawn(fail_when_called, Does(ValueError, Does(bytes, 20 << 20)), node=self.other)
+        error = Does(ValueError, Does(bytes, 20 << 20))
+        server = spawn(fail_when_called, error, node=self.other)
         held = spawn(hold, node=self.other)
         watch = monitor(held)
         with self.assertRaises(ThreadDied):
@@ -2293,21 +2337,14 @@ class TwoNodes(OneChild):
         with self.child() as third:
             a, b = (self.collector(node, "met") for node in (self.other, third))
             for turn in range(LOOPS):
+                numbers, upto = range(turn * 20, turn * 20 + 20), turn * 20 + 20
                 starters = [spawn(once, send_all, node=node) for node in (self.other, third)]
-                calls = [threading.Thread(target=send_synchronous, args=((range(turn * 20, (turn + 1)
-                         * 20), to), starter, T)) for to, starter in zip((b, a), starters)]
-                for call in calls:
-                    call.start()
-                for call in calls:
-                    call.join()
+                at_once(*((send_synchronous, (numbers, to), starter, T)
+                          for to, starter in zip((b, a), starters)))
                 for met in a, b:
-                    self.assertEqual(self.got(met, (turn + 1) * 20), list(range((turn + 1) * 20)))
-                enders = [threading.Thread(target=ask, args=(node, disconnect, peer.address))
-                          for node, peer in ((self.other, third), (third, self.other))]
-                for ender in enders:
-                    ender.start()
-                for ender in enders:
-                    ender.join()
+                    self.assertEqual(self.got(met, upto), list(range(upto)))
+                at_once((ask, self.other, disconnect, third.address),
+                        (ask, third, disconnect, self.other.address))
 
     # Undelivered
 
@@ -2353,7 +2390,8 @@ class TwoNodes(OneChild):
     def test_a_monitor_of_nobody_says_so_and_never_raises(self):
         for target, kind in ((RemoteThread(self.other, "nobody"), NoSuchThread),
                              (RemoteThread(free_port(), "x"), NodeUnreachable),
-                             (free_port(), NodeUnreachable), (os.path.join(self.dir, "no"), NodeDown)):
+                             (free_port(), NodeUnreachable),
+                             (os.path.join(self.dir, "no"), NodeUnreachable)):
             watch = monitor(target)
             down = receive(T)
             self.assertEqual((down.monitor, down.target), (watch, target))
@@ -2529,9 +2567,10 @@ class Plain(Net):
         self.assertTrue(os.path.exists(ran) and os.path.exists(mark))
 
     def plain(self):
-        import datetime as dt, decimal, fractions, uuid  # noqa: E401
+        import datetime as dt, decimal, fractions  # noqa: E401
         return [None, True, 1, -1 << 70, 1.5, "s", b"b", bytearray(b"c"), [1], (2,), {"k": {3}},
-                frozenset([4]), 1j, range(5), dt.date(2020, 1, 1), dt.time(1, 2, tzinfo=dt.timezone.utc),
+                frozenset([4]), 1j, range(5), dt.date(2020, 1, 1),
+                dt.time(1, 2, tzinfo=dt.timezone.utc),
                 dt.datetime(2020, 1, 1, tzinfo=dt.timezone(dt.timedelta(hours=1), "x")),
                 dt.timedelta(1), decimal.Decimal("1.5"), fractions.Fraction(1, 3), uuid.uuid4(),
                 uuid.uuid1(), current_thread(), RemoteThread(self.node, "n"), Point(7),
@@ -2545,8 +2584,9 @@ class Plain(Net):
                 back = ask(child, echo, [item])[0]
                 self.assertEqual((type(back), back), (type(item), item) if not
                                  isinstance(item, Thread) else (RemoteThread, item))
-        for error in (ValueError("v"), OSError(2, "no"), UnicodeDecodeError("u", b"x", 0, 1, "r"),
-                      StopIteration(1), NoSuchThread("n"), NodeDown("d"), ThreadDied("t", None),
+        for error in (ValueError("v"), OSError(2, "no"), StopIteration(1),
+                      UnicodeDecodeError("u", b"x", 0, 1, "r"), NoSuchThread("n"),
+                      NodeDown("d"), ThreadDied("t", None),
                       RemoteError("a", "b"), SerializationError("s"), AuthenticationError("a"),
                       NodeUnreachable("u"), SynchronousToSelfError("s")):
             with self.subTest(error):
@@ -2564,11 +2604,8 @@ class Plain(Net):
     def test_a_message_cannot_change_a_class_of_the_node(self):
         child = self.narrow()
         with RawPeer.dial(child) as peer:
-            for name in "RemoteThread", "Synchronous", "Reply":
-                # pickle: push the class, push (None, {"__repr__": 1}), BUILD
-                payload = (b"\x80\x04\x8c\x08distconc\x8c" + bytes([len(name)]) + name.encode()
-                           + b"\x93N}\x8c\x08__repr__K\x01s\x86b.")
-                peer.write([(SEND, (0, "collector"), payload)])
+            for kind in RemoteThread, Synchronous, Reply:
+                peer.write([(SEND, (0, "collector"), patch(kind, "__repr__"))])
                 with contextlib.suppress(TimeoutError):
                     peer.sock.settimeout(0.3)
                     peer.read()
@@ -2580,12 +2617,13 @@ class Plain(Net):
     def test_a_message_cannot_change_a_class_here(self):
         stop_node()
         start_node(allow=[Point])
-        for name in "RemoteThread", "Synchronous", "NodeDown":
-            payload = (b"\x80\x04\x8c\x08distconc\x8c" + bytes([len(name)]) + name.encode()
-                       + b"\x93N}\x8c\x06forgedK\x01s\x86b.")
+        for kind in RemoteThread, Synchronous, NodeDown, uuid.UUID, Point:
             with contextlib.suppress(Exception):
-                deserialize(payload)
-            self.assertFalse(hasattr(getattr(distconc, name), "forged"), name)
+                deserialize(patch(kind, "forged"))
+            with self.subTest(kind):
+                self.assertFalse(hasattr(kind, "forged"))
+            if hasattr(kind, "forged"):
+                del kind.forged
 
     def test_allow_takes_classes_and_functions_only(self):
         stop_node()
@@ -2642,6 +2680,14 @@ class Plain(Net):
         self.assertIsInstance(caught.exception.reason, SerializationError)
 
 
+def patch(kind, name):
+    """Return the pickle that pushes a class, then (None, {name: 1}), then says BUILD."""
+    words = b"".join(b"\x8c" + bytes([len(word)]) + word.encode()
+                     for word in (kind.__module__, kind.__qualname__))
+    return (b"\x80\x04" + words + b"\x93N}\x8c" + bytes([len(name)]) + name.encode()
+            + b"K\x01s\x86b.")
+
+
 def repr_of(item):
     return repr(item)
 
@@ -2691,11 +2737,11 @@ class Processes(Net):
             held = spawn_linked(hold, node=child)
             watches = [monitor(held), monitor(child)]
             ended, replied = queue.Queue(), []
-            count = iter(range(1 << 30))
+            count = itertools.count()
 
             def call(child=child, log=log, ended=ended, replied=replied, count=count):
-                server = spawn_server(handle_synchronous, AppendTo(log), node=child)
                 try:
+                    server = spawn_server(handle_synchronous, AppendTo(log), node=child)
                     while True:
                         number = next(count)
                         if send_synchronous(number, server, T) != number:
@@ -2785,7 +2831,7 @@ class Processes(Net):
             for _ in range(100):
                 start = monotonic()
                 self.assertEqual(ask(good, echo, 1), 1)
-                self.assertLess(monotonic() - start, 1)
+                self.assertLess(monotonic() - start, 5)
             self.assertLess(memory(), 1 << 30)
         finally:
             frozen.kill()
@@ -2883,7 +2929,8 @@ os.waitpid(pid, 0)
     def test_a_restarted_node_is_a_stranger_to_old_handles(self):
         port = free_port()
         first = self.child(port)
-        old, named = spawn(hold, node=first, name="held", register=True), RemoteThread(port, "held")
+        old = spawn(hold, node=first, name="held", register=True)
+        named = RemoteThread(port, "held")
         first.kill()
         second = self.child(port)
         new = self.collector(second, "held")
@@ -2901,10 +2948,9 @@ os.waitpid(pid, 0)
     def test_nobody_listening_is_told_at_once(self):
         for node in free_port(), os.path.join(self.dir, "none"):
             target = RemoteThread(node, "x")
-            for func, *args in ((connect, node), (send, 1, target), (send_synchronous, 1, target),
-                                (spawn, echo, 1), ):
-                if func is not spawn:
-                    self.assert_raises_soon(NodeUnreachable, func, *args)
+            for func, *args in ((connect, node), (send, 1, target),
+                                (send_synchronous, 1, target), (ask, node, echo, 1)):
+                self.assert_raises_soon(NodeUnreachable, func, *args)
 
     def test_a_silent_listener_is_given_up_in_time_by_all_who_wait(self):
         stop_node()
@@ -2931,10 +2977,11 @@ os.waitpid(pid, 0)
 
     def test_the_wrong_key_is_refused_both_ways(self):
         other = self.child(authkey=b"another key, not ours")
-        for act, *args in ((connect, other), (send, 1, RemoteThread(other, "x")),
-                           (send_synchronous, 1, RemoteThread(other, "x"), T), (spawn, echo, 1)):
+        target = RemoteThread(other, "x")
+        for act, *args in ((connect, other), (send, 1, target), (send_synchronous, 1, target),
+                           (ask, other, echo, 1)):
             with self.assertRaises(AuthenticationError):
-                act(*args, **({"node": other} if act is spawn else {}))
+                act(*args)
         watch = monitor(other)
         self.assertIsInstance(receive(T).reason, NodeDown)
         del watch
@@ -2946,7 +2993,8 @@ os.waitpid(pid, 0)
 
     def test_bad_keys_are_refused(self):
         stop_node()
-        for address, key in ((0, b""), (0, ""), (("0.0.0.0", 0), "short"), (("0.0.0.0", 0), b"")):
+        everywhere = "0.0.0.0", 0
+        for address, key in (0, b""), (0, ""), (everywhere, "short"), (everywhere, b""):
             with self.subTest(address, key=key), self.assertRaises(ValueError):
                 start_node(address, authkey=key)
         start_node(authkey="short")
@@ -2957,8 +3005,7 @@ os.waitpid(pid, 0)
         home = self.dir
         cookie = os.path.join(home, ".distconc.cookie")
         quiet = {"HOME": home, "DISTCONC_AUTHKEY": None}
-        make = "start_node(); send_synchronous(0, RemoteThread(local_node().address, 'x'))" \
-               if False else "start_node(); print('up')"
+        make = "start_node(); print('up')"
         self.assertEqual(script(make, **quiet).out, "up\n")
         self.assertEqual(os.stat(cookie).st_mode & 0o777, 0o600)
         with open(cookie) as file:
@@ -2972,9 +3019,9 @@ os.waitpid(pid, 0)
             result = script("try: start_node()\nexcept PermissionError as e: print(e)", **quiet)
             self.assertIn(cookie, result.out, result.err)
         os.chmod(cookie, 0o600)
-        for env, out in (({"DISTCONC_AUTHKEY": ""}, "refused\n"), ({"DISTCONC_AUTHKEY": "k"}, "up\n")):
-            result = script("try: start_node(); print('up')\nexcept ValueError: print('refused')",
-                            **{**quiet, **env})
+        for key, out in ("", "refused\n"), ("k", "up\n"):
+            result = script(f"try: {make}\nexcept ValueError: print('refused')",
+                            **{**quiet, "DISTCONC_AUTHKEY": key})
             self.assertEqual(result.out, out, result.err)
         named = os.path.join(home, "elsewhere")
         self.assertEqual(script(make, **quiet, DISTCONC_COOKIE=named).out, "up\n")
@@ -2986,10 +3033,9 @@ os.waitpid(pid, 0)
             self.here(collect, name="kept")
             text = "try: print(send_synchronous(0, RemoteThread(sys.argv[1], 'kept'), 20))\n" \
                    "except AuthenticationError: print('refused')"
-            self.assertEqual(script(text, local_node(), **quiet, DISTCONC_COOKIE=named).out, "[]\n")
-            self.assertEqual(script(text, local_node(), **quiet).out, "refused\n")
-            self.assertEqual(script(text, local_node(), **{**quiet, "DISTCONC_AUTHKEY": other},
-                                    DISTCONC_COOKIE=cookie).out, "[]\n")
+            for env, out in (({"DISTCONC_COOKIE": named}, "[]\n"), ({}, "refused\n"),
+                             ({"DISTCONC_AUTHKEY": other, "DISTCONC_COOKIE": cookie}, "[]\n")):
+                self.assertEqual(script(text, local_node(), **{**quiet, **env}).out, out)
 
     def test_processes_that_make_the_cookie_at_once_share_one_key(self):
         for turn in range(3):
@@ -2997,9 +3043,9 @@ os.waitpid(pid, 0)
             command = [sys.executable, "-c", "import sys; from distconc import *; "
                        "print('ready', flush=True); sys.stdin.read(); start_node(); "
                        f"print(open({cookie!r}).read().strip())"]
+            env = environment(DISTCONC_AUTHKEY=None, DISTCONC_COOKIE=cookie)
             several = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        env=environment(DISTCONC_AUTHKEY=None,
-                                                        DISTCONC_COOKIE=cookie)) for _ in range(4)]
+                                        env=env) for _ in range(4)]
             for one in several:
                 self.assertEqual(one.stdout.readline(), b"ready\n")
             for one in several:
@@ -3025,6 +3071,517 @@ def flood(target):
     with contextlib.suppress(NodeDown):
         while True:
             send(bytes(1000), target)
+
+
+######## Attackers
+
+
+def read_to_end(sock, seconds):
+    """Read until the other side ends it; return how long that took, or raise TimeoutError."""
+    start = monotonic()
+    with contextlib.suppress(ConnectionError):
+        while True:
+            sock.settimeout(max(seconds - (monotonic() - start), 0.001))
+            if not sock.recv(1 << 16):
+                break
+    return monotonic() - start
+
+
+class Strangers(OneChild):
+    """Who has no key hurts nobody: the victim is a process of its own."""
+
+    child_options = {"connect_timeout": 2}
+    options = {"connect_timeout": 5}
+
+    def setUp(self):
+        super().setUp()
+        self.at_rest = ask(self.other, census)
+        self.strangers = ask(self.other, stats_here)["strangers"]
+        self.addCleanup(self.check_victim)
+
+    def check_victim(self):
+        """The victim answers a new honest caller within a second, and is what it was."""
+        self.honest()
+        end = monotonic() + T
+        while ask(self.other, census) > self.at_rest and monotonic() < end:
+            receive(0.05, None)
+        (threads, files), now = self.at_rest, ask(self.other, census)
+        self.assertLessEqual(now[0], threads, "threads are left")
+        self.assertLessEqual(now[1], files, "descriptors leak")
+
+    def honest(self):
+        disconnect(self.other)
+        start = monotonic()
+        self.assertEqual(ask(self.other, echo, "well"), "well")
+        self.assertLess(monotonic() - start, 1)
+
+    def knock(self):
+        sock = socket.create_connection(self.other.address, T)
+        self.addCleanup(sock.close)
+        return sock
+
+    def test_300_silent_sockets_delay_nobody_and_are_cut_in_time(self):
+        silent = [self.knock() for _ in range(300)]
+        start = monotonic()
+        for _ in range(10):
+            self.honest()
+        for sock in silent:
+            read_to_end(sock, T)
+        self.assertLess(monotonic() - start, 4)
+        self.assertGreaterEqual(ask(self.other, stats_here)["strangers"] - self.strangers, 300)
+
+    def test_a_byte_now_and_then_does_not_stay(self):
+        sock, start = self.knock(), monotonic()
+        with contextlib.suppress(ConnectionError):
+            for byte in struct.pack("!i", 200) + bytes(200):
+                sock.send(bytes([byte]))
+                sock.settimeout(0.2)
+                with contextlib.suppress(TimeoutError):
+                    while sock.recv(100):
+                        pass
+                    break  # the end
+            else:
+                self.fail("it stayed to the end")
+        self.assertLess(monotonic() - start, 4)
+
+    def test_500_who_connect_and_close_and_100_who_reset(self):
+        for number in range(600):
+            with socket.create_connection(self.other.address, T) as sock:
+                if number % 6 == 0:  # close with a reset
+                    linger = struct.pack("ii", 1, 0)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                if number % 100 == 0:
+                    self.honest()
+
+    def test_http_and_noise_are_cut_at_once_or_in_time(self):
+        noise = [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", os.urandom(1000), bytes(10_000),
+                 b"\xff" * 10_000, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100),
+                 struct.pack("!i", -1), struct.pack("!iQ", -1, 1 << 63),
+                 struct.pack("!iQ", -1, (1 << 64) - 1), struct.pack("!i", 0x7fffffff),
+                 struct.pack("!i", -(1 << 31)), struct.pack("!i", 0),
+                 struct.pack("!iQ", -1, 1 << 31), struct.pack("!i", 20) + bytes(10)]
+        before, socks = ask(self.other, memory), []
+        for data in noise:
+            socks.append(self.knock())
+            with contextlib.suppress(ConnectionError):
+                socks[-1].sendall(data)
+        self.honest()
+        start = monotonic()
+        for sock in socks:
+            read_to_end(sock, T)
+        self.assertLess(monotonic() - start, 4)
+        self.assertLess(ask(self.other, memory) - before, 50 << 20)
+
+    def test_60_good_clients_in_one_instant_are_all_served(self):
+        kept = self.collector(self.other, "sixty")
+        barrier, served = threading.Barrier(60), []
+
+        def dial(number):
+            barrier.wait(T)
+            with RawPeer.dial(self.other) as peer:
+                peer.send(number, "sixty")
+                peer.sock.shutdown(socket.SHUT_WR)
+                served.append(peer.is_cut())
+        start = monotonic()
+        at_once(*((dial, number) for number in range(60)))
+        self.assertEqual(sorted(self.got(kept, 60)), list(range(60)))
+        self.assertEqual(served, [True] * 60)
+        self.assertLess(monotonic() - start, 10)
+        send("stop", kept)
+
+    def test_a_silent_crowd_does_not_hinder_stop_node(self):
+        stop_node()
+        node = start_node()
+        crowd = [socket.create_connection(node.address, T) for _ in range(200)]
+        start = monotonic()
+        stop_node()
+        self.assertLess(monotonic() - start, 5.5)
+        for sock in crowd:
+            read_to_end(sock, T)
+            sock.close()
+        start_node()
+
+    def test_a_relay_without_the_key_is_not_let_in(self):
+        """A dials a stale address; who sits there passes all on to B, and all back."""
+        target = self.collector(self.other, "relayed")
+        self.got(target)
+        disconnect(self.other)
+        with Proxy(self.other.address, lambda *frame: [frame]) as relay:
+            for act in connect, lambda node: send("x", RemoteThread(node, "relayed")):
+                with self.assertRaises((NodeDown, AuthenticationError)):
+                    act(relay.address)
+            self.assertEqual(nodes(), [])
+        self.assertEqual(self.got(target), [])
+        self.assertGreater(ask(self.other, stats_here)["strangers"], self.strangers)
+        send("stop", target)
+
+    def test_a_challenge_passed_back_lets_nobody_in(self):
+        """Who has no key has our node dial him, and passes on its own challenge to it."""
+        with socket.create_server(("127.0.0.1", 0)) as trap:
+            dialler = spawn(swallow, connect, trap.getsockname())
+            out, _ = trap.accept()
+            with out, socket.create_connection(self.node.address, T) as back:
+                at_once((pump, out, back), (pump, back, out), (dialler.join, T))
+        self.assertFalse(dialler.is_alive())
+        self.assertEqual(nodes(), [self.other.address])
+        self.assertGreaterEqual(self.node.stats()["strangers"], 1)
+
+
+def swallow(func, *args):
+    with contextlib.suppress(Exception):
+        func(*args)
+
+
+def pump(source, sink):
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
+
+
+class Proxy:
+    """Sits before an address and passes frames through `twist(to_acceptor, count, frame)`.
+
+    `twist` gets each sealed frame and returns those to pass on instead; None: cut it off.
+    """
+
+    def __init__(self, target, twist):
+        self.target, self.twist = target, twist
+        self.server = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.address = self.server.getsockname()
+        self.socks, self.threads = [self.server], []
+        self.run(self.accept)
+
+    def run(self, func, *args):
+        self.threads.append(threading.Thread(target=func, args=args, daemon=True))
+        self.threads[-1].start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.server.accept()
+                server = socket.create_connection(self.target, T)
+                for sock in client, server:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.socks += [client, server]
+                self.run(self.copy, client, server, True)
+                self.run(self.copy, server, client, False)
+
+    def copy(self, source, sink, inward):
+        with contextlib.suppress(OSError, EOFError):
+            with source.makefile("rb") as file:
+                for _ in range(4):  # challenge, digest, welcome, hello: 4 each way
+                    head = self.take(file, 4)
+                    sink.sendall(head + self.take(file, *struct.unpack("!i", head)))
+                count = 0
+                while True:
+                    head = self.take(file, HEAD.size)
+                    body, tail, _ = HEAD.unpack(head)
+                    frames = self.twist(inward, count, head + self.take(file, body + tail))
+                    if frames is None:
+                        break
+                    for frame in frames:
+                        sink.sendall(frame if isinstance(frame, bytes) else frame[-1])
+                    count += 1
+        for sock in source, sink:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_WR if sock is sink else socket.SHUT_RD)
+
+    def take(self, file, size):
+        data = file.read(size)
+        if len(data) < size:
+            raise EOFError
+        return data
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for sock in self.socks:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(T)
+        for sock in self.socks:
+            sock.close()
+
+
+class InTheMiddle(Net):
+    """A proxy that changes frames on their way; the key it has not."""
+
+    def setUp(self):
+        super().setUp()
+        self.twist = lambda inward, count, frame: [frame]
+        port = free_port()
+        self.proxy = Proxy(("127.0.0.1", port), lambda *frame: self.twist(*frame))
+        self.addCleanup(self.proxy.__exit__)
+        self.victim = self.child(port, advertise=self.proxy.address, heartbeat=1)
+        self.assertEqual(self.victim.address, self.proxy.address)
+        self.target = self.collector(self.victim)
+        self.echo = spawn_server(handle_synchronous, echo, node=self.victim)
+        self.got(self.target)
+
+    def test_what_is_changed_on_its_way_ends_the_connection_and_is_never_delivered(self):
+        held = []
+
+        def flip(frame):
+            at = 8 + int.from_bytes(os.urandom(2), "big") % (len(frame) - 8)
+            return [frame[:at] + bytes([frame[at] ^ 1 << at % 8]) + frame[at + 1:]]
+
+        def swap(frame):
+            held.append(frame)
+            return held[::-1] if len(held) == 2 else []
+        twists = {"flip": flip, "swap": swap, "drop": lambda frame: [],
+                  "repeat": lambda frame: [frame, frame],
+                  "truncate": lambda frame: [frame[:-1]], "cut": lambda frame: None,
+                  "inject": lambda frame: [frame[:24] + b"x" * (len(frame) - 24), frame],
+                  "lengthen": lambda frame: [b"\0\0\xff\xff" + frame[4:]]}
+        numbers = itertools.count()
+        for name, twist in twists.items():
+            for direction in True, False:
+                with self.subTest(name, inward=direction):
+                    held.clear()
+                    disconnect(self.victim)
+                    self.spoil(twist, direction, 2 if name == "swap" else 1)
+                    watch = monitor(self.victim)
+                    for number in itertools.islice(numbers, 1000):
+                        with contextlib.suppress(NodeDown):  # a send between two may dial anew
+                            send(("whole", number), self.target)
+                            reply = send_synchronous(("q", number), self.echo, T)
+                            self.assertEqual(reply, ("q", number))
+                        if down := receive(0, None):
+                            break
+                    self.assertIsNotNone(down, "nothing was noticed")
+                    self.assertEqual(down.monitor, watch)
+                    start = monotonic()
+                    self.assertEqual(send_synchronous("next", self.echo, T), "next")
+                    self.assertLess(monotonic() - start, 2)
+        got = self.got(self.target)
+        self.assertEqual(got, sorted(set(got)))
+        self.assertLessEqual(set(got), {("whole", n) for n in range(next(numbers))})
+
+    def spoil(self, twist, direction, times):
+        """Twist so many of the frames that go in a direction, once the connection stands."""
+        hits = iter(range(times))
+
+        def spoiled(inward, count, frame):
+            hit = inward == direction and count >= 3 and next(hits, None) is not None
+            return twist(frame) if hit else [frame]
+        self.twist = spoiled
+
+    def test_a_proxy_that_cuts_now_and_then_keeps_order_and_doubles_nothing(self):
+        self.twist = lambda inward, count, frame: None if inward and count > 20 else [frame]
+        lost = 0
+        for number in range(3000):
+            try:
+                send(number, self.target)
+                if number % 3 == 0:
+                    send_synchronous(number, self.echo, T)
+            except NodeDown:
+                lost += 1
+        self.twist = lambda inward, count, frame: [frame]
+        disconnect(self.victim)
+        got = self.got(self.target)
+        self.assertGreater(lost, 10)
+        self.assertEqual(got, sorted(set(got)))
+
+    def test_a_proxy_that_swallows_all_is_noticed_within_the_heartbeat(self):
+        for direction in True, False:
+            disconnect(self.victim)
+            self.assertEqual(send_synchronous(1, self.echo, T), 1)
+            self.twist = lambda inward, *rest, d=direction: [] if inward == d else rest[-1:]
+            self.assert_raises_soon(NodeDown, send_synchronous, 2, self.echo, T)
+            self.twist = lambda inward, count, frame: [frame]
+            self.assertEqual(send_synchronous(3, self.echo, T), 3)
+
+
+######## The shell
+
+
+class Shell(Net):
+    """python3 distconc.py …"""
+
+    def assert_one_line(self, result, *words, status=(1, 2)):
+        self.assertIn(result.status, status, result.err)
+        self.assertEqual(len(result.err.strip().splitlines()), 1, result.err)
+        self.assertNotIn("Traceback", result.err)
+        for word in words:
+            self.assertIn(word, result.err)
+
+    def test_the_demo_runs_on_two_processes_and_ends_well(self):
+        result = shell("demo")
+        self.assertEqual(result.status, 0, result.err)
+        self.assertEqual(result.err, "")
+        self.assertRegex(result.out, r"hello")
+        self.assertRegex(result.out, r"RemoteThread\(")
+        self.assertEqual(len(set(re.findall(r"pid (\d+)", result.out))), 2)
+
+    def test_the_demo_runs_without_any_key_set(self):
+        result = shell("demo", HOME=self.dir, DISTCONC_AUTHKEY=None)
+        self.assertEqual((result.status, result.err), (0, ""))
+
+    def test_send_delivers_a_literal(self):
+        kept = self.here(collect, name="kept")
+        for message in (("hello", 1), "hello", {"a": [None, 1.5]}):
+            result = shell("send", f"{self.node}/kept", repr(message))
+            self.assertEqual((result.status, result.err), (0, ""))
+        self.assertEqual(shell("send", f"{self.node}/{kept.id}", "7").status, 0)
+        self.assertEqual(shell("send", f"{self.node.address[1]}/kept", "8").status, 0)
+        self.assertEqual(self.got(kept), [("hello", 1), "hello", {"a": [None, 1.5]}, 7, 8])
+
+    def test_send_to_a_misspelt_name_names_the_near_one(self):
+        self.here(collect, name="kitchen")
+        for command in "send", "call":
+            result = shell(command, f"{self.node}/kitchn", "1")
+            self.assert_one_line(result, "'kitchn'", "'kitchen'", status=(1,))
+
+    def test_call_prints_the_reply(self):
+        server = spawn_server(handle_synchronous, echo, name="echo", register=True)
+        result = shell("call", f"{self.node}/echo", "{'a': (1, 'b')}")
+        self.assertEqual((result.out, result.err, result.status), ("{'a': (1, 'b')}\n", "", 0))
+        unregister_remote_thread("echo")
+        del server
+
+    def test_what_goes_wrong_is_one_line(self):
+        self.here(collect, name="kept")
+        hush, target = self.here(hold, name="mute"), f"{self.node}/kept"
+        for words, result in (
+                (["no node listens"], shell("send", f"127.0.0.1:{free_port()}/x", "1")),
+                (["no node listens"], shell("call", f"{self.dir}/none/x", "1")),
+                (["key"], shell("send", target, "1", DISTCONC_AUTHKEY="wrong")),
+                (["key"], shell("call", target, "1", DISTCONC_AUTHKEY="wrong")),
+                (["literal"], shell("send", target, "hello")),
+                (["literal"], shell("call", target, "open('x')")),
+                (["127.0.0.1:9000/logger"], shell("send", "nonsense", "1")),
+                ([], shell("send", "a:b:c/x", "1")), ([], shell("send", ":99999/x", "1")),
+                (["seconds"], shell("call", f"{self.node}/mute", "1", "--timeout", "0.2")),
+                (["Address already in use"], shell("node", self.node)),
+                ([], shell("send", target, "1", DISTCONC_AUTHKEY=""))):
+            with self.subTest(words, err=result.err):
+                self.assert_one_line(result, *words)
+        self.assertEqual(self.got(RemoteThread(self.node, "kept")), [])
+        hush.send("end")
+
+    def test_wrong_usage_and_help(self):
+        for words in ([], ["nonsense"], ["send"], ["send", "x"], ["call", "a/b", "1", "2"],
+                      ["call", "a/b", "1", "--timeout", "soon"], ["demo", "x"]):
+            with self.subTest(words):
+                result = shell(*words)
+                self.assertEqual(result.status, 2)
+                self.assertNotIn("Traceback", result.err)
+                self.assertIn("usage", result.err)
+        for words in [], ["demo"], ["node"], ["send"], ["call"]:
+            with self.subTest(words):
+                result = shell(*words, "--help")
+                self.assertEqual((result.status, result.err), (0, ""))
+                self.assertIn("usage", result.out)
+
+    def start(self, *args, stdin=subprocess.DEVNULL):
+        process = subprocess.Popen([sys.executable, MODULE, *map(str, args)], text=True,
+                                   env=environment(), stdin=stdin, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def test_a_node_runs_a_script_and_stays_up_after_it(self):
+        path = os.path.join(self.dir, "script.py")
+        with open(path, "w") as file:
+            file.write("from distconc import *\nimport os\n"
+                       "spawn_server(handle_synchronous, str.upper, name='up', register=True)\n"
+                       "print('ran', __name__, os.path.basename(__file__), flush=True)\n")
+        process = self.start("node", 0, path)
+        address = re.search(r"\d+\.\d+\.\d+\.\d+:\d+", process.stdout.readline())[0]
+        self.assertEqual(process.stdout.readline(), "ran __main__ script.py\n")
+        self.assertEqual(send_synchronous("up", RemoteThread(address, "up"), T), "UP")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=T)
+        self.assertEqual((process.returncode, err), (130, ""))
+
+    def test_a_node_has_a_prompt_with_all_names(self):
+        process = self.start("node", stdin=subprocess.PIPE)
+        out, err = process.communicate(
+            "t = spawn_server(handle_synchronous, str.upper, name='upper', register=True)\n"
+            "print(send_synchronous('up', RemoteThread(local_node(), 'upper'), 20))\n"
+            "1 / 0\nprint(NoSuchThread.__name__, monitor.__name__)\n", timeout=T)
+        self.assertEqual(process.returncode, 0)
+        self.assertIn("UP", out)
+        self.assertIn("NoSuchThread monitor", out)
+        self.assertIn("ZeroDivisionError", err)
+
+    def assert_ctrl_c(self, process):
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=T)
+        self.assertEqual((process.returncode, out, err), (130, "", ""))
+
+    def test_ctrl_c_ends_quietly_with_130(self):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            process = self.start("send", "127.0.0.1:%d/x" % silent.getsockname()[1], "1")
+            silent.settimeout(T)
+            knocked, _ = silent.accept()
+            self.assert_ctrl_c(process)
+            knocked.close()
+        self.here(pass_on, current_thread(), name="mute")
+        process = self.start("call", f"{self.node}/mute", "1", "--timeout", "60")
+        self.assertIsInstance(receive(T), Synchronous)
+        self.assert_ctrl_c(process)
+
+
+######## Other versions of Python
+
+
+def versions():
+    root, found = os.path.expanduser("~/.pyenv/versions"), {}
+    for name in sorted(os.listdir(root)) if os.path.isdir(root) else ():
+        path = os.path.join(root, name, "bin", "python")
+        if name.startswith("3.1") and os.path.exists(path):
+            found[".".join(name.split(".")[:2])] = path
+    found.pop("%d.%d" % sys.version_info[:2], None)
+    return found
+
+
+class Versions(Net):
+    """Nodes of different Pythons understand each other."""
+
+    def test_a_script_on_each_other_python_calls_and_is_called_back(self):
+        if not versions():
+            self.skipTest("no other Python 3.1x under ~/.pyenv/versions")
+        for version, python in versions().items():
+            with self.subTest(version):
+                door = spawn(call_back, name="door", register=True)
+                result = script("""
+with start_node():
+    serve = spawn_server(handle_synchronous, lambda x: [x, 'back'])
+    data = {'serve': serve, 'm': [Down(Monitor(1, 't'), 1, None), 1 << 99]}
+    print(send_synchronous(data, RemoteThread(sys.argv[1], 'door'), 20))
+    try: send_synchronous('again', RemoteThread(sys.argv[1], 'dor'), 20)
+    except NoSuchThread: print('no such')
+    print('%d.%d' % sys.version_info[:2])
+""", self.node, python=python)
+                self.assertEqual(result.out, f"([7, 'back'], True)\nno such\n{version}\n",
+                                 result.err)
+                self.assertTrue(door.join(T))
+
+    def test_they_refuse_each_others_wrong_keys(self):
+        if not versions():
+            self.skipTest("no other Python 3.1x under ~/.pyenv/versions")
+        for version, python in versions().items():
+            with self.subTest(version):
+                result = script("try: connect(sys.argv[1])\n"
+                                "except AuthenticationError: print('refused')", self.node,
+                                python=python, DISTCONC_AUTHKEY="another key")
+                self.assertEqual(result.out, "refused\n", result.err)
+
+
+def call_back():
+    request = receive_if(Synchronous, T)
+    whole = request.data["m"] == [Down(Monitor(1, "t"), 1, None), 1 << 99]
+    reply_synchronous((send_synchronous(7, request.data["serve"], 20), whole), request)
+
+
+if __name__ == "__main__":  # children import this file by its name
+    unittest.main(os.path.splitext(os.path.basename(__file__))[0])
 
 
 ######## Bench: bench, its sets of processes, what is measured, the peers measured against
