@@ -413,7 +413,7 @@ class _Link(_Await):
     def deliver(self) -> None:
         """Send the failure, once both that and the child are known."""
         with _settling:
-            if self.failure and self.child:
+            if self.failure is not None and self.child:
                 self.parent.send(LinkedError(self.failure, self.child))
                 self.failure = None
 
@@ -477,8 +477,9 @@ class Thread(_Handle):
     def send(self, message: Any) -> None:
         """Put `message` itself into the thread's mailbox.  Never blocks; see `send`."""
         if message.__class__ is Reply:
-            _strike(message.tag)
-            _settle(message.tag, message)
+            if isinstance(message.tag, str):  # or it is forged, and nobody's
+                _strike(message.tag)
+                _settle(message.tag, message)
         elif self._ended:
             _undelivered(repr(self), "it has ended")
         else:
@@ -670,11 +671,11 @@ def _spawn(link: _Link | None, func: Callable[..., Any], args: tuple[Any, ...], 
 def _spawn_here(func: Callable[..., Any], args: tuple[Any, ...], name: str, register: bool,
                 link: str | None, parent: int = 0) -> Thread:
     thread = Thread(name)
+    if register:
+        register_remote_thread(thread)
     _threads[thread.id] = thread
     if link:
         thread._owe(link, parent, linked=True)
-    if register:
-        register_remote_thread(thread)
     thread._start(func, *args)
     return thread
 
@@ -858,7 +859,7 @@ def _culprit(obj: Any, error: Exception, path: str = "message", depth: int = 100
     with suppress(Exception):  # a part's own __repr__ may fail
         for where, part in _parts(obj) if depth else ():
             inner = _refusal(part)
-            if inner and part is not obj:
+            if inner is not None and part is not obj:
                 return _culprit(part, inner, path + where, depth - 1)
     return (f"{path} is a {type(obj).__name__} and cannot be sent to another node ({error}); "
             "send plain data, something importable, or the handle of a thread that keeps it")
@@ -1001,8 +1002,9 @@ class RemoteThread(_Handle):
             except NoSuchThread as error:
                 _undelivered(repr(self), str(error))
         elif message.__class__ is Reply:
-            local_node()._send(self, (REPLY, message.tag, serialize(message.data)))
-            _strike(message.tag)
+            tag = str(message.tag)
+            local_node()._send(self, (REPLY, tag, serialize(message.data)))
+            _strike(tag)
         else:
             local_node()._send(self, (SEND, self._target, serialize(message)))
 
@@ -1718,9 +1720,12 @@ class Node:
         with self._changed:
             if self._stopped:
                 raise NodeDown("this node was stopped")
+            speaking = self._speaking.get(connection.peer, connection)
+            if speaking.ending:
+                speaking = connection
             for key in connection.peer, connection.address, dialled:
                 if key and (key not in self._speaking or self._speaking[key].ending):
-                    self._speaking[key] = connection
+                    self._speaking[key] = speaking  # one for all names of that node
             connection.start()
             if self._warden is None:
                 self._warden = _thread("warden", self._ward)
