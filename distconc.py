@@ -1358,7 +1358,8 @@ class _Connection:
         self._node._count("refused" if isinstance(error, _Refused) else "undelivered")
         if isinstance(error, NoSuchThread):
             return error
-        return RemoteError(type(error).__name__, f"the other node cannot read it: {_words(error)}")
+        text = f"the other node cannot read it: {_words(error)}"
+        return RemoteError(type(error).__name__, text)
 
     def _on_reply(self, tag: str, payload: Any) -> None:
         awaited = _awaited.get(tag)
