@@ -45,8 +45,9 @@ awaits it.
     that is settled once                                     _debts[tag]: who hears of its end
 
 The locks, none of them held while waiting for the network but `_writing`, in the order taken:
-`Node._lock` (its tables), `_settling` (outcomes), `_registry` (names and ends), `_losing` (the
-log of losses), each connection's `_writing`.  Mailboxes need none.
+`_settling` (outcomes), `_starting` (which node this is), `Node._lock` (its tables), `_registry`
+(names and ends of threads), `_losing` (the log of losses), each connection's `_writing`.
+Mailboxes need none.
 
 The wire.  After the stock challenge of `multiprocessing.connection` with the key (the dialler
 answers first, then challenges), each side sends with `send_bytes` one hello, its fields joined
