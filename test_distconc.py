@@ -3581,10 +3581,6 @@ def call_back():
     reply_synchronous((send_synchronous(7, request.data["serve"], 20), whole), request)
 
 
-if __name__ == "__main__":  # children import this file by its name
-    unittest.main(os.path.splitext(os.path.basename(__file__))[0])
-
-
 ######## Bench: bench, its sets of processes, what is measured, the peers measured against
 #
 # A set is a fresh process, pinned to one CPU, with fresh peers, which inherit that.  It yields
