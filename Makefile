@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV = .venv
 
-.PHONY: help demo test soak bench clean
+.PHONY: help demo test bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
@@ -11,9 +11,6 @@ demo:  ## two nodes talk: logger, call, a handle that travels (needs nothing but
 
 test: $(VENV)/ready  ## run all tests (sets up .venv with hypothesis first)
 	$(VENV)/bin/python test_distconc.py
-
-soak: $(VENV)/ready  ## run also the tests that take long
-	SOAK=1 $(VENV)/bin/python test_distconc.py
 
 bench: $(VENV)/ready  ## measure beside the bare standard library (ARGS="--sets 5", "--json")
 	@$(VENV)/bin/python test_distconc.py bench $(ARGS)

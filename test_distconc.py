@@ -1,4 +1,4 @@
-"""The tests of distconc.py, and its bench; run by `make test`, `make soak`, `make bench`."""
+"""The tests of distconc.py, and its bench; run by `make test` and `make bench`."""
 
 import argparse
 import array
