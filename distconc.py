@@ -899,14 +899,28 @@ def _loader(allow: Any) -> Callable[[Any], Any]:
     known = {(item.__module__, item.__qualname__): item for item in (*plain, *(allow or ()))}
 
     class Narrow(pickle.Unpickler):
+        calls: list[Any]
+
         def find_class(self, module: str, name: str) -> Any:
             item = known.get((module, name))
             if item is None:
                 raise _Refused(f"{module}.{name} is not among what that node allows")
-            # A partial can be called, but no pickle can change the class through it.
-            return item if item in (uuid.UUID, *(allow or ())) else partial(item)
+            if item in (uuid.UUID, *(allow or ())):
+                return item
+            call = partial(item)  # can be called, but no pickle can change the class through it
+            self.calls.append(weakref.ref(call))
+            return call
 
-    return lambda data: Narrow(io.BytesIO(data)).load()
+    def load(data: Any) -> Any:
+        unpickler = Narrow(io.BytesIO(data))
+        calls = unpickler.calls = []
+        message = unpickler.load()
+        del unpickler  # and its memo, so that what lives on of the calls is in the message
+        if any(call() for call in calls):
+            raise _Refused("a class itself is not plain data; allow= must list it")
+        return message
+
+    return load
 
 
 class _Refused(pickle.UnpicklingError):
@@ -1290,6 +1304,8 @@ class _Connection:
                     (name_or_id, why), times = self._losses.popitem()
                     self.post((LOST, name_or_id, why, times))
                 self.received += len(messages)
+                if len(self._outbox) > 16 * FULL:
+                    raise OSError("the peer goes on asking and does not read the answers")
         except EOFError:
             self.close()  # the peer has said all; so may we
         except BaseException as error:  # to load what makes no sense may even raise SystemExit

@@ -1506,10 +1506,9 @@ class RawPeer:
         self.peer_incarnation = int(self.peer[3], 16)
         hellos = [mine, theirs] if self.role == "dialler" else [theirs, mine]
         context = b"".join(hashlib.sha256(hello).digest() for hello in hellos)
-        keys = {role: hmac.new(self.key, role.encode() + context, "sha256").digest()
-                for role in ("dialler", "acceptor")}
-        self.out_key = keys.pop(self.role)
-        [self.in_key] = keys.values()
+        self.out_key, self.in_key = (
+            hmac.new(self.key, role.encode() + context, "sha256").digest()
+            for role in (self.fields[1], self.peer[1]))
         self.out_count = self.in_count = 0
         self.sock = socket.socket(fileno=os.dup(self.conn.fileno()))
         self.sock.settimeout(T)
@@ -2624,6 +2623,21 @@ class Plain(Net):
                 self.assertFalse(hasattr(kind, "forged"))
             if hasattr(kind, "forged"):
                 del kind.forged
+
+    def test_a_class_sent_as_a_value_is_refused_unless_it_is_listed(self):
+        stop_node()
+        start_node(allow=[Point])
+        for value in [ValueError], {"kind": RemoteThread}, (NodeDown, 1):
+            with self.subTest(value), self.assertRaises(pickle.UnpicklingError):
+                deserialize(serialize(value))
+        error = deserialize(serialize([ValueError("v"), {1j: Point}]))
+        self.assertEqual((type(error[0]), error[1]), (ValueError, {1j: Point}))
+
+    def test_who_asks_on_and_never_reads_is_cut_before_the_answers_fill_memory(self):
+        frame = [(ASK, (0, "nobody"), 1, "t" * 16, pickle.dumps(1))] * 1000
+        with RawPeer.dial(self.node) as peer, self.assertRaises(Cut):
+            for _ in range(20_000):
+                peer.write(frame)
 
     def test_allow_takes_classes_and_functions_only(self):
         stop_node()
