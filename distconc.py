@@ -46,8 +46,8 @@ awaits it.
 
 The locks, none of them held while waiting for the network but `_writing`, in the order taken:
 `_settling` (outcomes), `_starting` (which node this is), `Node._lock` (its tables), `_registry`
-(names and ends of threads), `_losing` (the log of losses), each connection's `_writing`.
-Mailboxes need none.
+(names and ends of threads), `_losing` (the log of losses), each connection's `_writing`,
+`_clocking` (the trace).  Mailboxes need none.
 
 The wire.  After the stock challenge of `multiprocessing.connection` with the key (the dialler
 answers first, then challenges), each side sends with `send_bytes` one hello, its fields joined
@@ -70,6 +70,7 @@ id or name; a payload is a pickle):
     3 FAILED  tag, error, text, type, traceback, payload         the reason, if it pickles
     4 FORGET  tag                                      who asked needs no answer any more
     5 LOST    id or name, why, how many                sends that found nobody
+    6 STAMP   incarnation, thread, clock; any other message      in which event it was sent
 """
 
 import atexit
@@ -79,6 +80,7 @@ import itertools
 import logging
 import os
 import pickle
+import random
 import socket
 import stat
 import struct
@@ -96,7 +98,8 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener, answer_challenge, deliver_challenge
-from time import monotonic
+from queue import SimpleQueue
+from time import monotonic, time
 from typing import Any, Union
 
 __all__ = """
@@ -108,6 +111,7 @@ __all__ = """
     Monitor Down monitor demonitor
     DistconcError LinkedError NodeDown NodeUnreachable NoSuchThread ThreadDied
     SynchronousToSelfError SerializationError RemoteError AuthenticationError
+    trace faults
 """.split()
 __version__ = "0.1.0"
 
@@ -236,7 +240,7 @@ class Mailbox:
 
         Factor: mailbox-put.
         """
-        cell = [message]
+        cell = message if message.__class__ is _Traced else [message]
         self._cells.append(cell)
         if self._waiters:
             for bell, ref in self._waiters.copy().items():
@@ -264,6 +268,8 @@ class Mailbox:
             try:
                 cell = cells[0]
                 if cell:
+                    if cell.__class__ is _Traced:
+                        cell.note()
                     message = cell[0]
                     del cell[0]
                     return message
@@ -291,6 +297,8 @@ class Mailbox:
         deadline = _deadline(timeout)
         while (cell := self._find(accepts, deadline)) is not None:
             try:
+                if cell.__class__ is _Traced:
+                    cell.note()
                 message = cell[0]
                 del cell[0]
                 return message
@@ -390,7 +398,7 @@ class _Call(_Await):
         super().__init__()
 
     def settle(self, outcome: "Reply | DistconcError") -> bool:
-        self.outcome = outcome
+        self.outcome, self.cause = outcome, _here.cause
         self.answered.release()
         return True
 
@@ -448,10 +456,13 @@ class Thread(_Handle):
     turns into a `RemoteThread` that is equal to it; copied, it is itself.
     """
 
-    __slots__ = ("id", "name", "_mailbox", "_owes", "_names", "_ended", "_over")
+    __slots__ = ("id", "name", "_mailbox", "_owes", "_names", "_ended", "_over", "_began",
+                 "_ident")
 
     def __init__(self, name: str) -> None:
         self.id, self.name = next(_ids), name
+        self._began = monotonic()
+        self._ident: int | None = None  # what the `threading` module calls it, once it runs
         self._key = (_incarnation, self.id)
         self._mailbox = Mailbox()
         self._owes: set[str] = set()  # the tags of its debts: who hears of its end
@@ -477,21 +488,24 @@ class Thread(_Handle):
 
     def send(self, message: Any) -> None:
         """Put `message` itself into the thread's mailbox.  Never blocks; see `send`."""
-        if message.__class__ is Reply:
+        if _trace and _here.cause is None:
+            with _sending(message, self):
+                self.send(message)
+        elif message.__class__ is Reply:
             if isinstance(message.tag, str):  # or it is forged, and nobody's
                 _strike(message.tag)
                 _settle(message.tag, message)
         elif self._ended:
             _undelivered(repr(self), "it has ended")
         else:
-            self._mailbox.put(message)
+            self._mailbox.put(message if _trace is None else _Traced(message, _here.cause))
 
     def _ask(self, awaited: _Await, caller: "Thread | None" = None, data: Any = None) -> None:
         """Owe `awaited` its outcome; with a caller, deliver the message that asks for it."""
         if caller is self:
             raise SynchronousToSelfError(f"{self!r} cannot wait for its own reply")
         if self._owe(awaited.tag) and caller:
-            self._mailbox.put(Synchronous(data, caller, awaited.tag))
+            self.send(Synchronous(data, caller, awaited.tag))
 
     def _forget(self, awaited: _Await) -> None:
         _strike(awaited.tag)
@@ -525,7 +539,7 @@ class Thread(_Handle):
             raise
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        _here.thread = self
+        _here.thread, self._ident = self, threading.get_ident()
         try:
             func(*args)
         except SystemExit:
@@ -537,12 +551,14 @@ class Thread(_Handle):
             self._end(None)
 
     def _end(self, reason: BaseException | None) -> bool:
-        with _registry:
-            self._ended = True
-            _threads.pop(self.id, None)
-            for name in self._names:
-                del _names[name]
-        heard = self._default(partial(_obituary, self, reason))
+        crash = _trace and reason is not None and _record(self, "crash", error=_words(reason))
+        with _because(crash or _record(self, "end")):
+            with _registry:
+                self._ended = True
+                _threads.pop(self.id, None)
+                for name in self._names:
+                    del _names[name]
+            heard = self._default(partial(_obituary, self, reason))
         self._over.release()
         return heard
 
@@ -589,6 +605,7 @@ class _Here(threading.local):
 
     thread: Thread | None = None
     guest: _Guest | None = None
+    cause: "Stamp | None" = None  # of what is sent now, unless it is this thread; see _because
 
 
 _here = _Here()
@@ -602,6 +619,7 @@ def current_thread() -> Thread:
     if _here.thread is None:
         bearer = threading.current_thread()
         thread = _here.thread = Thread(bearer.name)
+        thread._ident = bearer.ident
         _threads[thread.id] = thread
         if bearer is not threading.main_thread():
             _here.guest = _Guest(thread)
@@ -660,10 +678,12 @@ def _spawn(link: _Link | None, func: Callable[..., Any], args: tuple[Any, ...], 
            = None, node: NodeLike | None = None, register: bool = False) -> Handle:
     if not callable(func if func is not _serve else args[0]):
         raise TypeError(f"spawn takes a function and its arguments; {func!r} cannot be called")
-    request = func, args, name or _name_of(func), register, link.tag if link else None
-    if node is None or local_node()._is_called(_address(node)):
-        return _spawn_here(*request)
-    child: RemoteThread = _ask_node(_address(node), "spawn", *request)
+    name = name or _name_of(func)
+    request = func, args, name, register, link.tag if link else None
+    with _because(_record(current_thread(), "spawn", child=name) if _trace else None):
+        if node is None or local_node()._is_called(_address(node)):
+            return _spawn_here(*request)
+        child: RemoteThread = _ask_node(_address(node), "spawn", *request)
     if link:
         local_node()._depend(link, child._key[0])
     return child
@@ -675,6 +695,7 @@ def _spawn_here(func: Callable[..., Any], args: tuple[Any, ...], name: str, regi
     if register:
         register_remote_thread(thread)
     _threads[thread.id] = thread
+    _record(thread, "start", _here.cause)
     if link:
         thread._owe(link, parent, linked=True)
     thread._start(func, *args)
@@ -717,7 +738,7 @@ def receive(timeout: float | None = None, default: Any = _NOTHING) -> Any:
     """
     message = current_thread()._mailbox._get(timeout)
     if message is _NOTHING:
-        return _instead(default)
+        return _instead(default, "receive", timeout)
     if message.__class__ is LinkedError:
         raise message
     return message  # with no call since it was taken, hence no place for Ctrl-C to strike
@@ -741,13 +762,15 @@ def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _NO
 
     message = mailbox._get_if(fits, timeout)
     if message is _NOTHING:
-        return _instead(default)
+        return _instead(default, "receive_if", timeout)
     if message.__class__ is LinkedError:
         raise message
     return message
 
 
-def _instead(default: Any) -> Any:
+def _instead(default: Any, what: str, timeout: float | None) -> Any:
+    if timeout:
+        _record(current_thread(), "timeout", what=what)
     if default is _NOTHING:
         raise TimeoutError("no such message came within the time-out")
     return default
@@ -791,11 +814,18 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     TimeoutError: it may have run, and a reply that still comes is dropped.  From a thread to
     itself: SynchronousToSelfError.
     """
-    call, deadline = _Call(), _deadline(timeout)
+    call, caller, deadline = _Call(), current_thread(), _deadline(timeout)
     try:
-        thread._ask(call, current_thread(), message)
+        if _trace and _here.cause is None:
+            with _sending(message, thread, "call"):
+                thread._ask(call, caller, message)
+        else:
+            thread._ask(call, caller, message)
         if not call.answered.acquire(True, _left(deadline)):
+            _record(caller, "timeout", what="call")
             raise TimeoutError(f"no reply within {timeout:g} seconds; the call may still run")
+        if _trace and _here.cause is None:
+            _record(caller, "receive", call.cause, message=_shown(call.outcome))
         if isinstance(call.outcome, Reply):
             return call.outcome.data
         raise call.outcome
@@ -1011,7 +1041,10 @@ class RemoteThread(_Handle):
 
     def send(self, message: Any) -> None:
         """Send a copy of `message` to the thread; see `send`."""
-        if self._is_here():
+        if _trace and _here.cause is None:
+            with _sending(message, self):
+                self.send(message)
+        elif self._is_here():
             try:
                 get_remote_thread(self._id).send(message)
             except NoSuchThread as error:
@@ -1103,7 +1136,7 @@ def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
 
 ######## The wire: hello, seal, frames and the messages in them
 
-SEND, ASK, REPLY, FAILED, FORGET, LOST = range(6)  # the kinds of messages; see the head
+SEND, ASK, REPLY, FAILED, FORGET, LOST, STAMP = range(7)  # the kinds of messages; see the head
 KERNEL = 0  # the id of the thread that does what one node asks of another
 HEAD = struct.Struct(">II16s")  # the body's length, the tail's, and the MAC
 LARGE = 2048  # bytes: to copy more into a frame with others costs more than a frame of its own
@@ -1184,7 +1217,9 @@ class _Connection:
         self._idle = True  # nothing was written since the last beat
         self._silent = -1  # beats since something was read; below 0 while the reader is busy
         self.sent = self.received = 0  # messages; the first guarded by _writing
-        self._losses: Counter[tuple[int | str, str]] = Counter()  # of the frame being read
+        self._losses: Counter[tuple[Any, ...]] = Counter()  # of the frame being read
+        self._on = (self._on_send, self._on_ask, self._on_reply, self._on_failed,
+                    self._on_forget, self._on_lost, self._on_stamp)
 
     def start(self) -> None:
         self.started, self.due = True, 0.0
@@ -1238,6 +1273,8 @@ class _Connection:
 
     def _write(self, messages: list[Message], tail: Any = b"") -> None:
         """Write one frame; `_writing` is held."""
+        if _cut_off(self.address):
+            return
         body = pickle.dumps(messages, 5)
         lengths = HEAD.pack(len(body), len(tail), b"")[:8]
         frame = lengths + self._seal.mac(lengths, body, tail) + body
@@ -1289,8 +1326,8 @@ class _Connection:
         self._idle = True
 
     def _read_on(self) -> None:
-        on = (self._on_send, self._on_ask, self._on_reply, self._on_failed, self._on_forget,
-              self._on_lost)
+        on = self._on
+        _here.cause = UNKNOWN
         try:
             while True:
                 messages, tail = self.read()
@@ -1301,8 +1338,8 @@ class _Connection:
                 for message in messages:
                     on[message[0]](*message[1:])
                 while self._losses:
-                    (name_or_id, why), times = self._losses.popitem()
-                    self.post((LOST, name_or_id, why, times))
+                    (name_or_id, why, cause), times = self._losses.popitem()
+                    self.post(_stamped((LOST, name_or_id, why, times), cause))
                 self.received += len(messages)
                 if len(self._outbox) > 16 * FULL:
                     raise OSError("the peer goes on asking and does not read the answers")
@@ -1355,7 +1392,7 @@ class _Connection:
         try:
             self._node._find(target).send(self._node._load(payload))
         except BaseException as error:  # loading may raise anything, SystemExit too
-            self._losses[target[1], str(self._refusal(error))] += 1
+            self._losses[target[1], str(self._refusal(error)), _here.cause] += 1
 
     def _on_ask(self, target: Target, caller: int, tag: str, payload: Any) -> None:
         try:
@@ -1365,10 +1402,11 @@ class _Connection:
             _tell_node(self.peer, tag, self._refusal(error))
             return
         if thread._owe(tag, self.peer) and caller:
-            sender = RemoteThread(self.address, caller, self.peer)
-            thread._mailbox.put(Synchronous(data, sender, tag))
-        if target[1] == KERNEL:
-            thread._start(_kernel)
+            request = Synchronous(data, RemoteThread(self.address, caller, self.peer), tag)
+            if target[1] == KERNEL:
+                thread._start(_kernel, request, _here.cause)
+            else:
+                thread.send(request)
 
     def _refusal(self, error: BaseException) -> DistconcError:
         """Count a message that cannot be delivered; return what its sender is told."""
@@ -1409,6 +1447,13 @@ class _Connection:
 
     def _on_forget(self, tag: str) -> None:
         _strike(tag)
+
+    def _on_stamp(self, stamp: "Stamp", kind: int, *rest: Any) -> None:
+        process, id, clock = stamp
+        if not 0 < clock < 1 << 53:
+            raise ValueError("not the clock of an event")
+        with _because((str(process), int(id), int(clock))):
+            self._on[kind](*rest)
 
     def _on_lost(self, name_or_id: int | str, why: str, times: int) -> None:
         _log_lost(f"{name_or_id!r} at {_text(self.address) or 'its node'}", why, times)
@@ -1564,6 +1609,8 @@ class Node:
 
     def _send(self, to: RemoteThread, message: Message, awaited: _Await | None = None) -> None:
         """Send over the connection there is, or a new one; once more if that ended untaken."""
+        if _trace:
+            message = _stamped(message)
         for _ in range(2):
             connection = self._speaking.get(to._target[0]) or self._speaking.get(to._node)
             limit = connection.limit if connection else self._max_message
@@ -1575,7 +1622,8 @@ class Node:
             if awaited:
                 awaited.peer = connection.peer
             try:
-                return connection.send(message)
+                fault = _fault(connection.address)
+                return fault._send(connection, message) if fault else connection.send(message)
             except _Ended:
                 pass
             except OSError as error:
@@ -1587,7 +1635,7 @@ class Node:
         connection = self._speaking.get(peer)
         if connection is None or connection.ending:
             return False
-        connection.post(message)
+        connection.post(_stamped(message) if _trace else message)
         return True
 
     def _depend(self, awaited: _Await, peer: int) -> None:
@@ -1599,6 +1647,8 @@ class Node:
     def _reach(self, address: Address | None, incarnation: int = 0) -> _Connection:
         """Return the connection to speak on; dial if there is none, once for all who wait."""
         deadline = monotonic() + self._connect_timeout
+        if _cut_off(address):
+            raise NodeUnreachable(f"faults(drop=1) cuts {_text(address)} off")
         with self._changed:
             while connection := self._speaking.get(incarnation) or self._speaking.get(address):
                 if not connection.ending:
@@ -1717,6 +1767,8 @@ class Node:
         if peer.role == b"dialler" and not called & set(peer.meant):
             raise AuthenticationError(f"{peer.meant!r} was dialled, which is not this node; "
                                       "behind NAT or a tunnel, start_node needs advertise=")
+        if _cut_off(peer.address):
+            raise NodeUnreachable("faults(drop=1) cuts it off")
 
     def _introduce(self, connection: _Connection, dialled: Address | None) -> None:
         """Exchange the first sealed frames, outlive older connections, then go live.
@@ -1895,9 +1947,9 @@ def _ask_node(address: Address | None, *request: Any) -> Any:
     return answer
 
 
-def _kernel() -> None:
+def _kernel(request: Synchronous, cause: "Stamp") -> None:
     """Do one thing that another node asks for.  Erlang: net_kernel."""
-    request = receive()
+    _here.cause = cause  # that node's act, not this thread's
     answer: Any = None
     try:
         match request.data:
@@ -1905,11 +1957,32 @@ def _kernel() -> None:
                 answer = _spawn_here(func, args, name, register, link, request.sender._key[0])
             case ("ping",):
                 pass
+            case ("ps",):
+                answer = [_describe(thread) for thread in threads().values()]
             case other:
                 raise ValueError(f"a node cannot do {other!r}")
     except Exception as error:
         answer = error
     reply_synchronous(answer, request)
+
+
+def _describe(thread: Thread) -> tuple[Any, ...]:
+    """What `ps` shows: id, name, registered names, unread messages, seconds, what it does."""
+    unread = sum(map(len, list(thread._mailbox._cells)))
+    names = " ".join(thread._names)
+    return (thread.id, thread.name, names, unread, monotonic() - thread._began, _doing(thread))
+
+
+def _doing(thread: Thread) -> str:
+    """Which function of this module a thread is in, and where it was called."""
+    frame, word = sys._current_frames().get(thread._ident or 0), "running"
+    while frame and frame.f_code.co_filename == _doing.__code__.co_filename:
+        if frame.f_code.co_name in __all__:
+            word = frame.f_code.co_name
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_filename == threading.__file__:
+        return word
+    return f"{word} at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
 class ChildNode:
@@ -1966,7 +2039,8 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
     boot = ("import sys, pickle; sys.path[:] = pickle.load(sys.stdin.buffer); "
             f"from {__name__} import _be_child; _be_child()")
     process = subprocess.Popen([sys.executable, "-u", "-c", boot],
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               env={**os.environ, "DISTCONC_TRACE": _traced_to()})
     try:
         assert process.stdin and process.stdout
         process.stdin.write(pickle.dumps(sys.path) + pickle.dumps((_address(address), options)))
@@ -2007,7 +2081,7 @@ def _print_on(source: Any) -> None:
 
 def _after_fork() -> None:
     """Leave the parent its connections: a forked child is another node, not started."""
-    global _incarnation, _node, _here, _registry, _settling, _losing, _starting
+    global _incarnation, _node, _here, _registry, _settling, _losing, _starting, _clocking
     if _node:
         for sock in (*(connection._sock for connection in _node._open), *_node._shaking):
             os.close(sock.detach())
@@ -2016,7 +2090,9 @@ def _after_fork() -> None:
     _incarnation, _node, _here = int.from_bytes(os.urandom(8), "big"), None, _Here()
     for table in _threads, _names, _awaited, _debts, _losses:
         table.clear()
-    _registry, _settling, _losing, _starting = (threading.RLock() for _ in range(4))
+    _registry, _settling, _losing, _starting, _clocking = (
+        threading.RLock() for _ in range(5))
+    trace(_traced_to() or None)
 
 
 if hasattr(os, "register_at_fork"):
@@ -2114,9 +2190,11 @@ def _tell_node(peer: int, tag: str, error: DistconcError) -> bool:
 
 def _contact_lost(peer: int, name: str) -> None:
     """Settle what awaited this node; what is owed to it, nobody awaits any more."""
-    for awaited in list(_awaited.values()):
-        if awaited.peer == peer:
-            _settle(awaited.tag, NodeDown(f"contact with {name} was lost"))
+    text = f"contact with {name} was lost"
+    with _because(None if local_node()._stopped else _record(None, "down", why=text)):
+        for awaited in list(_awaited.values()):
+            if awaited.peer == peer:
+                _settle(awaited.tag, NodeDown(text))
     for tag, (_, creditor, _) in list(_debts.items()):
         if creditor == peer:
             _strike(tag)
@@ -2134,6 +2212,7 @@ def _undelivered(target: str, why: str) -> None:
 def _log_lost(target: str, why: str, times: int = 1) -> None:
     """Log lost messages: at most one line a second for a target, whose counts add up to all."""
     local_node()._count("lost", times)
+    _record(None, "lost", _here.cause, why=f"{times} to {target}: {why}")
     with _losing:
         first = target not in _losses
         _losses[target] = _losses.get(target, (0, why))[0] + times, why
@@ -2155,7 +2234,206 @@ def _report(target: str) -> None:
         timer.start()
 
 
-################ Part four: at the shell ################
+######## Faults: a network that can be broken
+
+_faults: list["faults"] = []  # those entered, the last of which counts
+
+
+class faults:
+    """While it is entered, make worse what this node sends to others.
+
+    Each message is lost with the probability `drop`, sent twice with the probability
+    `duplicate`, and held up for up to `delay` seconds, in order; `seed` makes the same of the
+    same messages from one thread.  `to` is the node it concerns (None: all); of several that
+    concern one, the last entered counts.  `drop=1` cuts the node off, on this side: nothing
+    goes there, heartbeats included, nor can it be dialled or dial this one; so each takes the
+    other for lost.  What is dropped, nobody is told; what is held up goes out when it is left,
+    which blocks until then.  Raises ValueError for what is no probability.
+    """
+
+    def __init__(self, *, to: "NodeLike | None" = None, drop: float = 0, delay: float = 0,
+                 duplicate: float = 0, seed: Any = None) -> None:
+        if not (0 <= drop <= 1 and 0 <= duplicate <= 1 and delay >= 0):
+            raise ValueError("drop= and duplicate= are from 0 to 1, delay= is seconds")
+        self._to = None if to is None else _address(to)
+        self._drop, self._delay, self._duplicate = drop, delay, duplicate
+        self._random = random.Random(seed)
+        self._late: SimpleQueue[Any] = SimpleQueue()  # when it is due, where to, and what
+        self._left = threading.Event()
+
+    def __enter__(self) -> "faults":
+        if self._delay:
+            self._postman = _thread("postman", self._send_late)
+        _faults.append(self)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _faults.remove(self)
+        self._left.set()
+        if self._delay:
+            self._late.put(None)
+            self._postman.join()
+
+    def _send(self, connection: _Connection, message: Message) -> None:
+        drop, duplicate, delay = (self._random.random() for _ in range(3))
+        if drop < self._drop:
+            _record(None, "lost", _here.cause, why="dropped by faults")
+            return
+        for _ in range(1 + (duplicate < self._duplicate)):
+            if self._delay:
+                self._late.put((monotonic() + delay * self._delay, connection, message))
+            else:
+                connection.send(message)
+
+    def _send_late(self) -> None:
+        while item := self._late.get():
+            due, connection, message = item
+            self._left.wait(max(due - monotonic(), 0))
+            with suppress(OSError, _Ended):
+                connection.send(message)
+
+
+def _fault(address: Address | None) -> faults | None:
+    """The fault that concerns the node of `address`."""
+    if not _faults:
+        return None
+    return next((one for one in reversed(_faults.copy()) if one._to in (None, address)), None)
+
+
+def _cut_off(address: Address | None) -> bool:
+    fault = _fault(address)
+    return fault is not None and fault._drop >= 1
+
+
+################ Part four: seeing ################
+######## Traces: trace
+
+Stamp = tuple[Any, ...]  # an event of a trace: incarnation, thread's id, its Lamport clock
+UNKNOWN: Stamp = ()
+_trace: "_Trace | None" = None
+_clocks: dict[tuple[int, int], int] = {}  # Lamport's, by incarnation and thread's id
+_clocking = threading.RLock()  # guards: an event's clock and its line are one step
+
+
+def trace(directory: "str | os.PathLike[str] | None") -> None:
+    """Record what happens in this process to a file of its own in `directory`; None: stop.
+
+    That is: spawns, ends and crashes of threads, sends, receives, time-outs, lost messages and
+    lost nodes, each with the thread's Lamport clock.  Nodes made by `spawn_node` from now on
+    do so, too, and so does every process with DISTCONC_TRACE=directory in its environment.  The
+    directory is made if there is none; each record is written at once, so kill -9 loses none.
+    Raises OSError, and goes on as before.  See `chart`.  Erlang: seq_trace.
+    """
+    global _trace
+    _trace = None if directory is None else _Trace(directory)
+
+
+def _traced_to() -> str:
+    return _trace.directory if _trace else ""
+
+
+class _Trace:
+    """The file of one process: a JSON object for each event, with its Lamport clock.
+
+    The clock of a thread counts its events, and jumps ahead of the cause of each: so it is
+    later in what comes of an event than in the event.  Thread 0 is the node.
+    """
+
+    def __init__(self, directory: "str | os.PathLike[str]") -> None:
+        self.directory = os.path.abspath(directory)
+        os.makedirs(directory, exist_ok=True)
+        path = os.path.join(self.directory, f"{_incarnation:016x}.jsonl")
+        self._file = open(path, "ab", buffering=0)
+
+    def record(self, id: int, name: str, event: str, cause: Stamp, about: Any) -> Stamp:
+        import json
+
+        process = f"{_incarnation:016x}"
+        about = {"process": process, "node": str(local_node()), "thread": id, "name": name,
+                 "event": event, "time": time(), **about}
+        if cause:
+            about["cause"] = cause
+        with _clocking:
+            key = _incarnation, id
+            if event != "start" and key not in _clocks:
+                self.record(id, name, "start", UNKNOWN, {})
+            clock = about["clock"] = max([_clocks.get(key, 0), *cause[2:]]) + 1
+            _clocks[key] = clock
+            self._file.write(json.dumps(about).encode() + b"\n")
+        return process, id, clock
+
+
+def _record(thread: Thread | None, event: str, cause: Stamp | None = None,
+            **about: Any) -> Stamp:
+    """Record an event of `thread`, or of the node; return its stamp.  Not that of a kernel."""
+    here = _trace
+    if here is None or thread and thread.id not in _threads:
+        return UNKNOWN
+    id, name = (thread.id, thread.name) if thread else (0, "node")
+    return here.record(id, name, event, cause or UNKNOWN, about)
+
+
+class _because:
+    """While it is entered, what this thread sends is caused by `cause`, and no event itself."""
+
+    def __init__(self, cause: Stamp | None) -> None:
+        self._cause = cause
+
+    def __enter__(self) -> None:
+        self._before, _here.cause = _here.cause, self._cause
+
+    def __exit__(self, *_: Any) -> None:
+        _here.cause = self._before
+
+
+def _sending(message: Any, thread: Handle, kind: str = "send") -> _because:
+    """Record that this thread sends `message`, and have that be the cause of its arrival."""
+    kind = "reply" if message.__class__ is Reply else kind
+    to = thread.name if isinstance(thread, Thread) else f"{_text(thread.node)}/{thread.id}"
+    sent = _record(current_thread(), "send", message=_shown(message), to=to, kind=kind)
+    return _because(sent)
+
+
+def _stamped(message: Message, cause: Stamp | None = None) -> Message:
+    cause = cause or _here.cause
+    return (STAMP, cause, *message) if cause else message
+
+
+class _Traced(list[Any]):
+    """The cell of a message in a mailbox, which records that it is taken."""
+
+    __slots__ = ("_cause",)
+
+    def __init__(self, message: Any, cause: Stamp | None) -> None:
+        super().__init__([message])
+        self._cause = cause
+
+    def note(self) -> None:
+        for message in self:  # none, if another thread took it first
+            _record(current_thread(), "receive", self._cause, message=_shown(message))
+
+
+def _shown(message: Any) -> str:
+    """A message as a trace shows it, in one short line; safe even from a bad __repr__."""
+    import reprlib
+
+    match message:
+        case Synchronous(data) | Reply(data):
+            return _shown(data)
+        case Down(_, target, reason):
+            return f"Down: {_shown(target)}, {_shown(reason)}"
+        case LinkedError():
+            return f"LinkedError: {_shown(message.thread)}, {_shown(message.error)}"
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 100
+    return short.repr(message)
+
+
+if os.environ.get("DISTCONC_TRACE") and __name__ != "__main__":
+    trace(os.environ["DISTCONC_TRACE"])
+
+
+######## At the shell
 ######## demo, node, send, call
 
 
@@ -2233,6 +2511,16 @@ def _call(options: Any) -> None:
     print(repr(send_synchronous(_literal(options.message), target, options.timeout)))
 
 
+def _ps(options: Any) -> None:
+    titles = "id", "name", "registered", "unread", "age", "in"
+    rows = [titles] + [(str(id), name, names, str(unread), f"{age:.0f} s", doing) for
+                       id, name, names, unread, age, doing in
+                       _ask_node(_address(options.node), "ps")]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Do what the shell command `arguments` says."""
     import argparse
@@ -2257,6 +2545,8 @@ def main(arguments: list[str] | None = None) -> None:
             target=target, message=message, __timeout=timeout)
     command("call", _call, "send a message and print the reply",
             target=target, message=message, __timeout=timeout)
+    command("ps", _ps, "list the threads of a node",
+            node={"help": "which, such as 9000 or 127.0.0.1:9000"})
     options = parser.parse_args(arguments)
     logging.basicConfig(format="distconc: %(message)s")
     try:
