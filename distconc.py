@@ -92,7 +92,7 @@ import types
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, TimeoutError as FutureTimeout
+from concurrent.futures import Future, TimeoutError as FutureTimeout, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -1550,7 +1550,7 @@ class Node:
     def stop(self, timeout: float = 5.0) -> None:
         """Stop the node; see `stop_node`."""
         deadline = monotonic() + timeout
-        with self._changed:
+        with self._lock:
             self._stopped, bound, self._bound = True, self._bound, None
             for sock in self._shaking:
                 _hang_up(sock)
@@ -1566,7 +1566,7 @@ class Node:
             with suppress(OSError):  # knock at our own door: nothing else wakes `accept`
                 Client(bound).close()
             self._accepter.join(_left(deadline))
-        with self._changed:
+        with self._lock:
             if not self._changed.wait_for(lambda: not self._open, _left(deadline) * 0.9):
                 for connection in self._open:
                     connection.cut()
@@ -1649,7 +1649,7 @@ class Node:
         deadline = monotonic() + self._connect_timeout
         if _cut_off(address):
             raise NodeUnreachable(f"faults(drop=1) cuts {_text(address)} off")
-        with self._changed:
+        with self._lock:
             while connection := self._speaking.get(incarnation) or self._speaking.get(address):
                 if not connection.ending:
                     return connection
@@ -1665,7 +1665,9 @@ class Node:
                 _thread("dialler", self._dial, address, key, dial)
                 self._dials[address] = dial
         try:
-            connection = dial.result(_left(deadline))
+            while not dial.done() and (left := _left(deadline)):  # Ctrl-C may strike between
+                wait([dial], min(left, 0.2))  # two waits only, if it comes as one begins
+            connection = dial.result(0)
             return self._speaking.get(connection.peer, connection)  # the peer's may be first
         except FutureTimeout:
             self._dials.pop(address, None)  # who comes next dials anew
@@ -1682,7 +1684,7 @@ class Node:
         except (ConnectionRefusedError, FileNotFoundError):
             error = NodeUnreachable(f"no node listens at {name}; is that where it was started?")
         except BaseException as why:
-            error = NodeUnreachable(f"cannot connect to {name}: {why or type(why).__name__}")
+            error = NodeUnreachable(f"cannot connect to {name}: {str(why) or type(why).__name__}")
         with self._lock:
             if self._dials.get(address) is dial:
                 del self._dials[address]
@@ -1703,13 +1705,14 @@ class Node:
                     _thread("doorman", self._admit, stranger)
             except (OSError, RuntimeError) as error:  # out of descriptors, or of threads
                 _log.info("nobody can be let in just now: %s", error)
-                with self._changed:
+                with self._lock:
                     self._changed.wait_for(lambda: self._stopped, 0.05)
         listener.close()
 
     def _admit(self, stranger: Any) -> None:
         try:
-            self._shake(stranger, self._key, None)
+            with stranger:
+                self._shake(stranger, self._key, None)
         except Exception as error:
             self._count("strangers")
             _log.info("a stranger was not let in: %s: %s", type(error).__name__, error)
@@ -1787,7 +1790,7 @@ class Node:
             else:
                 [(connection.peer_stamp, oldest)], _ = connection.read()
                 self._outlive(connection, oldest)
-        with self._changed:
+        with self._lock:
             if self._stopped:
                 raise NodeDown("this node was stopped")
             speaking = self._speaking.get(connection.peer, connection)
@@ -1806,14 +1809,14 @@ class Node:
         def older() -> list[_Connection]:
             return [c for c in self._open if c is not connection and c.peer == connection.peer
                     and c.peer != self.incarnation and (c.ending or 0 < c.peer_stamp < oldest)]
-        with self._changed:
+        with self._lock:
             for other in older():
                 other.cut()
             if not self._changed.wait_for(lambda: not older(), self._connect_timeout):
                 raise NodeUnreachable("the connection before this one does not end")
 
     def _ward(self) -> None:
-        with self._changed:
+        with self._lock:
             while self._open or not self._stopped:
                 now = monotonic()
                 for connection in self._open:
@@ -1828,7 +1831,7 @@ class Node:
         One that never started takes no other with it, but may be the last to go.
         """
         peer = connection.peer
-        with self._changed:
+        with self._lock:
             self._open.discard(connection)
             self._counts.update(sent=connection.sent, received=connection.received)
             rest = [other for other in self._open if other.peer == peer]
@@ -1928,7 +1931,7 @@ def disconnect(node: NodeLike) -> None:
     Factor: disconnect.  Erlang: disconnect_node.
     """
     here = local_node()
-    with here._changed:
+    with here._lock:
         connection = here._speaking.get(_address(node))
         if connection:
             connection.close()
@@ -2325,7 +2328,11 @@ def trace(directory: "str | os.PathLike[str] | None") -> None:
     Raises OSError, and goes on as before.  See `chart`.  Erlang: seq_trace.
     """
     global _trace
-    _trace = None if directory is None else _Trace(directory)
+    new = None if directory is None else _Trace(directory)
+    with _clocking:
+        old, _trace = _trace, new
+        if old:
+            os.close(old.file)
 
 
 def _traced_to() -> str:
@@ -2343,7 +2350,7 @@ class _Trace:
         self.directory = os.path.abspath(directory)
         os.makedirs(directory, exist_ok=True)
         path = os.path.join(self.directory, f"{_incarnation:016x}.jsonl")
-        self._file = open(path, "ab", buffering=0)
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def record(self, id: int, name: str, event: str, cause: Stamp, about: Any) -> Stamp:
         import json
@@ -2357,9 +2364,11 @@ class _Trace:
             key = _incarnation, id
             if event != "start" and key not in _clocks:
                 self.record(id, name, "start", UNKNOWN, {})
-            clock = about["clock"] = max([_clocks.get(key, 0), *cause[2:]]) + 1
+            here = [_clocks.get(key, 0)] if id else _clocks.values()  # a node saw all before
+            clock = about["clock"] = max([0, *here, *cause[2:]]) + 1
             _clocks[key] = clock
-            self._file.write(json.dumps(about).encode() + b"\n")
+            if _trace is self:  # or it has just been closed
+                os.write(self.file, json.dumps(about).encode() + b"\n")
         return process, id, clock
 
 

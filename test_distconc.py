@@ -20,6 +20,7 @@ import os
 import pickle
 import platform
 import queue
+import random
 import re
 import select
 import shutil
@@ -3409,6 +3410,334 @@ class InTheMiddle(Net):
             self.assert_raises_soon(NodeDown, send_synchronous, 2, self.echo, T)
             self.twist = lambda inward, count, frame: [frame]
             self.assertEqual(send_synchronous(3, self.echo, T), 3)
+
+
+######## Faults
+
+
+def keep_all(until, whom):
+    """Keep messages until one is `until`, then send all of them."""
+    kept = []
+    while (message := receive()) != until:
+        kept.append(message)
+    send(kept, whom)
+
+
+class Faults(OneChild):
+    """A network that is made worse, on this node's side."""
+
+    options = child_options = {"heartbeat": 3.0}
+
+    def through(self, count=200, **worse):
+        """What of the numbers up to `count` comes through, sent to a thread over there."""
+        target = spawn(keep_all, "end", current_thread(), node=self.other)
+        with faults(**worse):
+            for number in range(count):
+                send(number, target)
+        send("end", target)
+        return receive(T)
+
+    def test_drop_loses_some_and_the_seed_says_which(self):
+        some = self.through(drop=0.3, seed=5)
+        self.assertLess(80, len(some))
+        self.assertLess(len(some), 190)
+        self.assertEqual(some, sorted(some))
+        self.assertEqual(self.through(drop=0.3, seed=5), some)
+        self.assertNotEqual(self.through(drop=0.3, seed=6), some)
+
+    def test_duplicate_sends_some_twice_and_loses_none(self):
+        some = self.through(duplicate=0.3, seed=5)
+        self.assertEqual(sorted(set(some)), list(range(200)))
+        self.assertEqual(some, sorted(some))
+        self.assertLess(210, len(some))
+        self.assertLess(len(some), 320)
+
+    def test_delay_holds_up_as_the_seed_says_and_keeps_order(self):
+        target = spawn(keep_all, "end", current_thread(), node=self.other)
+        draws = random.Random(1)
+        _, _, part = draws.random(), draws.random(), draws.random()
+        with faults(delay=0.2, seed=1):
+            start = monotonic()
+            send("end", target)
+            self.assertEqual(receive(T), [])
+            self.assertGreaterEqual(monotonic() - start, 0.2 * part)
+        self.assertEqual(self.through(delay=0.01), list(range(200)))
+
+    def test_what_is_held_up_goes_out_when_the_fault_is_left(self):
+        start = monotonic()
+        self.assertEqual(self.through(delay=1000), list(range(200)))
+        self.assertLess(monotonic() - start, T)
+
+    def test_only_the_named_node_and_only_remote_messages_are_concerned(self):
+        other = self.child()
+        here, there = self.here(collect, name="kept"), self.collector(other)
+        gone = self.collector(self.other)
+        with faults(to=self.other, drop=0.999999, seed=1):
+            for target in here, there, gone:
+                send(1, target)
+        for target in here, there, gone:
+            send(2, target)
+        self.assertEqual([self.got(here, 2), self.got(there, 2)], [[1, 2]] * 2)
+        self.assertEqual(self.got(gone, 1), [2])
+
+    def test_the_last_entered_counts(self):
+        with faults(drop=1), faults(to=self.other):
+            self.assertEqual(self.through(20), list(range(20)))
+
+    def test_nonsense_is_refused(self):
+        for worse in {"drop": 2}, {"drop": -1}, {"duplicate": 1.1}, {"delay": -1}:
+            with self.subTest(worse), self.assertRaises(ValueError):
+                faults(**worse)
+        with self.assertRaises(ValueError):
+            faults(to=70000)
+
+    def test_a_cut_node_is_down_on_both_sides_until_it_heals(self):
+        third = self.child(heartbeat=3.0)
+        there = self.here(keep_all, "stop", current_thread(), name="watched")
+        watcher = spawn(watch, RemoteThread(self.node, "watched"), current_thread(),
+                        node=self.other)
+        self.assertEqual(receive(T), "watching")
+        mine = monitor(self.other)
+        with faults(to=self.other, drop=1):
+            down = receive(T)
+            self.assertEqual(down.monitor, mine)
+            self.assertIsInstance(down.reason, NodeDown)
+            with self.assertRaisesRegex(NodeUnreachable, "cuts"):
+                send(1, watcher)
+            self.assertEqual(ask(third, try_to_connect, str(self.other)), None)
+            self.assertEqual(ask(third, try_to_connect, str(self.node)), None)
+            refused = ask(third, ask, str(self.other), try_to_connect, str(self.node))
+            self.assertIsInstance(refused, NodeUnreachable)
+        send("end", RemoteThread(self.other, watcher.id))
+        self.assertIsInstance(receive(T), NodeDown)
+        there.send("stop")
+        self.assertEqual(receive(T), [])
+
+    def test_a_short_cut_that_nobody_noticed_leaves_the_connection_in_step(self):
+        target = self.collector(self.other, "steps")
+        send(1, target)
+        with faults(drop=1):
+            send(2, target)
+        send(3, target)
+        self.assertEqual(self.got(target, 2)[-2:], [1, 3])
+
+
+def watch(target, whom):
+    """Tell `whom` that this thread watches `target`; then, when asked, of what that ended."""
+    monitor(target)
+    send("watching", whom)
+    down = receive(T)
+    receive_if(lambda message: message == "end", T)
+    send(down.reason, whom)
+
+
+def try_to_connect(node):
+    """Return None, or the error."""
+    try:
+        connect(node)
+    except NodeDown as error:
+        return error
+
+
+######## Traces
+
+
+def records(directory):
+    """All records of all traces there, in no order but each thread's."""
+    found = []
+    for name in sorted(os.listdir(directory)):
+        with open(os.path.join(directory, name)) as file:
+            found += map(json.loads, file)
+    return found
+
+
+def hand_on(actors=()):
+    """Send what is left of a message's path to the first of it; the last tells the driver."""
+    *actors, driver = actors or receive()
+    while (path := receive()) != "stop":
+        send(path[1:], actors[path[0]] if path else driver)
+
+
+def fail_on_request():
+    raise ValueError(receive(T))
+
+
+class Traces(OneChild):
+    """What is recorded while traced, and what it costs: nothing of the semantics."""
+
+    def setUp(self):
+        super().setUp()
+        self.traces = os.path.join(self.dir, "traces")
+        self.addCleanup(trace, None)
+
+    def child(self, *args, **options):
+        trace(self.traces)
+        return super().child(*args, **options)
+
+    def assert_lamport(self, found):
+        """Each thread's clock rises, each cause is earlier, nothing is received twice."""
+        clocks, events = {}, set()
+        for record in found:
+            thread = record["process"], record["thread"]
+            self.assertLess(clocks.get(thread, 0), record["clock"])
+            clocks[thread] = record["clock"]
+            events.add((*thread, record["clock"]))
+        received = [tuple(r["cause"]) for r in found if r["event"] == "receive"]
+        self.assertEqual(len(received), len(set(received)))
+        for record in found:
+            if "cause" in record:
+                self.assertIn(tuple(record["cause"]), events)
+                self.assertLess(record["cause"][2], record["clock"])
+
+    def test_each_receive_names_its_send_and_is_later(self):
+        node, me = self.child(), current_thread()
+
+        @settings(max_examples=15, deadline=None)
+        @given(st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=8))
+        def run(paths):
+            shutil.rmtree(self.traces)
+            trace(self.traces)  # a new file; the child goes on with what it has
+            actors = [spawn(hand_on, name=f"actor{n}", node=node if n % 2 else None)
+                      for n in range(4)]
+            for actor in actors:
+                send([*actors, me], actor)
+            for path in paths:
+                send(path, actors[0])
+            for _ in paths:
+                self.assertEqual(receive(T), [])
+            for actor in actors:
+                watched = monitor(actor)
+                send("stop", actor)
+                self.assertEqual(receive(T).monitor, watched)
+            found = [r for r in records(self.traces)]
+            here = [r for r in found if r["event"] == "send" and r["name"] == "MainThread"]
+            self.assertEqual(len(here), 8 + len(paths))
+            done = [r for r in found if r["event"] == "receive" and r["name"] == "MainThread"
+                    and r["message"] == "[]"]
+            self.assertEqual(len(done), len(paths))
+
+        os.makedirs(self.traces, exist_ok=True)
+        run()
+
+    def test_all_that_happens_is_recorded_on_both_nodes(self):
+        node = self.child()
+        server = spawn_server(handle_synchronous, echo, name="echo", node=node, register=True)
+        self.assertEqual(send_synchronous("hello", server, T), "hello")
+        self.assertIsNone(receive(0.01, None))
+        with self.assertRaises(TimeoutError):
+            send_synchronous(1, self.here(collect, name="mute"), 0.01)
+        for where in None, node:
+            watched = monitor(target := spawn(fail_quietly_when_asked, node=where))
+            send("now", target)
+            self.assertEqual(receive(T).monitor, watched)
+        send("late", target)
+        with self.assertRaises(NoSuchThread):
+            send_synchronous("later", target, T)
+        found = records(self.traces)
+        self.assert_lamport(found)
+        kinds = {record["event"] for record in found}
+        self.assertLessEqual({"start", "spawn", "send", "receive", "timeout", "lost"}, kinds)
+        self.assertEqual(len({record["process"] for record in found}), 2)
+        shown = [(r["event"], r["kind"], r["message"]) for r in found if r["event"] == "send"]
+        self.assertIn(("send", "call", "'hello'"), shown)
+        self.assertIn(("send", "reply", "'hello'"), shown)
+        lost = [tuple(r["cause"]) for r in found if r["event"] == "lost"]
+        late = [(r["process"], r["thread"], r["clock"]) for r in found
+                if r["event"] == "send" and r["message"] == "'late'"]
+        self.assertEqual(lost, late)
+
+    def test_a_crash_and_a_lost_node_are_recorded_with_what_comes_of_them(self):
+        node, noise = self.child(), mock.patch("threading.excepthook", lambda info: None)
+        with noise:
+            watched = monitor(target := spawn(fail_on_request))
+            send("why", target)
+            self.assertEqual(receive(T).monitor, watched)
+        watched = monitor(node)
+        node.kill()
+        self.assertEqual(receive(T).monitor, watched)
+        found = records(self.traces)
+        for event in "crash", "down":
+            [cause] = [(r["process"], r["thread"], r["clock"]) for r in found
+                       if r["event"] == event]
+            self.assertIn(cause, [tuple(r["cause"]) for r in found
+                                  if r["event"] == "receive" and "cause" in r])
+
+    def test_dropped_messages_are_lost_ones(self):
+        target = self.collector(self.child())
+        with faults(drop=0.5, seed=3):
+            for number in range(20):
+                send(number, target)
+        kept = self.got(target)
+        found = records(self.traces)
+        sent = {(r["process"], r["thread"], r["clock"]): r["message"] for r in found
+                if r["event"] == "send"}
+        lost = {sent[tuple(r["cause"])] for r in found if r["event"] == "lost"}
+        self.assertEqual(lost, {repr(n) for n in range(20)} - set(map(repr, kept)))
+
+    def test_off_again_nothing_is_recorded_and_nothing_is_sent_along(self):
+        trace(self.traces)
+        send("x", current_thread())
+        self.assertEqual(receive(0), "x")
+        before = records(self.traces)
+        trace(None)
+        send("y", current_thread())
+        self.assertEqual(receive(0), "y")
+        self.assertEqual(records(self.traces), before)
+        self.assertEqual([r["event"] for r in before[-2:]], ["send", "receive"])
+
+    def test_the_untraced_understand_the_traced(self):
+        target = self.collector(self.other, "untraced")
+        trace(self.traces)
+        send("x", target)
+        self.assertEqual(self.got(target, 1), ["x"])
+        found = records(self.traces)
+        self.assertEqual([r["event"] for r in found[-3:]], ["send", "send", "receive"])
+        self.assertNotIn("cause", found[-1])
+
+    def test_the_environment_starts_a_trace(self):
+        done = script("send(1, current_thread()); print(receive())", DISTCONC_TRACE=self.traces)
+        self.assertEqual((done.out, done.err), ("1\n", ""))
+        self.assertEqual([r["event"] for r in records(self.traces)],
+                         ["start", "send", "receive"])
+
+    def test_kill_9_loses_no_record(self):
+        done = script("send(1, current_thread()); receive(); os.kill(os.getpid(), 9)",
+                      DISTCONC_TRACE=self.traces)
+        self.assertEqual(done.status, -9)
+        self.assertEqual(len(records(self.traces)), 3)
+
+    def test_a_forked_child_has_a_trace_of_its_own(self):
+        done = script("send(1, current_thread())\nif os.fork() == 0:\n"
+                      "    send(2, current_thread()); os._exit(0)\nos.wait()",
+                      DISTCONC_TRACE=self.traces)
+        self.assertEqual(done.err, "")
+        shown = {r["process"]: r["message"] for r in records(self.traces)
+                 if r["event"] == "send"}
+        self.assertEqual(sorted(shown.values()), ["1", "2"])
+
+    def test_no_message_is_too_odd_to_be_shown(self):
+        trace(self.traces)
+        for message in Odd(), "\ud800\n<&>", b"x" * 100_000, [[[[[[[1]]]]]]], Mute():
+            send(message, current_thread())
+            self.assertIs(receive(0), message)
+        self.assertLess(max(len(r.get("message", "")) for r in records(self.traces)), 300)
+
+    def test_ctrl_c_loses_nothing_while_traced(self):
+        trace(self.traces)
+        me, at = current_thread(), 0
+        with ctrl_c_storm(receive) as struck:
+            while len(struck) < 100:
+                send(at, me)
+                got = NOTHING
+                while got is NOTHING:
+                    with contextlib.suppress(KeyboardInterrupt):
+                        got = receive(T)
+                self.assertEqual(got, at)
+                at += 1
+
+
+def fail_quietly_when_asked():
+    receive(T)
 
 
 ######## The shell
