@@ -91,13 +91,14 @@ import traceback
 import types
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, TimeoutError as FutureTimeout, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener, answer_challenge, deliver_challenge
+from pathlib import Path
 from queue import SimpleQueue
 from time import monotonic, time
 from typing import Any, Union
@@ -111,7 +112,7 @@ __all__ = """
     Monitor Down monitor demonitor
     DistconcError LinkedError NodeDown NodeUnreachable NoSuchThread ThreadDied
     SynchronousToSelfError SerializationError RemoteError AuthenticationError
-    trace faults
+    trace chart faults
 """.split()
 __version__ = "0.1.0"
 
@@ -2442,8 +2443,360 @@ if os.environ.get("DISTCONC_TRACE") and __name__ != "__main__":
     trace(os.environ["DISTCONC_TRACE"])
 
 
-######## At the shell
-######## demo, node, send, call
+######## Charts: chart, what it reads, the table it makes of that, and three ways to draw it
+
+
+def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: int | None = None,
+          last: int | None = None, threads: Iterable[str] | None = None) -> str:
+    """Return the traces in `directory` as one space-time diagram.
+
+    A column is a thread; time runs down, in the order of the Lamport clocks, so no arrow points
+    up.  `format` is "svg" (a page for any browser: point at what you want to know more of),
+    "text" (80 columns) or "shiviz" (vector clocks, for the tool of that name).  `first` and
+    `last` narrow it to these clocks, `threads` to those called so, such as "logger" or
+    "127.0.0.1:9000/logger".
+
+    What is damaged is left out, and logged.  Raises FileNotFoundError if no trace is there;
+    ValueError for another format, and if nothing is left to draw.
+    """
+    formats = {"svg": _as_svg, "text": _as_text, "shiviz": _as_shiviz}
+    if format not in formats:
+        raise ValueError(f"{format!r} is no format of a chart; there are {', '.join(formats)}")
+    wanted = None if threads is None else set(threads)
+    past = sorted(_read_traces(directory),
+                  key=lambda event: (event.clock, event.time, event.process, event.thread))
+    events = [event for event in past
+              if (first or 0) <= event.clock and (last is None or event.clock <= last)
+              and (wanted is None or wanted & {event.name, f"{event.node}/{event.name}"})]
+    if past and not events:
+        raise ValueError("nothing is left to draw: no event is of such a clock and thread")
+    return formats[format](_Table(past, events))
+
+
+_MARKS = {  # event: its mark in text, what that is, what happens, the mark in SVG
+    "start": ("o", "start", "", "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z"),
+    "spawn": ("+", "spawn", "spawns {child}", "M-5 0H5M0-5V5"),
+    "send": ("*", "message", "{message}", "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z"),
+    "receive": ("*", "message", "{message}", "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z"),
+    "end": ("=", "end", "", "M-7 0H7"),
+    "crash": ("X", "crash", "{error}", "M0-9 3-3 9 0 3 3 0 9-3 3-9 0-3-3z"),
+    "lost": ("x", "lost", "lost: {why}", "M-5-5 5 5M-5 5 5-5"),
+    "down": ("!", "node lost", "{why}", "M3-9-5 1H0L-3 9 5-2H0z"),
+    "timeout": ("?", "time-out", "{what} timed out", "M-5-7H5L-5 7H5z"),
+}
+_TEXTS = "process node name event message to kind child error why what".split()
+_Event = types.SimpleNamespace  # a line of a trace, with its `column`, its `key` and its `words`
+_Column = tuple[str, int]  # process and thread
+
+
+def _read_traces(directory: "str | os.PathLike[str]") -> Iterable[_Event]:
+    paths = sorted(path for path in Path(directory).glob("*.jsonl") if path.is_file())
+    if not paths:
+        raise FileNotFoundError(f"there are no traces (*.jsonl) in {os.fspath(directory)!r}")
+    found: dict[Any, _Event] = {}
+    for path in paths:
+        bad = 0
+        for line in path.read_bytes().splitlines():
+            try:
+                event = _read_event(line)
+                bad += found.setdefault(event.key, event) is not event
+            except (ValueError, TypeError, AttributeError, RecursionError):
+                bad += 1
+        if bad:
+            _log.warning("%s: %d of its lines are no events, and left out", path, bad)
+    homes = {event.process: event.node for event in found.values() if event.node}
+    for event in found.values():  # a node's last address is the one to know it by
+        event.node = homes.get(event.process, f"process {event.process[:4]}")
+    return found.values()
+
+
+def _read_event(line: bytes) -> _Event:
+    """Raises this or that for what is no event.  A cause is older: so there are no cycles."""
+    import json
+
+    given = dict.fromkeys(_TEXTS, "") | {"cause": None} | json.loads(line)
+    given |= {field: _plain(given[field]) for field in _TEXTS}
+    event = _Event(**given)
+    if not (type(event.clock) is type(event.thread) is int and 0 <= event.clock < 1 << 64
+            and 0 <= event.time and event.event in _MARKS):
+        raise ValueError(given)
+    event.column = event.process, event.thread
+    event.key = *event.column, event.clock
+    event.words = _MARKS[event.event][2].format_map(given)
+    if event.cause is not None:
+        event.cause = tuple(event.cause)
+        if list(map(type, event.cause)) != [str, int, int] or event.cause[2] >= event.clock:
+            raise ValueError(given)
+    return event
+
+
+def _plain(text: str) -> str:
+    """`text` in one line, fit for XML: what is not printable is escaped, as in a repr."""
+    return text if text.isprintable() else "".join(
+        each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+class _Table:
+    """The events to draw, in Lamport order, and the columns, from left to right.
+
+    `nodes` has the heading of each process, the oldest address first; `names` that of each
+    column; `heads` the leftmost column of each process.  `who` names any thread in full;
+    `past` has the events that are not to be drawn, too.
+    """
+
+    def __init__(self, past: list[_Event], events: list[_Event]) -> None:
+        self.past, self.events = past, events
+        self.by_key = {event.key: event for event in events}
+        self.causes = {event.cause for event in events}
+        by_age = sorted(past, key=lambda event: event.time)
+        nodes = {event.process: event.node for event in by_age}
+        order = [*dict.fromkeys(nodes.values())]
+        runs = sorted(nodes, key=lambda process: order.index(nodes[process]))
+        self.nodes = dict(zip(runs, _distinct([nodes[process] for process in runs], " run")))
+        names = {event.column: event.name for event in by_age}
+        columns = sorted(names, key=lambda column: (runs.index(column[0]), column[1]))
+        self.who = dict(zip(columns, _distinct([
+            f"{self.nodes[process]}/{names[process, id]}" for process, id in columns], "")))
+        drawn = {event.column for event in events}
+        self.names = {column: who[len(self.nodes[column[0]]) + 1:]
+                      for column, who in self.who.items() if column in drawn}
+        self.heads = {column[0]: column for column in reversed(self.names)}  # the leftmost
+
+    def places(self, start: int, least: int, most: int) -> dict[Any, int]:
+        """Where each column begins, in characters; for None, where the last ends."""
+        widths = {column: min(max(len(name), least), most) + 2
+                  for column, name in self.names.items()}
+        for process in self.heads:
+            *group, final = (column for column in widths if column[0] == process)
+            rest = min(len(self.nodes[process]), 22) + 2 - sum(widths[each] for each in group)
+            widths[final] = max(widths[final], rest)
+        return dict(zip([*widths, None], itertools.accumulate(widths.values(), initial=start)))
+
+
+def _distinct(names: list[str], what: str) -> list[str]:
+    """Number those that come again: a, b, a 2."""
+    taken: dict[str, None] = {}
+    for name in names:
+        again = (f"{name}{what} {number}" for number in itertools.count(2))
+        taken[name if name not in taken else next(a for a in again if a not in taken)] = None
+    return list(taken)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most - 2] + ".."
+
+
+def _as_text(table: _Table) -> str:
+    """Draw what fits into 80 characters, and beside it what happens; else name the threads."""
+    for most in 16, 12, 10, 8, 6:
+        at = table.places(7, 3, most)
+        if fits := at[None] <= 60:
+            break
+    heads = ["", _spread((at[column], _cut(table.nodes[run], 22))
+                         for run, column in table.heads.items()),
+             _spread((at[column], _cut(name, most)) for column, name in table.names.items())]
+    lines, alive = list[str](), set[_Column]()
+    for number, row in enumerate(_rows(table)):
+        lines += heads if fits and number % 40 == 0 else []
+        lines.append((_picture if fits else _naming)(table, row, at, alive))
+        lines[-1] += "; ".join(dict.fromkeys(event.words for event in row if event.words))
+        if row[-1].event == "send":
+            lines[-1] += f" to {row[-1].to}"
+    marks = dict.fromkeys(f"{mark} {what}" for mark, what, _, _ in _MARKS.values())
+    lines += ["", "  ".join(marks), "*-> not received here   >* from what is not seen here", ""]
+    return "\n".join(_cut(line, 80).rstrip() for line in lines).lstrip("\n")
+
+
+def _rows(table: _Table) -> list[list[_Event]]:
+    """An event is put into the row of its cause, if its thread does nothing in between.
+
+    So rows are in an order that causes allow, and mostly a message takes one.
+    """
+    rows, row_of, latest = list[list[_Event]](), dict[Any, int](), dict[_Column, int]()
+    for event in table.events:
+        at = row_of.pop(event.cause, -1)
+        if at > latest.get(event.column, -1):
+            rows[at].append(event)
+        else:
+            at = row_of[event.key] = len(rows)
+            rows.append([event])
+        latest[event.column] = at
+    return rows
+
+
+def _spread(texts: Iterable[tuple[int, str]]) -> str:
+    line = ""
+    for place, text in sorted(texts):
+        line = line.ljust(place) + text
+    return line
+
+
+def _picture(table: _Table, row: list[_Event], at: dict[Any, int], alive: set[_Column]) -> str:
+    """Draw the lifelines and the arrow of a row; afterwards, `alive` is who still is."""
+    event, line = row[-1], list(f"{row[0].clock:>5}".ljust(at[None]))
+    here, cause = at[event.column], table.by_key.get(event.cause)
+    alive.update(each.column for each in row)
+    for column in alive:
+        line[at[column]] = "|"
+    if cause and cause.column != event.column:
+        left, right = sorted((at[cause.column], here))
+        line[left:right + 1] = "|" + "-" * (right - left - 1) + "|"
+        line[here + (1 if here == left else -1)] = "<" if here == left else ">"
+    elif event.event == "receive" and not cause:
+        line[here - 1] = ">"
+    elif event.event == "send" and event.key not in table.causes:
+        line[here + 1:here + 3] = "->"
+    for each in row:
+        line[at[each.column]] = _MARKS[each.event][0]
+    alive.difference_update(each.column for each in row if each.event in ("end", "crash"))
+    return "".join(line)
+
+
+def _naming(table: _Table, row: list[_Event], *_: Any) -> str:
+    ends = table.by_key.get(row[-1].cause, row[-1]), row[-1]
+    """For a row that is too wide for a picture."""
+    names = " -> ".join(dict.fromkeys(table.who[event.column][-22:] for event in ends))
+    marks = "".join(_MARKS[event.event][0] for event in row)
+    return f"{row[0].clock:>5}  {marks:<2} {names:<49}"
+
+
+_STYLE = """<style>
+svg { --paper: #fff; --band: #f1f4f9; --ink: #1f2328; --dim: #68737f; --line: #b4bdc9;
+      --go: #0b5fd0; --bad: #c9252d; background: var(--paper);
+      font: 11px ui-monospace, Menlo, Consolas, monospace }
+@media (prefers-color-scheme: dark) { svg { --paper: #0d1117; --band: #171d27; --ink: #e6edf3;
+      --dim: #8b98a8; --line: #4a5564; --go: #6cb0ff; --bad: #ff7b72 } }
+text { fill: var(--ink) } .dim { fill: var(--dim) } .node { font-size: 12px; font-weight: bold }
+.words { stroke: var(--paper); stroke-width: 3; stroke-linejoin: round; paint-order: stroke }
+.paper { fill: var(--paper) } .band { fill: var(--band) } .life { stroke: var(--line) }
+.mark { fill: var(--paper); stroke: var(--ink); stroke-width: 1.7 }
+#send, #receive { fill: var(--go); stroke: none } #tip { fill: var(--go); fill: context-stroke }
+#crash, #down { fill: var(--bad); stroke: none } #lost { stroke: var(--bad); stroke-width: 2.5 }
+.arrow path { fill: none; stroke: var(--go); stroke-width: 1.3; marker-end: url(#tip) }
+.arrow:hover path { stroke-width: 3 } .reply path { stroke-dasharray: 7 3 }
+.spawn path, .end path, .crash path, .down path {
+    stroke: var(--dim); stroke-dasharray: 2 3 }
+.lost path { stroke: var(--bad); marker-end: none }
+</style><marker id="tip" viewBox="0 0 10 10" refX="14" refY="5" markerWidth="9" markerHeight="9"
+markerUnits="userSpaceOnUse" orient="auto"><path d="M0 1 10 5 0 9z"/></marker>"""
+
+
+def _as_svg(table: _Table) -> str:
+    """Draw a row, 24 pixels high, for each clock; a character is 7 wide."""
+    at = table.places(9, max(15, min(26, 160 // (len(table.names) or 1))), 30)
+    clocks = sorted({event.clock for event in table.events})
+    x = {column: 7 * place for column, place in at.items()}
+    y = {clock: 120 + 24 * row + 60 * (row // 40) for row, clock in enumerate(clocks)}
+    room = dict(zip(x, map(int.__sub__, [*x.values()][1:], x.values())))
+    width, height = max(1100, x[None]), max(y.values(), default=120) + 40
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">{_STYLE}',
+        *_svg_legend(), *_svg_columns(table, x, y, room, height),
+        *(_svg_text("dim", 8, y[clock] + 4, str(clock)) for clock in clocks),
+        *(_svg_arrow(table, event, x, y) for event in table.events),
+        *(_svg_mark(table, event, x, y, room[event.column]) for event in table.events),
+        f'<g id="names"><rect class="paper" y="40" width="{width}" height="52"/>',
+        *(_svg_text("node", x[column], 62, _cut(table.nodes[run], 22))
+          for run, column in table.heads.items()),
+        *(_svg_text("name", x[column], 82, _cut(name, 30))
+          for column, name in table.names.items()),
+        "</g>", *(f'<use href="#names" y="{1020 * page}"/>'
+                  for page in range(1, (len(clocks) + 39) // 40)), "</svg>\n"])
+
+
+def _escaped(text: str) -> str:
+    from html import escape
+
+    return escape(text)
+
+
+def _svg_text(kind: str, x: int, y: int, text: str) -> str:
+    return f'<text class="{kind}" x="{x}" y="{y}">{_escaped(text)}</text>'
+
+
+def _svg_legend() -> Iterator[str]:
+    shapes = [f'<path id="{event}" class="mark" d="{_MARKS[event][3]}"/>' for event in _MARKS]
+    yield f'<defs>{"".join(shapes)}</defs>'
+    samples = {what: f'<use href="#{event}"/>' for event, (_, what, _, _) in _MARKS.items()}
+    for what, kind in ("message", "send"), ("reply", "reply"), ("spawn, news of an end", "end"):
+        samples[what] = f'<g class="arrow {kind}"><path d="M-22 0h30"/></g>'
+    for number, (what, sample) in enumerate(samples.items()):
+        text = _svg_text("name", 13, 4, what)
+        yield f'<g transform="translate({30 + 100 * number} 20)">{sample}{text}</g>'
+
+
+def _svg_columns(table: _Table, x: dict[Any, int], y: dict[int, int], room: dict[Any, int],
+                 height: int) -> Iterator[str]:
+    """The lifelines, on a ground that tells the nodes apart."""
+    born = {event.column: y[event.clock] for event in reversed(table.events)}
+    last = {event.column: event for event in table.events}
+    shades = {run: ("paper", "band")[number % 2] for number, run in enumerate(table.heads)}
+    for column in table.names:
+        left, ended = x[column], last[column].event in ("end", "crash")
+        stop = y[last[column].clock] if ended else height
+        yield (f'<g><title>{_escaped(table.who[column])}</title>'
+               f'<rect class="{shades[column[0]]}" x="{left - 12}" y="92" '
+               f'width="{room[column]}" height="{height}"/>'
+               f'<path class="life" d="M{left} {born[column]}V{stop}"/></g>')
+
+
+def _svg_arrow(table: _Table, event: _Event, x: dict[Any, int], y: dict[int, int]) -> str:
+    """From the cause to the event; a short one if only one of the two is drawn."""
+    cause, right, down = table.by_key.get(event.cause), x[event.column], y[event.clock]
+    kind = "lost" if event.event == "lost" else "send"
+    if cause:
+        left, up = x[cause.column], y[cause.clock]
+        bend = f"C{left + 50} {up} {left + 50} {down} " if left == right else "L"
+        path = f"M{left} {up}{bend}{right} {down}"
+        kind = kind if kind == "lost" else "reply" if cause.kind == "reply" else cause.event
+    elif event.event == "receive":
+        path = f"M{right - 28} {down - 8}L{right} {down}"
+    elif event.event == "send" and event.key not in table.causes:
+        path = f"M{right} {down}L{right + 28} {down + 8}"
+    else:
+        return ""
+    return f'<g class="arrow {kind}">{_svg_title(table, event)}<path d="{path}"/></g>'
+
+
+def _svg_mark(table: _Table, event: _Event, x: dict[_Column, int], y: dict[int, int],
+              room: int) -> str:
+    cause, left, top = table.by_key.get(event.cause), x[event.column], y[event.clock]
+    told = cause and cause.words == event.words  # beside the send
+    words = "" if told else _cut(event.words, room // 7 - 1)
+    return (f'<g>{_svg_title(table, event)}<use href="#{event.event}" x="{left}" y="{top}"/>'
+            f'{_svg_text("words", left + 7, top - 5, words)}</g>')
+
+
+def _svg_title(table: _Table, event: _Event) -> str:
+    cause = table.by_key.get(event.cause)
+    events = [cause, event] if cause else [event]
+    lines = [*dict.fromkeys(each.words or each.event for each in events)]
+    lines += [f"{each.event} at {table.who[each.column]}, clock {each.clock}"
+              for each in events]
+    if event.to:
+        lines.append(f"to {event.to}" + ", not received here" * (event.key not in table.causes))
+    return f"<title>{_escaped(chr(10).join(lines))}</title>"
+
+
+def _as_shiviz(table: _Table) -> str:
+    """Each event with how many events of each thread it may depend on: its vector clock."""
+    import json
+
+    hosts = dict(zip(table.who, _distinct([
+        who.replace(" ", "_") for who in table.who.values()], "")))
+    known: dict[Any, Counter[str]] = {None: Counter()}  # by event; by thread, its latest
+    drawn, lines = {event.key for event in table.events}, list[str]()
+    for event in table.past:  # what is not drawn hands on what it knows, too
+        host = hosts[event.column]
+        clock = known.get(event.column, Counter()) | known.get(event.cause, Counter())
+        if event.key in drawn:
+            clock[host] += 1
+            lines += [f"{host} {json.dumps(clock)}", event.words or event.event]
+        known[event.key] = known[event.column] = clock
+    return "".join(f"{line}\n" for line in lines)
+
+
+######## At the shell: demo, node, send, call, ps, chart
 
 
 def _log_message() -> bool:
@@ -2451,29 +2804,36 @@ def _log_message() -> bool:
     return True
 
 
-def _greet(name: str) -> None:
+def _greet() -> None:
     request = receive_if(Synchronous)
-    print(f"{name}: {request.data!r}, asks {request.sender!r}", flush=True)
-    reply_synchronous(f"fine, says {name}", request)
+    print(f"greeter: {request.sender!r} asks {request.data!r}", flush=True)
+    reply_synchronous("fine", request)
 
 
 def _call_back(parent: Handle) -> None:
-    send(("it answered", send_synchronous("I am your child", parent)), parent)
+    send(send_synchronous("who am I?", parent).upper(), parent)
 
 
 def _demo(_: Any) -> None:
-    with start_node() as node, spawn_node() as child:
-        print(f"node {node} has pid {os.getpid()}, its child {child} has pid {child.pid}")
-        spawn_server(_log_message, node=child, name="logger", register=True)
-        logger = RemoteThread(child, "logger")
-        send("hello", logger)
-        print("a call:", send_synchronous("how are you?", spawn(_greet, "greeter", node=child)))
-        send(("a handle", current_thread()), logger)
-        spawn(_call_back, current_thread(), node=child)
-        request = receive()
-        print(f"called back with {request.data!r} by {request.sender!r}")
-        reply_synchronous("so you are", request)
-        print("told:", receive())
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as directory:
+        if not _trace:
+            trace(directory)
+        with start_node() as node, spawn_node() as child:
+            print(f"node {node} has pid {os.getpid()}, its child {child} has pid {child.pid}")
+            spawn_server(_log_message, node=child, name="logger", register=True)
+            logger = RemoteThread(child, "logger")
+            send("hello", logger)
+            greeter = spawn(_greet, name="greeter", node=child)
+            print("a call:", send_synchronous("how are you?", greeter))
+            send(current_thread(), logger)
+            spawn(_call_back, current_thread(), name="caller", node=child)
+            request = receive()
+            print(f"called by {request.sender!r}: {request.data!r}")
+            reply_synchronous("my child", request)
+            print("told:", receive())
+        print("\nAll of it, time running down:\n\n" + chart(_traced_to(), "text"))
 
 
 def _run_node(options: Any) -> None:
@@ -2530,6 +2890,15 @@ def _ps(options: Any) -> None:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
+def _chart(options: Any) -> None:
+    text = chart(options.directory, options.format, first=options.first, last=options.last,
+                 threads=options.threads)
+    if options.output:
+        Path(options.output).write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Do what the shell command `arguments` says."""
     import argparse
@@ -2541,7 +2910,7 @@ def main(arguments: list[str] | None = None) -> None:
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run)
         for argument, how in arguments.items():
-            sub.add_argument(argument.replace("__", "--"), **how)
+            sub.add_argument(argument.replace("_", "-"), **how)
 
     target = {"help": "where to, such as 127.0.0.1:9000/logger"}
     message = {"help": "a Python literal, such as '(\"hello\", 1)'"}
@@ -2556,6 +2925,14 @@ def main(arguments: list[str] | None = None) -> None:
             target=target, message=message, __timeout=timeout)
     command("ps", _ps, "list the threads of a node",
             node={"help": "which, such as 9000 or 127.0.0.1:9000"})
+    command("chart", _chart, "draw what was traced to a directory",
+            directory={"help": "the one given to trace(), or in DISTCONC_TRACE"},
+            _o={"dest": "output", "metavar": "FILE", "help": "where to (standard output)"},
+            __format={"choices": ["svg", "text", "shiviz"], "default": "svg", "help": "svg"},
+            __from={"dest": "first", "type": int, "metavar": "CLOCK", "help": "leave out before"},
+            __to={"dest": "last", "type": int, "metavar": "CLOCK", "help": "leave out after"},
+            __thread={"dest": "threads", "action": "append", "metavar": "NAME",
+                      "help": "only threads of this name, or node/name; may be repeated"})
     options = parser.parse_args(arguments)
     logging.basicConfig(format="distconc: %(message)s")
     try:

@@ -47,6 +47,7 @@ from multiprocessing.managers import BaseManager
 from statistics import median
 from time import monotonic, perf_counter
 from unittest import mock
+from xml.etree import ElementTree
 
 import distconc
 from distconc import *
@@ -3740,7 +3741,361 @@ def fail_quietly_when_asked():
     receive(T)
 
 
+######## Charts
+
+SHIVIZ = re.compile(r"(?P<host>\S*) (?P<clock>{.*})\n(?P<event>.*)")  # what ShiViz goes by
+SVG = "{http://www.w3.org/2000/svg}"
+WHAT = "spawn send send receive receive lost down timeout end crash stray restart".split()
+STEPS = st.lists(st.tuples(st.sampled_from(WHAT), st.integers(0, 9), st.integers(0, 9)),
+                 max_size=40)
+ANY = st.none() | st.text() | st.integers() | st.floats() | st.booleans()
+FIELDS = {
+    "process": st.text(max_size=3), "node": st.text(), "thread": st.integers(),
+    "name": st.text(), "clock": st.integers(), "time": st.floats(),
+    "event": st.sampled_from(WHAT), "message": st.text(), "to": st.text(), "kind": st.text(),
+    "child": st.text(), "error": st.text(), "why": st.text(), "what": st.text(),
+    "cause": st.lists(ANY) | st.tuples(st.text(), st.integers(), st.integers())}
+CHANGES = st.lists(st.sampled_from(sorted(FIELDS)), max_size=3).flatmap(
+    lambda fields: st.fixed_dictionaries(
+        {"thread": st.integers(1, 3), **{field: FIELDS[field] | ANY for field in fields}}))
+
+
+class Execution:
+    """Makes the traces of a run, which is valid whatever `do` is told."""
+
+    def __init__(self, directory):
+        self.dir, self.records, self.clocks, self.threads, self.sent = directory, [], {}, [], []
+        self.runs = [("%016x" % run, f"127.0.0.1:{9000 + run}") for run in range(2)]
+        for run in self.runs:
+            self.begin(run, "MainThread")
+
+    def begin(self, run, name, cause=None):
+        self.threads.append((*run, 1 + len(self.threads), name))
+        return self.log(self.threads[-1], "start", cause)
+
+    def log(self, thread, event, cause=None, **about):
+        process, node, id, name = thread
+        clock = 1 + max(self.clocks.get((process, id), 0), cause[2] if cause else 0)
+        self.clocks[process, id] = clock
+        record = {"process": process, "node": node, "thread": id, "name": name, "clock": clock,
+                  "time": len(self.records) / 8, "event": event, **about}
+        self.records.append({**record, "cause": cause} if cause else record)
+        return [process, id, clock]
+
+    def do(self, what, who, which):
+        """Have thread `who` do something; if none is left, it is done by nobody."""
+        if not self.threads:
+            return
+        thread = self.threads[who % len(self.threads)]
+        message = f"<'{len(self.records)}'>"
+        if what == "spawn":
+            run, name = self.runs[which % len(self.runs)], ("worker", "a b", "w")[which % 3]
+            self.begin(run, name, self.log(thread, "spawn", child=name))
+        elif what == "send":
+            kind = ("send", "reply")[which % 2]
+            sent = self.log(thread, "send", message=message, to="x", kind=kind)
+            self.sent.append((sent, message))
+        elif what == "receive" and self.sent:  # which may come twice
+            sent, message = self.sent[which % len(self.sent)]
+            self.log(thread, "receive", sent, message=message)
+        elif what == "lost" and self.sent:
+            self.log((*thread[:2], 0, "node"), "lost", self.sent.pop()[0], why="dropped")
+        elif what == "stray":  # its cause is in no file
+            self.log(thread, "receive", ["ab" * 8, 3, which + 1], message=message)
+        elif what == "down":
+            self.log((*thread[:2], 0, "node"), "down", why="contact was lost")
+        elif what == "timeout":
+            self.log(thread, "timeout", what="receive")
+        elif what == "restart":
+            self.runs.append(("%016x" % len(self.records), thread[1]))
+            self.begin(self.runs[-1], "MainThread")
+        elif what in ("end", "crash"):
+            self.threads.remove(thread)
+            self.sent.append((self.log(thread, what, error="E"), "Down"))
+
+    def written(self, *more):
+        for path in os.listdir(self.dir):
+            os.remove(os.path.join(self.dir, path))
+        for record in self.records:
+            with open(os.path.join(self.dir, record["process"] + ".jsonl"), "a") as file:
+                file.write(json.dumps(record) + "\n")
+        return self
+
+
+def key(record):
+    return record["process"], record["thread"], record["clock"]
+
+
+def happened_before(records):
+    """The pasts of all events: what their threads did before, what caused them, its past."""
+    pasts, latest = {}, {}
+    for record in sorted(records, key=lambda record: record["clock"]):
+        past = set()
+        for before in latest.get(key(record)[:2]), tuple(record.get("cause") or ()):
+            if before in pasts:
+                past |= pasts[before] | {before}
+        pasts[key(record)] = past
+        latest[key(record)[:2]] = key(record)
+    return pasts
+
+
+def in_lamport_order(records):
+    return sorted(records, key=lambda record: (
+        record["clock"], record["time"], record["process"], record["thread"]))
+
+
+class Charts(Case):
+    def setUp(self):
+        super().setUp()
+        self.dir = tempfile.mkdtemp(prefix="dc")
+        self.addCleanup(shutil.rmtree, self.dir)
+
+    def ran(self, steps):
+        execution = Execution(self.dir)
+        for step in steps:
+            execution.do(*step)
+        return execution.written().records
+
+    def lines(self, *lines, name="00.jsonl"):
+        with open(os.path.join(self.dir, name), "wb") as file:
+            file.writelines(lines)
+
+    def arrows(self, **narrow):
+        """Parse a drawing: (x, y) of the two ends of each arrow, and what it says."""
+        root = ElementTree.fromstring(chart(self.dir, **narrow))
+        for group in root.iter(SVG + "g"):
+            title, path = group.find(SVG + "title"), group.find(SVG + "path")
+            if group.get("class", "").startswith("arrow") and title is not None:
+                x, y, *_, right, down = map(int, re.findall(r"-?\d+", path.get("d")))
+                yield (x, y), (right, down), title.text
+
+    def marks(self, **narrow):
+        root = ElementTree.fromstring(chart(self.dir, **narrow))
+        for group in root.iter(SVG + "g"):
+            title, use = group.find(SVG + "title"), group.find(SVG + "use")
+            if use is not None and title is not None:
+                clock = int(title.text.split("clock ")[-1].split()[0])
+                yield use.get("href")[1:], int(use.get("x")), int(use.get("y")), clock
+
+    @given(STEPS)
+    @settings(deadline=None, max_examples=60)
+    def test_no_arrow_points_up_and_each_joins_a_cause_to_its_effect(self, steps):
+        records = self.ran(steps)
+        keys = set(map(key, records))
+        joined = [record for record in records if tuple(record.get("cause") or ()) in keys]
+        caused = {tuple(record.get("cause") or ()) for record in records}
+        short = [record for record in records if record not in joined and (
+            record["event"] == "receive"
+            or record["event"] == "send" and key(record) not in caused)]
+        arrows, marks = list(self.arrows()), list(self.marks())
+        check(len(arrows) == len(joined) + len(short))
+        places = {(x, y) for _, x, y, _ in marks}
+        check(len(places) == len(marks) == len(records))
+        for start, stop, _ in arrows:
+            check(start[1] < stop[1] and (start in places or stop in places))
+        check(len([0 for start, stop, _ in arrows if {start, stop} <= places]) == len(joined))
+        lost = [record for record in joined if record["event"] == "lost"]
+        check(chart(self.dir).count('<g class="arrow lost">') == len(lost))
+        heights = {clock: y for _, _, y, clock in marks}
+        check(sorted(heights) == sorted(heights, key=heights.get))
+        check(all(heights[clock] == y for _, _, y, clock in marks))
+
+    @given(STEPS, st.integers(0, 9), st.booleans())
+    @settings(deadline=None, max_examples=60)
+    def test_vector_clocks_order_what_happened_before_and_no_more(self, steps, first, mains):
+        records = self.ran(steps)
+        narrow = {"first": first, "threads": ["MainThread"] if mains else None}
+        shown = [record for record in in_lamport_order(records) if record["clock"] >= first
+                 and (not mains or record["name"] == "MainThread")]
+        if not shown:
+            self.raised(ValueError, partial(chart, self.dir, "shiviz", **narrow))
+            return
+        text, pasts = chart(self.dir, "shiviz", **narrow), happened_before(records)
+        events = [(host, json.loads(clock)) for host, clock, _ in SHIVIZ.findall(text)]
+        check(len(events) == len(shown) and text.count("\n") == 2 * len(shown))
+        hosts = {host for host, _ in events}
+        threads = {(host, *key(record)[:2]) for (host, _), record in zip(events, shown)}
+        check(len(threads) == len(hosts) == len({key(record)[:2] for record in shown}))
+        for host in hosts:
+            own = [clock[host] for at, clock in events if at == host]
+            check(own == list(range(1, len(own) + 1)))
+        for (_, early), one in zip(events, shown):
+            for (_, late), other in zip(events, shown):
+                before = early != late and all(late.get(at, 0) >= early[at] for at in early)
+                check(before == (key(one) in pasts[key(other)]), one, other)
+
+    @given(STEPS)
+    @settings(deadline=None, max_examples=60)
+    def test_text_fits_80_columns_and_no_effect_is_above_its_cause(self, steps):
+        records = self.ran(steps)
+        lines = chart(self.dir, "text").splitlines()
+        check(max(map(len, lines)) <= 80)
+        for record in records:
+            if record["event"] == "send":
+                told = [at for at, line in enumerate(lines) if record["message"] in line]
+                received = [other for other in records if other["event"] == "receive"
+                            and other["message"] == record["message"]]
+                check(1 <= len(told) <= 1 + len(received), told)
+                clock = int(lines[told[0]].split()[0])
+                check(clock == record["clock"], lines[told[0]])
+
+    @given(st.lists(CHANGES, max_size=9), st.lists(ANY | st.lists(ANY) | CHANGES), st.binary())
+    @settings(deadline=None, max_examples=300)
+    def test_whatever_is_in_the_files_is_drawn_or_left_out(self, changes, foreign, rest):
+        whole = {"process": "é\ud800", "node": "<&\"'>\n\x00", "thread": 1,
+                 "name": " \u2028\ufeff", "clock": 5, "time": 1, "event": "send",
+                 "message": "]]>\x1b[2J\ud800\r\n{}" + "x" * 99, "to": "\u202e",
+                 "kind": "\"><script>"}
+        records = [whole, *({**whole, **change} for change in changes), *foreign]
+        self.lines(*(json.dumps(record).encode() + b"\n" for record in records), rest)
+        logging.disable(logging.WARNING)
+        try:
+            check("send" in [event for event, *_ in self.marks()])
+            check(all(start[1] < stop[1] for start, stop, _ in self.arrows()))
+            lines = chart(self.dir, "text").splitlines()
+            check(all(line.isprintable() and len(line) <= 80 for line in lines))
+            text = chart(self.dir, "shiviz")
+        finally:
+            logging.disable(logging.NOTSET)
+        events = SHIVIZ.findall(text)
+        check(2 * len(events) == text.count("\n") and all(
+            json.loads(clock)[host] > 0 for host, clock, _ in events))
+
+    def test_a_damaged_file_is_told_of_once_and_the_rest_is_drawn(self):
+        records = self.ran([("send", 0, 0), ("receive", 1, 0)])
+        before = chart(self.dir)
+        path = os.path.join(self.dir, records[0]["process"] + ".jsonl")
+        forged = {**records[0], "clock": 3, "cause": key({**records[0], "clock": 7})}
+        with open(path, "ab") as file:
+            for bad in b"[" * 99999, b"\xff\x00", b"null", b"{}", json.dumps(forged).encode():
+                file.write(bad + b"\n")
+            file.write(json.dumps({**records[0], "clock": 9 ** 99}).encode() + b'\n{"proc')
+        self.lines(b"\x7fELF\x01\x01\n", name="foreign.jsonl")
+        os.mkdir(os.path.join(self.dir, "directory.jsonl"))
+        with self.assertLogs("distconc", "WARNING") as logged:
+            self.assertEqual(before, chart(self.dir))
+        self.assertEqual(2, len(logged.output))
+        self.assertIn(f"{path}: 7 of its lines", logged.output[0])
+        self.assertIn("foreign.jsonl: 1 of its lines", logged.output[1])
+
+    def test_a_directory_without_traces_and_an_unknown_format_are_refused(self):
+        for directory in self.dir, os.path.join(self.dir, "none"):
+            self.assertIn(directory, str(self.raised(FileNotFoundError, chart, directory)))
+        self.ran([])
+        self.assertIn("svg, text, shiviz", str(self.raised(ValueError, chart, self.dir, "png")))
+        for narrow in {"threads": ["nobody"]}, {"first": 2}, {"last": 0}:
+            self.raised(ValueError, partial(chart, self.dir, **narrow))
+        self.lines(b"", name="%016x.jsonl" % 0), self.lines(b"", name="%016x.jsonl" % 1)
+        for format in "svg", "text", "shiviz":
+            self.assertIsInstance(chart(self.dir, format), str)
+
+    def test_text_reads_as_a_student_would_draw_it(self):
+        self.ran([("spawn", 0, 1), ("send", 0, 0), ("receive", 2, 0), ("send", 2, 1),
+                  ("lost", 2, 0), ("timeout", 0, 0), ("stray", 0, 1), ("spawn", 1, 2),
+                  ("send", 3, 0), ("crash", 3, 0), ("receive", 0, 2), ("send", 0, 0),
+                  ("down", 0, 0), ("end", 0, 0)])
+        self.assertEqual("""\
+       127.0.0.1:9000         127.0.0.1:9001
+       node  MainThread  w    node  MainThread  a b
+    1        o
+    1        |                      o
+    1  !     |                      |                contact was lost
+    2  |     +--------------------------------->o    spawns a b
+    2  |     |           o<---------+           |    spawns w
+    3  |     *--------------------------------->*    <'4'>
+    4  |     ?           |          |           |    receive timed out
+    4  |     |           *->        |           |    <'12'> to x
+    5  |     |           |    x<----------------*    <'6'>; lost: dropped
+    5  |    >*           |    |     |           |    <'9'>
+    5  |     *<----------X    |     |           |    E; Down
+    7  |     *->              |     |           |    <'15'> to x
+    8  |     =                |     |           |
+
+o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
+*-> not received here   >* from what is not seen here
+""", chart(self.dir, "text"))
+
+    def test_text_draws_what_came_late_or_twice_in_rows_of_its_own(self):
+        self.ran([("spawn", 1, 1), ("send", 0, 0), ("send", 0, 0), ("receive", 1, 1),
+                  ("receive", 1, 0), ("receive", 2, 1)])
+        self.assertEqual("""\
+       127.0.0.1:9000  127.0.0.1:9001
+       MainThread      MainThread  a b
+    1  o
+    1  |               o
+    2  |               +---------->o    spawns a b
+    2  *               |           |    <'4'> to x
+    3  *-------------->*           |    <'5'>
+    4  |-------------------------->*    <'5'>
+    5  |-------------->*           |    <'4'>""", chart(self.dir, "text").split("\n\n")[0])
+
+    def test_with_too_many_threads_text_names_them(self):
+        self.ran([("spawn", at, at) for at in range(12)] + [("send", 1, 0), ("receive", 0, 0),
+                                                            ("crash", 2, 0)])
+        events = chart(self.dir, "text").split("\n\n")[0].splitlines()
+        for line in """\
+    3  ** .0.0.1:9001/MainThread -> .0.0.1:9000/MainThread <'26'>
+    5  X  127.0.0.1:9000/worker                            E
+   12  +o 27.0.0.1:9001/worker 2 -> 127.0.0.1:9001/w 2     spawns w""".splitlines():
+            self.assertIn(line, events)
+
+    def test_a_later_run_of_a_node_has_columns_of_its_own(self):
+        self.ran([("restart", 1, 0), ("send", 1, 0), ("receive", 2, 0)])
+        drawing = chart(self.dir)
+        self.assertIn(">127.0.0.1:9001<", drawing)
+        self.assertIn(">127.0.0.1:9001 run 2<", drawing)
+        (left, _), (right, _), _ = next(self.arrows())
+        self.assertLess(left, right)
+
+    def test_a_node_goes_by_the_last_address_it_had_or_by_its_process(self):
+        execution = Execution(self.dir)
+        execution.runs = execution.threads = [("ab" * 8, "", 1, "late"), ("cd" * 8, "", 1, "mute")]
+        for thread in *execution.threads, ("ab" * 8, "127.0.0.1:7", 1, "late"):
+            execution.log(thread, "timeout", what="call")
+        execution.written()
+        drawing = chart(self.dir, threads=["127.0.0.1:7/late", "process cdcd/mute"])
+        self.assertEqual(3, drawing.count("call timed out</text>"))
+
+    def test_pointing_at_an_arrow_tells_message_sender_receiver_and_both_clocks(self):
+        self.ran([("send", 0, 0), ("receive", 1, 0)])
+        (_, _, told), = self.arrows()
+        self.assertEqual("<'2'>\nsend at 127.0.0.1:9000/MainThread, clock 2\n"
+                         "receive at 127.0.0.1:9001/MainThread, clock 3", told)
+
+    def test_threads_and_clocks_narrow_it(self):
+        self.ran([("send", 0, 0), ("receive", 1, 0), ("spawn", 1, 3), ("send", 2, 0)])
+        self.assertEqual(7, len(list(self.marks())))
+        self.assertEqual(3, len(list(self.marks(threads=["127.0.0.1:9001/MainThread"]))))
+        self.assertEqual(5, len(list(self.marks(threads=["MainThread"]))))
+        self.assertEqual(2, len(list(self.marks(first=2, last=3))))
+
+    def test_it_says_which_way_it_is_light_and_dark_and_needs_nothing_else(self):
+        self.ran([])
+        drawing = chart(self.dir)
+        self.assertIn("prefers-color-scheme: dark", drawing)
+        self.assertEqual(["http://www.w3.org/2000/svg"], re.findall(r"\w+://[^\"\s]+", drawing))
+
+    def test_a_thousand_messages_of_forty_threads_have_headings_all_the_way(self):
+        self.ran([("spawn", at, at) for at in range(38)] + [
+            (what, at * 7, at) for at in range(1000) for what in ("send", "receive")])
+        start = perf_counter()
+        drawing, marks = chart(self.dir), list(self.marks())
+        self.assertLess(perf_counter() - start, WAIT)
+        self.assertEqual(2000 + 38 * 2 + 2, len(marks))
+        headings = [0, *map(int, re.findall('href="#names" y="([0-9]+)"', drawing))]
+        self.assertEqual(-(-len({y for _, _, y, _ in marks}) // 40), len(headings))
+        for at in headings:  # one is 40 to 92 pixels below its place
+            self.assertFalse([y for _, _, y, _ in marks if at + 40 <= y <= at + 92])
+        for (_, up), (_, down), _ in self.arrows():
+            self.assertLess(up, down)
+
+
 ######## The shell
+
+
+def compute(enough):
+    while not enough:
+        pass
 
 
 class Shell(Net):
@@ -3760,6 +4115,32 @@ class Shell(Net):
         self.assertRegex(result.out, r"hello")
         self.assertRegex(result.out, r"RemoteThread\(")
         self.assertEqual(len(set(re.findall(r"pid (\d+)", result.out))), 2)
+        self.assertRegex(result.out, r"\*-+>\* +'hello'")
+        self.assertLessEqual(max(map(len, result.out.splitlines())), 80)
+
+    def test_the_demo_is_traced_to_where_the_environment_says(self):
+        shell("demo", DISTCONC_TRACE=self.dir)
+        self.assertEqual(len({record["process"] for record in records(self.dir)}), 2)
+        result = shell("chart", self.dir, "--format", "text", "--thread", "logger")
+        self.assertEqual(result.status, 0, result.err)
+        self.assertIn("'hello'", result.out)
+        self.assertNotIn("greeter", result.out)
+        path = os.path.join(self.dir, "chart.svg")
+        result = shell("chart", self.dir, "-o", path, "--from", "2", "--to", "6")
+        self.assertEqual((result.status, result.out, result.err), (0, "", ""))
+        ElementTree.parse(path)
+
+    def test_ps_lists_the_threads_of_a_node_and_what_they_do(self):
+        self.addCleanup((enough := []).append, True)
+        busy, kept = self.here(compute, enough, name="busy"), self.here(hold, name="kept")
+        send("unread", busy)
+        lines = shell("ps", self.node).out.splitlines()
+        self.assertEqual(lines[0].split(), ["id", "name", "registered", "unread", "age", "in"])
+        shown = {line.split()[0]: line for line in lines[1:]}
+        self.assertEqual(set(shown), set(map(str, threads())))
+        self.assertRegex(shown[str(busy.id)], r"^\d+ +busy +busy +1 +\d+ s +running at \w+.py")
+        self.assertRegex(shown[str(kept.id)], r" 0 +\d+ s +receive at test_distconc.py:\d+$")
+        kept.send("end")
 
     def test_the_demo_runs_without_any_key_set(self):
         result = shell("demo", HOME=self.dir, DISTCONC_AUTHKEY=None)
@@ -3793,6 +4174,8 @@ class Shell(Net):
         for words, result in (
                 (["no node listens"], shell("send", f"127.0.0.1:{free_port()}/x", "1")),
                 (["no node listens"], shell("call", f"{self.dir}/none/x", "1")),
+                (["no node listens"], shell("ps", free_port())),
+                (["no traces"], shell("chart", self.dir)),
                 (["key"], shell("send", target, "1", DISTCONC_AUTHKEY="wrong")),
                 (["key"], shell("call", target, "1", DISTCONC_AUTHKEY="wrong")),
                 (["literal"], shell("send", target, "hello")),
@@ -3815,7 +4198,7 @@ class Shell(Net):
                 self.assertEqual(result.status, 2)
                 self.assertNotIn("Traceback", result.err)
                 self.assertIn("usage", result.err)
-        for words in [], ["demo"], ["node"], ["send"], ["call"]:
+        for words in [], ["demo"], ["node"], ["send"], ["call"], ["ps"], ["chart"]:
             with self.subTest(words):
                 result = shell(*words, "--help")
                 self.assertEqual((result.status, result.err), (0, ""))
