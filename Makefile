@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV = .venv
 
-.PHONY: help demo test bench clean
+.PHONY: help demo test bench soak clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
@@ -14,6 +14,9 @@ test: $(VENV)/ready  ## run all tests (sets up .venv with hypothesis first)
 
 bench: $(VENV)/ready  ## measure beside the bare standard library (ARGS="--sets 5", "--json")
 	@$(VENV)/bin/python test_distconc.py bench $(ARGS)
+
+soak: $(VENV)/ready  ## load, then a minute of kills, pauses and cuts (DISTCONC_SOAK=seconds, DISTCONC_SEED)
+	@$(VENV)/bin/python test_distconc.py soak
 
 $(VENV)/ready:
 	$(PYTHON) -m venv $(VENV)

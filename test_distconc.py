@@ -1,9 +1,10 @@
-"""The tests of distconc.py, and its bench; run by `make test` and `make bench`."""
+"""The tests of distconc.py, its bench and its soak: `make test`, `make bench`, `make soak`."""
 
 import argparse
 import array
 import contextlib
 import copy
+import ctypes
 import faulthandler
 import fractions
 import functools
@@ -34,7 +35,7 @@ import threading
 import types
 import unittest
 import uuid
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, ExitStack, suppress
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ from itertools import chain
 from multiprocessing.connection import answer_challenge, Client, deliver_challenge, Listener
 from multiprocessing.managers import BaseManager
 from statistics import median
-from time import monotonic, perf_counter
+from time import monotonic, perf_counter, process_time
 from unittest import mock
 from xml.etree import ElementTree
 
@@ -4759,10 +4760,630 @@ def _bench_obey(wire):
                     wire.send(SMALL)
 
 
+######## Soak: a million messages, 200 clients, 2,000 connections, then faults for a minute
+#
+# In the last part faults strike three nodes that send to each other and to this one, which
+# survives.  All connections lead through proxies, which can be cut at any byte and held up.
+# Whoever sees a promise broken, in whatever process, writes a line into the file "broken"; the
+# first such line ends the soak.
+
+SOAK_BEAT = 2.0  # seconds: the heartbeat and the connect_timeout of all nodes
+SOAK_LIMIT = 15.0  # seconds: no call and no Down takes longer, on a busy machine either
+SOAK_CLIENT = """
+import sys, time
+from distconc import *
+server, client, longest = RemoteThread(sys.argv[1], "server"), int(sys.argv[2]), 0.0
+connect(sys.argv[1])
+print("connected", flush=True)
+sys.stdin.readline()
+data = lambda number: bytes([number % 251]) * (3_000 if number % 50 == 0 else number % 30)
+for number in range(1, 501):
+    start = time.monotonic()
+    if send_synchronous((client, number, data(number)), server)[1] != number:
+        sys.exit("this is another call's reply")
+    longest = max(longest, time.monotonic() - start)
+print(longest, flush=True)
+"""
+
+
+class _SoakBroken(Exception):
+    """A promise was not kept."""
+
+
+def soak():
+    """Put nodes under load and under faults; print figures; status 1 for a broken promise."""
+    seed = int(os.environ.get("DISTCONC_SEED") or int.from_bytes(os.urandom(4), "big"))
+    seconds = float(os.environ.get("DISTCONC_SOAK") or 60)
+    print(f"seed {seed} (with DISTCONC_SEED={seed} the same faults are drawn)", flush=True)
+    faulthandler.dump_traceback_later(5 * seconds + 900, exit=True)  # should the soak hang
+    rows = []
+    try:
+        with tempfile.TemporaryDirectory(prefix="soak") as directory:
+            _soak_prepare(directory)
+            for row in chain(_soak_million(), _soak_clients(directory), _soak_connections(),
+                             _soak_faults(directory, seed, seconds)):
+                print(*row, sep=": ", file=sys.stderr, flush=True)
+                rows.append(row)
+    except _SoakBroken as broken:
+        sys.exit(f"soak: {broken} (seed {seed})")
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        stop_node()
+    print(f"Python {platform.python_version()}; {_soak_machine()}\n")
+    for name, figures in rows:
+        print(f"{name:{max(len(name) for name, _ in rows)}}  {figures}")
+
+
+def _soak_machine():
+    name = platform.processor()
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        models = (line.split(": ")[1].strip() for line in file if "model name" in line)
+        name = next(models, name)
+    return f"{name}, {os.cpu_count()} CPUs, {platform.system()}"
+
+
+def _soak_check(holds, sentence):
+    if not holds:
+        raise _SoakBroken(sentence)
+
+
+def _soak_prepare(directory):
+    """Have this process report the failure of any thread, ours or the module's own."""
+    def report(failure):
+        _soak_breach(directory, f"a thread, {failure.thread.name}, died of "
+                                f"{type(failure.exc_value).__name__}: {failure.exc_value}")
+        sys.__excepthook__(*failure[:3])
+    threading.excepthook = report
+
+
+def _soak_breach(directory, sentence):
+    with open(os.path.join(directory, "broken"), "a") as file:
+        file.write(f"{sentence}\n")
+
+
+def _soak_unbroken(directory):
+    with suppress(FileNotFoundError), open(os.path.join(directory, "broken")) as file:
+        raise _SoakBroken(file.readline().strip())
+
+
+def _soak_size():
+    """Threads, descriptors, objects, bytes of this process, when garbage is gone."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # else what free() keeps looks like a leak
+        ctypes.CDLL(None).malloc_trim(0)
+    return *census(), len(gc.get_objects()), memory()
+
+
+def _soak_growth(before, size, objects=1000, mib=16):
+    """Wait until threads and descriptors are back where they were; say what has grown."""
+    end = monotonic() + T
+    while (now := size())[:2] > before[:2] and monotonic() < end:
+        receive(0.1, None)
+    grown = [late - early for late, early in zip(now, before)]
+    words = "threads {:+}, descriptors {:+}, objects {:+}, memory {:+.1f} MiB".format(
+        *grown[:3], grown[3] / (1 << 20))
+    _soak_check(grown[0] <= 0 and grown[1] <= 0 and grown[2] <= objects
+                and grown[3] <= mib << 20, f"after all had gone, too much was left: {words}")
+    return words
+
+
+######## Soak: load
+
+
+def _soak_million():
+    """Four processes send 250,000 messages each to one thread, as fast as they can."""
+    with start_node(), ExitStack() as stack:
+        children = [stack.enter_context(spawn_node()) for _ in range(4)]
+        sources = [spawn(_soak_numbers, 250_000, number, current_thread(), node=child)
+                   for number, child in enumerate(children)]
+        start, last = monotonic(), [0] * 4
+        for source in sources:
+            send("go", source)
+        for _ in range(1_000_000):
+            sender, number = receive(60)
+            last[sender] += 1
+            _soak_check(number == last[sender], f"message {number} of sender {sender} came "
+                        f"where {last[sender]} should have")
+        took = monotonic() - start
+        for child in children:
+            ask(child, echo, 0)  # comes after all that the child had sent
+        _soak_check(receive(0, NOTHING) is NOTHING, "more messages came than were sent")
+    yield ("1,000,000 messages, from four processes to one thread",
+           f"none lost, doubled or out of order; {took:.1f} s, {1e6 / took:,.0f}/s")
+
+
+def _soak_numbers(times, sender, whom):
+    receive()
+    for number in range(1, times + 1):
+        send((sender, number), whom)
+
+
+def _soak_clients(directory):
+    """200 processes, each a node with a connection of its own, make 500 calls each."""
+    with start_node(), spawn_node() as child, ExitStack() as stack:
+        spawn(_soak_server, directory, "calls", node=child, name="server", register=True)
+        before, clients = ask(child, _soak_size), []
+        for number in range(200):
+            command = [sys.executable, "-c", SOAK_CLIENT, str(child), str(number)]
+            clients.append(stack.enter_context(subprocess.Popen(
+                command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)))
+            stack.callback(clients[-1].kill)
+        for client in clients:
+            connected = client.stdout.readline() == b"connected\n"
+            _soak_check(connected, "a client could not connect")
+        _soak_check(ask(child, census)[1] >= before[1] + 200, "there are no 200 connections")
+        start = monotonic()
+        for client in clients:
+            client.stdin.write(b"go\n")
+            client.stdin.flush()
+        lines = [client.stdout.readline() for client in clients]
+        took = monotonic() - start
+        _soak_check(all(lines), "a client failed")
+        for number, client in enumerate(clients):
+            client.communicate(timeout=60)
+            ran = _soak_recorded(os.path.join(directory, "calls"), number)
+            _soak_check(ran == 500, f"of 500 calls of a client, {ran} were processed")
+        _soak_unbroken(directory)
+        yield ("200 client processes, 500 calls each, at once",
+               f"each ran once and got its reply; {took:.1f} s, {1e5 / took:,.0f}/s, "
+               f"the longest took {max(map(float, lines)) * 1000:,.0f} ms")
+        yield "when they had gone, at the server", _soak_growth(before, partial(ask, child,
+                                                                                _soak_size))
+
+
+def _soak_connections():
+    """Open 2,000 connections, speak on them, close half in order and reset the others."""
+    with start_node(), spawn_node() as server, spawn_node() as client:
+        def work(times):
+            at_once((ask, client, _soak_connect, times // 2, server.address),
+                    (_soak_reset, times // 2, server))
+
+        work(500)
+        before_there, before_here = ask(server, _soak_size), ask(client, _soak_size)
+        start, entered = monotonic(), ask(server, stats_here)["received"]
+        work(2000)
+        took = monotonic() - start
+        entered = ask(server, stats_here)["received"] - entered
+        _soak_check(entered >= 3000, f"only {entered} messages came over 2,000 connections")
+        yield ("2,000 connections opened and closed, 1,000 by reset",
+               f"{took:.1f} s, {2000 / took:,.0f}/s")
+        yield "when they had gone, at the node dialled", _soak_growth(
+            before_there, partial(ask, server, _soak_size), mib=4)
+        yield "when they had gone, at the node that dialled", _soak_growth(
+            before_here, partial(ask, client, _soak_size), mib=4)
+
+
+def _soak_connect(times, node):
+    for _ in range(times):
+        connect(node)
+        ask(node, echo, 1)
+        disconnect(node)
+
+
+def _soak_reset(times, node):
+    for _ in range(times):
+        with RawPeer.knock(node) as peer:
+            _bench_no_delay(peer.conn)
+            peer.challenge().greet().introduce().call(("ping",), 0)
+            peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+######## Soak: faults
+
+SOAK_ALLOWED = NodeDown, NoSuchThread, TimeoutError  # what may come of a call; no server dies
+
+
+def _soak_faults(directory, seed, seconds):
+    """Kill, freeze and cut three nodes again and again, while they and this one speak."""
+    with _SoakProxy() as door:
+        with start_node(advertise=door.address, heartbeat=SOAK_BEAT,
+                        connect_timeout=SOAK_BEAT) as node:
+            door.target = node._bound
+            spawn(_soak_sink, directory, name="sink", register=True)
+            spawn_server(handle_synchronous, echo, name="echo", register=True)
+            run, start = _SoakRun(directory, seed, door), monotonic()
+            run.strike(seconds / 10)  # by then there is all that is made once and stays
+            before = _soak_size()
+            run.strike(seconds - seconds / 10)
+            print(file=sys.stderr)
+            took = monotonic() - start
+            grown = _soak_growth(before, _soak_size, mib=32)
+            idle = _soak_idle(node)
+            came, _ = send_synchronous(None, get_remote_thread("sink"), T)
+    faults = ", ".join(f"{count} {fault}" for fault, count in sorted(run.faults.items()))
+    errors = ", ".join(f"{run.counts[kind]:,} {kind.__name__}" for kind in SOAK_ALLOWED)
+    yield f"faults in {took:.0f} s, seed {seed}", faults
+    yield "messages from the three nodes that came here", f"{came:,}, in order, none twice"
+    yield ("calls from here", f"{run.counts['answered']:,} answered, {errors}; the longest "
+           f"took {run.longest:.1f} s")
+    yield "monitors and links", f"{run.counts['watched']:,}, each told once"
+    yield "when all was over, at the node that survived", f"{grown}; {idle}"
+
+
+def _soak_idle(node):
+    """The node that survived answers a newcomer at once, and then does nothing."""
+    answer = script("from time import monotonic as now; target = RemoteThread(sys.argv[1], "
+                    "'echo'); start = now(); print(send_synchronous('well', target, 9))\n"
+                    "print(now() - start)", node)
+    _soak_check(answer.status == 0, f"the node that survived did not answer: {answer.err}")
+    well, seconds = answer.out.split()
+    _soak_check(well == "well" and float(seconds) < 1, f"it answered after {seconds} s")
+    start, spent = monotonic(), process_time()
+    receive(2, None)
+    share = (process_time() - spent) / (monotonic() - start)
+    _soak_check(share < 0.1, f"the node that survived, idle, takes {share:.0%} of a CPU")
+    return f"a newcomer was answered in {float(seconds) * 1000:.0f} ms"
+
+
+class _SoakRun:
+    """The faults and, on this node, the traffic and what has come of it."""
+
+    def __init__(self, directory, seed, door):
+        self.directory, self.door, self.random = directory, door, random.Random(seed)
+        self.faults, self.counts, self.longest = Counter(), Counter(), 0.0
+        self.over, self.names = threading.Event(), itertools.count(1)
+        self.busy = {}  # who is within a call: since when
+        self.lock = threading.Lock()  # guards: counts, longest
+
+    def strike(self, seconds):
+        """Have three nodes and the traffic between all; strike them; end all that."""
+        self.over.clear()
+        with ExitStack() as stack:
+            slots = [stack.enter_context(_SoakSlot(self.directory)) for _ in range(3)]
+            for slot, other in zip(slots, slots[1:] + slots[:1]):
+                slot.start(other)
+            workers = [spawn(work, self, slot, number) for slot in slots for number, work in
+                       enumerate((_soak_call, _soak_call, _soak_send, _soak_watch))]
+            stack.callback(self.over.set)
+            end = monotonic() + seconds
+            while monotonic() < end:
+                self.step(slots)
+            self.calm(slots)
+            self.over.set()
+            for slot in slots:
+                slot.child.kill()
+            for worker in workers:
+                _soak_check(worker.join(2 * SOAK_LIMIT), f"{worker!r} hangs at the end")
+        self.unbroken()
+
+    def step(self, slots):
+        """One fault, or two at once; wait until those have been told whom they concern."""
+        fault = self.random.choice((*3 * ["kill"], *3 * ["short freeze"], "long freeze",
+                                    *5 * ["cut"], *2 * ["cut of all"], "long silence of all"))
+        struck = slots if fault.endswith("all") else self.random.sample(
+            slots, self.random.choice((1, 1, 2)))
+        calm = self.random.uniform(0, 0.5)
+        self.over.wait(calm)
+        self.wait(lambda: all(slot.watched for slot in struck), "no contact comes about")
+        turns = [slot.turn for slot in slots]
+        getattr(self, "do_" + fault.replace(" ", "_"))(struck, lambda: all(
+            slot.turn > turn for slot, turn in zip(slots, turns) if slot in struck))
+        self.faults[fault] += 1
+        self.unbroken()
+        print(f"\r{sum(self.faults.values())} faults ", end="", file=sys.stderr, flush=True)
+
+    def calm(self, slots):
+        """When no fault strikes any more, nothing is lost any more."""
+        self.wait(lambda: all(slot.watched for slot in slots), "no contact comes about")
+        for slot in slots:
+            sink, me = RemoteThread(slot.address, "sink"), f"calm {next(self.names)}"
+            for number in range(1, 1001):
+                send((me, number, _soak_data(number)), sink)
+            _, last = send_synchronous(me, sink, SOAK_LIMIT)
+            _soak_check(last == 1000, f"message {last} was the last of 1000 to come, in calm")
+
+    def wait(self, holds, sentence):
+        """Wait until `holds()`; meanwhile nobody may have seen a promise broken."""
+        end = monotonic() + SOAK_LIMIT
+        while not holds():
+            self.unbroken()
+            _soak_check(monotonic() < end, f"{sentence} within {SOAK_LIMIT:g} s")
+            self.over.wait(0.01)
+
+    def unbroken(self):
+        _soak_unbroken(self.directory)
+        for what, since in self.busy.copy().values():
+            took = monotonic() - since
+            _soak_check(took < SOAK_LIMIT, f"a {what} has not ended for {took:.1f} s")
+
+    # The faults.  After a cut between two nodes it is not known which proxy carried their
+    # connection, so that nobody need have been told; after the others, all must.
+
+    def do_kill(self, struck, told):
+        for slot in struck:
+            slot.child.kill()
+        self.wait(told, "a killed node is not reported")
+        for slot in struck:
+            slot.boot()
+
+    def do_short_freeze(self, struck, told):
+        for slot in struck:
+            freeze(slot.child)
+        self.over.wait(self.random.uniform(0, SOAK_BEAT / 3))
+        for slot in struck:
+            os.kill(slot.child.pid, signal.SIGCONT)
+
+    def do_long_freeze(self, struck, told):
+        for slot in struck:
+            freeze(slot.child)
+        try:
+            self.wait(told, "a frozen node is not reported")
+            self.over.wait(self.random.uniform(0, SOAK_BEAT))
+        finally:
+            for slot in struck:
+                os.kill(slot.child.pid, signal.SIGCONT)
+
+    def do_cut(self, struck, told):
+        for slot in struck:
+            slot.proxy.cut()
+
+    def do_cut_of_all(self, struck, told):
+        for proxy in self.door, *(slot.proxy for slot in struck):
+            proxy.cut()
+        self.wait(told, "a cut is not reported")
+
+    def do_long_silence_of_all(self, struck, told):
+        proxies = self.door, *(slot.proxy for slot in struck)
+        for proxy in proxies:
+            proxy.flows.clear()
+        self.wait(told, "silence is not reported")
+        self.over.wait(self.random.uniform(0, SOAK_BEAT))
+        for proxy in proxies:
+            proxy.flows.set()
+
+    # The traffic
+
+    def count(self, name, times=1, took=0.0):
+        with self.lock:
+            self.counts[name] += times
+            self.longest = max(self.longest, took)
+
+    def attempt(self, func, *args):
+        """Return what a call or send gives, None after an error that is allowed."""
+        me, start = current_thread(), monotonic()
+        self.busy[me] = f"{func.__name__} to {args[1]}", start
+        try:
+            result = func(*args)
+        except SOAK_ALLOWED as error:
+            kind = next(kind for kind in SOAK_ALLOWED if isinstance(error, kind))
+            if func is send_synchronous:
+                self.count(kind, 1, monotonic() - start)
+            self.over.wait(0.02)  # not to fill the time with errors while a node is down
+            return None
+        finally:
+            del self.busy[me]
+        if func is send_synchronous:
+            self.count("answered", 1, monotonic() - start)
+        return result
+
+
+class _SoakSlot:
+    """A place for one node after the other, at one address: that of a proxy."""
+
+    def __init__(self, directory):
+        self.directory, self.proxy = directory, _SoakProxy()
+        self.address, self.child = self.proxy.address, None
+        self.turn, self.watched = 0, False  # how often all watches were told; all are set
+        self.generations = itertools.count(1)
+
+    def start(self, other):
+        """Have the first node, whose threads will also send to the slot `other`."""
+        self.other = other.address
+        self.boot()
+
+    def boot(self):
+        while self.proxy.target is None or self.child is None or not self.child.is_alive():
+            self.proxy.target = "127.0.0.1", free_port()
+            with suppress(OSError):  # somebody else was faster to take the port
+                self.child = spawn_node(self.proxy.target, advertise=self.address,
+                                        heartbeat=SOAK_BEAT, connect_timeout=SOAK_BEAT)
+        here, name = local_node().address, f"{self.address[1]}.{next(self.generations)}"
+        sinks = RemoteThread(here, "sink"), RemoteThread(self.other, "sink")
+        order = self.directory, name, sinks, RemoteThread(here, "echo")
+        for _ in range(10):  # a cut may strike here, too
+            with suppress(NodeDown):
+                self.server = spawn(_soak_be, *order, node=self.address)
+                break
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.proxy.__exit__()
+        if self.child:
+            self.child.kill()
+
+
+class _SoakProxy:
+    """Passes bytes on to `target`, both ways; can be cut, and held up by `flows.clear()`."""
+
+    def __init__(self):
+        self.server = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.address, self.target = self.server.getsockname(), None
+        self.socks, self.flows = set(), threading.Event()
+        self.flows.set()
+        self.accepter = _bench_thread(self.accept)
+
+    def accept(self):
+        with suppress(OSError):
+            while True:
+                _bench_thread(self.serve, self.server.accept()[0])
+
+    def serve(self, client):
+        with client, suppress(OSError), socket.create_connection(self.target, T) as server:
+            server.settimeout(None)
+            for sock in client, server:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.socks.add(sock)
+            back = _bench_thread(self.copy, server, client)
+            self.copy(client, server)
+            back.join()
+            self.socks -= {client, server}
+
+    def copy(self, source, sink):
+        try:
+            while data := source.recv(1 << 16):
+                self.flows.wait()
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.cut(source, sink)
+
+    def cut(self, *socks):
+        for sock in socks or self.socks.copy():
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.flows.set()
+        self.cut(self.server)
+        self.accepter.join()
+        self.server.close()
+        self.cut()
+
+
+######## Soak: what the threads do, here and on the nodes that are struck
+
+
+def _soak_call(run, slot, number):
+    """Call a slot's server again and again, by name or by handle, and see what it has done."""
+    me = next(run.names)
+    for count in itertools.count(1):
+        if run.over.is_set():
+            return
+        server = RemoteThread(slot.address, "server") if number else slot.server
+        message, timeout = (me, count, _soak_data(count)), None if number else 2 * SOAK_BEAT
+        if reply := run.attempt(send_synchronous, message, server, timeout):
+            ran = _soak_recorded(reply[0], me)
+            if reply[1:] != (count, message[2]) or ran != count:
+                _soak_breach(run.directory, f"call {count} got the reply {reply[1]}; {ran} "
+                                            "was the last to be processed")
+
+
+def _soak_send(run, slot, _):
+    """Send numbers to a slot's sink, and call it now and then, so as not to overrun it."""
+    me, sink = f"here {next(run.names)}", RemoteThread(slot.address, "sink")
+    for number in itertools.count(1):
+        if run.over.is_set():
+            return
+        run.attempt(send, (me, number, _soak_data(number)), sink)
+        if number % 100 == 0 and (reply := run.attempt(send_synchronous, me, sink)):
+            if reply[1] > number:
+                _soak_breach(run.directory, f"{reply[1]} came, {number} was the last sent")
+
+
+def _soak_watch(run, slot, _):
+    """Link to a slot's thread, monitor it and its node; each must tell its end, once."""
+    while not run.over.is_set():
+        held = run.attempt(_soak_link, hold, slot.address)
+        if held is None:
+            continue
+        awaited = {monitor(held), monitor(slot.address), held}
+        run.count("watched", 3)
+        slot.watched = True
+        while awaited:
+            try:
+                told = receive().monitor
+            except LinkedError as error:
+                told = error.thread
+            if told not in awaited:
+                _soak_breach(run.directory, f"told twice, or never asked for: {told}")
+            awaited.discard(told)
+        slot.watched = False
+        slot.turn += 1
+        run.attempt(send, "end", held)
+    if (more := outcome(receive, 1, None)) is not None:
+        _soak_breach(run.directory, f"told twice, or never asked for: {more!r}")
+
+
+def _soak_link(func, node):
+    return spawn_linked(func, node=node)
+
+
+def _soak_data(number):
+    """What goes with a number, so that an altered message shows; at times large."""
+    size = 300_000 if number % 997 == 0 else 3_000 if number % 50 == 0 else number % 30
+    return bytes([number % 251]) * size
+
+
+def _soak_be(directory, name, sinks, echo):
+    """Be the server of a node that is struck, with a sink and two sources beside it."""
+    _soak_prepare(directory)
+    spawn(_soak_sink, directory, name="sink", register=True)
+    for number, sink in enumerate(sinks):
+        spawn(_soak_source, directory, f"{name} to {number}", sink, echo)
+    register_remote_thread(current_thread(), "server")
+    _soak_server(directory, name)
+
+
+def _soak_server(directory, name):
+    """Answer calls; note in a file, which outlives kill -9, which was the last of each caller.
+
+    The reply says in which.
+    """
+    path, last = os.path.join(directory, name), Counter()
+    with open(os.open(path, os.O_RDWR | os.O_CREAT), "wb") as file:
+        while True:
+            request = receive()
+            caller, number, data = request.data
+            if number <= last[caller] or data != _soak_data(number):
+                _soak_breach(directory, f"call {number} came after {last[caller]}, or altered")
+            last[caller] = number
+            os.pwrite(file.fileno(), struct.pack("q", number), 8 * caller)
+            reply_synchronous((path, number, data), request)
+
+
+def _soak_recorded(path, caller):
+    with open(path, "rb") as file:
+        return struct.unpack("q", os.pread(file.fileno(), 8, 8 * caller))[0]
+
+
+def _soak_sink(directory):
+    """Take numbers, and see that each sender's come in order, once, with the right data.
+
+    A call is answered with how many came in all, and the last of one sender.
+    """
+    came, last = 0, Counter()
+    while True:
+        message = receive()
+        if isinstance(message, Synchronous):
+            reply_synchronous((came, last[message.data]), message)
+            continue
+        sender, number, data = message
+        if number <= last[sender] or data != _soak_data(number):
+            _soak_breach(directory, f"{number} of {sender!r} came after {last[sender]}, or "
+                                    "altered")
+        last[sender] = number
+        came += 1
+
+
+def _soak_source(directory, name, sink, echo):
+    """Send numbers to a sink, and call it and this run's survivor now and then, for ever."""
+    for number in itertools.count(1):
+        try:
+            send((name, number, _soak_data(number)), sink)
+            if number % 100 == 0:
+                start = monotonic()
+                _, last = send_synchronous(name, sink)
+                same = send_synchronous(number, echo)
+                took = monotonic() - start
+                if last > number or same != number:
+                    _soak_breach(directory, f"{last} came, {number} was the last sent")
+                if took > 4 * SOAK_LIMIT:  # frozen in between, perhaps more than once
+                    _soak_breach(directory, f"two calls took {took:.1f} s")
+        except SOAK_ALLOWED:
+            receive(0.02, None)
+
+
 if __name__ == "__main__":
     import test_distconc as by_its_name  # under which other nodes find what they are to run
 
     if sys.argv[1:2] == ["bench"]:
         by_its_name.bench(sys.argv[2:])
+    elif sys.argv[1:2] == ["soak"]:
+        by_its_name.soak()
     else:
         unittest.main(by_its_name)
