@@ -12,6 +12,7 @@ import gc
 import hashlib
 import hmac
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -1289,6 +1290,34 @@ def append_and_count(path, number):
     return number
 
 
+def leave_descriptors(number):
+    """Have no more than so many descriptors left; note what goes to stderr from now on."""
+    import resource
+
+    sys.stderr = io.StringIO()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (census()[1] - 1 + number,  # but for its own
+                                                resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+def noted_on_stderr():
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1024), hard))
+    return sys.stderr.getvalue()
+
+
+def keep_sizes():
+    """Keep the number and size of each message; a call is answered with all of them."""
+    kept = []
+    while True:
+        message = receive()
+        if isinstance(message, Synchronous):
+            reply_synchronous(kept, message)
+        else:
+            kept.append((message[0], len(message[1])))
+
+
 class TwoArguments(Exception):
     def __init__(self, one, two):
         super().__init__(one)
@@ -1879,7 +1908,7 @@ class TheWire(Net):
                 self.tamper_hello(lambda line: "\0".join(fields).encode("latin-1"))
 
     def test_our_own_hello_sent_back_is_not_let_in(self):
-        mark, peer = self.mark(), self.knock().challenge()
+        peer = self.knock().challenge()
         self.assertTrue(peer.conn.poll(T))
         peer.conn.send_bytes(peer.conn.recv_bytes())
         with self.assertRaises((EOFError, ConnectionError)):
@@ -2990,6 +3019,102 @@ os.waitpid(pid, 0)
             self.assertIsInstance(errors.get(timeout=T), NodeUnreachable)
         self.assertLess(monotonic() - start, 2.5)
 
+    def test_an_address_that_swallows_packets_is_given_up_in_time_and_disturbs_nobody(self):
+        """Its queue is full: no connection comes about, and none is refused."""
+        stop_node()
+        start_node(connect_timeout=1)
+        good = spawn_server(handle_synchronous, echo, node=self.child())
+        for family, at in ((socket.AF_UNIX, os.path.join(self.dir, "full")),
+                           (socket.AF_INET, ("127.0.0.1", 0))):
+            with self.subTest(family), socket.socket(family) as full, ExitStack() as stack:
+                full.bind(at)
+                full.listen(0)
+                fits = True
+                while fits:  # until one does not get a place in the queue
+                    filler = stack.enter_context(socket.socket(family))
+                    filler.setblocking(False)
+                    filler.connect_ex(full.getsockname())
+                    select.select([], [filler], [], 0.2)
+                    fits = not isinstance(outcome(filler.getpeername), OSError)
+                target, raised = RemoteThread(full.getsockname(), "x"), queue.Queue()
+
+                def call(func, target=target, raised=raised):
+                    start = monotonic()
+                    raised.put((outcome(func, 1, target), monotonic() - start))
+                callers = [threading.Thread(target=call, args=[func])
+                           for func in (send, send_synchronous) * 10]
+                for caller in callers:
+                    caller.start()
+                answered = 0
+                while raised.qsize() < 20:
+                    start = monotonic()
+                    self.assertEqual(send_synchronous(1, good, T), 1)
+                    self.assertLess(monotonic() - start, 0.9)
+                    answered += 1
+                self.assertGreater(answered, 50)
+                for caller in callers:
+                    caller.join(T)
+                    error, seconds = raised.get()
+                    self.assertIsInstance(error, NodeUnreachable)
+                    self.assertLess(seconds, 2.5)
+
+    # Ctrl-C
+
+    def test_ctrl_c_within_a_send_of_20_mb_leaves_half_of_nothing_and_the_next_arrives(self):
+        child = self.child()
+        kept = spawn(keep_sizes, node=child, name="kept", register=True)
+        sender = subprocess.Popen([sys.executable, "-c", """if True:
+            import signal, sys
+            from distconc import *
+            target, large, within = RemoteThread(sys.argv[1], "kept"), bytes(20_000_000), False
+            def interrupt(*_):
+                if within:
+                    raise KeyboardInterrupt
+            signal.signal(signal.SIGINT, interrupt)
+            for number, _ in enumerate(sys.stdin):
+                try:
+                    within = True
+                    print("sending", flush=True)
+                    send((number, large), target)
+                    within, came = False, "sent"
+                except KeyboardInterrupt:
+                    within, came = False, "interrupted"
+                print(came, flush=True)
+                sys.stdin.readline()
+                send((number, b"next"), target)
+                print("next", flush=True)
+            """, str(child)], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True)
+        self.addCleanup(sender.__exit__, None, None, None)
+        self.addCleanup(sender.kill)
+
+        def order():
+            sender.stdin.write("go\n")
+            sender.stdin.flush()
+        outcomes, expected = [], []
+        moments = 0, 0.001, 0.003, 0.01, 0.02, 0.03, 0.04, 0.06, "frozen", "frozen", 0.01
+        for number, moment in enumerate(moments):
+            order()
+            self.assertEqual(sender.stdout.readline(), "sending\n")
+            if moment == "frozen":  # so that it has to wait in the middle
+                freeze(child)
+            receive(0.5 if moment == "frozen" else moment, None)
+            start = monotonic()
+            sender.send_signal(signal.SIGINT)
+            outcomes.append(sender.stdout.readline())
+            self.assertLess(monotonic() - start, 2)
+            os.kill(child.pid, signal.SIGCONT)
+            order()
+            self.assertEqual(sender.stdout.readline(), "next\n")
+            expected += [(number, 20_000_000), (number, 4)]
+        sender.stdin.close()
+        self.assertEqual(sender.wait(T), 0)  # at its end, all has been sent
+        self.assertIn("interrupted\n", outcomes)
+        got = self.got(kept, None)
+        self.assertEqual(got, [item for item in expected if item in got])
+        must = [item for item in expected if item[1] == 4 or outcomes[item[0]] == "sent\n"]
+        self.assertEqual([item for item in must if item not in got], [])
+
     # Keys
 
     def test_the_wrong_key_is_refused_both_ways(self):
@@ -3138,15 +3263,23 @@ class Strangers(OneChild):
         self.addCleanup(sock.close)
         return sock
 
-    def test_300_silent_sockets_delay_nobody_and_are_cut_in_time(self):
-        silent = [self.knock() for _ in range(300)]
+    def speak(self, door):
+        """Shake hands through `door`, send one message, and end in order."""
+        name = str(self.other)
+        with RawPeer(Client(door), "dialler", meant=(name, name)) as peer:
+            peer.challenge().greet().introduce().send("once", "replayed")
+            peer.sock.shutdown(socket.SHUT_WR)
+            peer.is_cut()
+
+    def test_500_silent_sockets_delay_nobody_and_are_cut_in_time(self):
+        silent = [self.knock() for _ in range(500)]
         start = monotonic()
         for _ in range(10):
             self.honest()
         for sock in silent:
             read_to_end(sock, T)
         self.assertLess(monotonic() - start, 4)
-        self.assertGreaterEqual(ask(self.other, stats_here)["strangers"] - self.strangers, 300)
+        self.assertGreaterEqual(ask(self.other, stats_here)["strangers"] - self.strangers, 500)
 
     def test_a_byte_now_and_then_does_not_stay(self):
         sock, start = self.knock(), monotonic()
@@ -3206,6 +3339,72 @@ class Strangers(OneChild):
         self.assertEqual(served, [True] * 60)
         self.assertLess(monotonic() - start, 10)
         send("stop", kept)
+
+    def test_a_node_out_of_descriptors_does_not_spin_and_serves_as_soon_as_it_has_some(self):
+        poor = self.child(connect_timeout=2)
+        echoes = spawn_server(handle_synchronous, echo, node=poor, name="echo", register=True)
+        at_rest = ask(poor, census)
+        ask(poor, leave_descriptors, 7)
+        strangers = [socket.create_connection(poor.address, T) for _ in range(40)]
+        served, start = queue.Queue(), monotonic()
+
+        def dial():
+            while monotonic() - start < T:
+                with suppress(OSError, EOFError, Cut), RawPeer.dial(poor) as peer:
+                    return served.put(peer.call("let in", "echo"))
+        clients = [threading.Thread(target=dial) for _ in range(5)]
+        for client in clients:
+            client.start()
+        spent, start_spent = ask(poor, process_time), monotonic()
+        while monotonic() - start_spent < 1:  # who was there before is served all the time
+            self.assertEqual(send_synchronous(1, echoes, T), 1)
+            receive(0.1, None)
+        spent = (ask(poor, process_time) - spent) / (monotonic() - start_spent)
+        self.assertLess(spent, 0.5, "it spins")
+        for sock in strangers:
+            sock.close()
+        begin = monotonic()
+        for _ in clients:
+            self.assertEqual(served.get(timeout=T), "let in")
+        self.assertLess(monotonic() - begin, 2)
+        for client in clients:
+            client.join(T)
+        self.assertEqual(ask(poor, noted_on_stderr), "")
+        while (now := ask(poor, census)) > at_rest and monotonic() - begin < T:
+            receive(0.05, None)
+        self.assertLessEqual(now, at_rest)
+
+    def test_who_resets_in_the_middle_of_the_handshake_leaves_nothing(self):
+        steps = [lambda peer: peer.conn.recv_bytes(256), RawPeer.challenge, RawPeer.greet,
+                 lambda peer: peer.write([(1, 1)]), RawPeer.read_frame]
+        for upto in [*range(len(steps) + 1)] * 10:
+            with RawPeer.knock(self.other) as peer:
+                for step in steps[min(upto, 1):upto]:
+                    step(peer)
+                with socket.socket(fileno=os.dup(peer.conn.fileno())) as sock:
+                    linger = struct.pack("ii", 1, 0)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.honest()
+
+    def test_a_whole_connection_recorded_and_replayed_lets_nobody_in(self):
+        target, said = self.collector(self.other, "replayed"), []
+        with socket.create_server(("127.0.0.1", 0)) as trap:
+            door = trap.getsockname()
+            talker = spawn(self.speak, door)
+            client, _ = trap.accept()
+            with client, socket.create_connection(self.other.address, T) as server:
+                back = spawn(pump, server, client)
+                pump(client, types.SimpleNamespace(
+                    sendall=lambda data: (said.append(data), server.sendall(data)),
+                    shutdown=server.shutdown))
+                self.assertTrue(back.join(T) and talker.join(T))
+        self.assertEqual(self.got(target), ["once"])
+        with self.knock() as sock:
+            with suppress(ConnectionError):
+                sock.sendall(b"".join(said))
+            self.assertLess(read_to_end(sock, T), 4)
+        self.assertEqual(self.got(target), ["once"])
+        send("stop", target)
 
     def test_a_silent_crowd_does_not_hinder_stop_node(self):
         stop_node()
@@ -4908,9 +5107,10 @@ def _soak_clients(directory):
             clients.append(stack.enter_context(subprocess.Popen(
                 command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)))
             stack.callback(clients[-1].kill)
-        for client in clients:
-            connected = client.stdout.readline() == b"connected\n"
-            _soak_check(connected, "a client could not connect")
+            if number % 20 == 19:  # 200 that start at once would starve each other
+                for client in clients[-20:]:
+                    connected = client.stdout.readline() == b"connected\n"
+                    _soak_check(connected, "a client could not connect")
         _soak_check(ask(child, census)[1] >= before[1] + 200, "there are no 200 connections")
         start = monotonic()
         for client in clients:
