@@ -5243,7 +5243,9 @@ class _SoakRun:
             for slot in slots:
                 slot.child.kill()
             for worker in workers:
-                _soak_check(worker.join(2 * SOAK_LIMIT), f"{worker!r} hangs at the end")
+                if not worker.join(2 * SOAK_LIMIT):
+                    self.unbroken()
+                    raise _SoakBroken(f"{worker!r} has not been told that its node has ended")
         self.unbroken()
 
     def step(self, slots):
@@ -5284,7 +5286,7 @@ class _SoakRun:
         _soak_unbroken(self.directory)
         for what, since in self.busy.copy().values():
             took = monotonic() - since
-            _soak_check(took < SOAK_LIMIT, f"a {what} has not ended for {took:.1f} s")
+            _soak_check(took < SOAK_LIMIT, f"{what} has not ended for {took:.1f} s")
 
     # The faults.  After a cut between two nodes it is not known which proxy carried their
     # connection, so that nobody need have been told; after the others, all must.
@@ -5464,13 +5466,16 @@ def _soak_call(run, slot, number):
 
 
 def _soak_send(run, slot, _):
-    """Send numbers to a slot's sink, and call it now and then, so as not to overrun it."""
+    """Send numbers to a slot's sink; call it now and then, so as not to overrun it.
+
+    Not too often: much must be on its way when a fault strikes.
+    """
     me, sink = f"here {next(run.names)}", RemoteThread(slot.address, "sink")
     for number in itertools.count(1):
         if run.over.is_set():
             return
         run.attempt(send, (me, number, _soak_data(number)), sink)
-        if number % 100 == 0 and (reply := run.attempt(send_synchronous, me, sink)):
+        if number % 2000 == 0 and (reply := run.attempt(send_synchronous, me, sink)):
             if reply[1] > number:
                 _soak_breach(run.directory, f"{reply[1]} came, {number} was the last sent")
 
@@ -5565,7 +5570,7 @@ def _soak_source(directory, name, sink, echo):
     for number in itertools.count(1):
         try:
             send((name, number, _soak_data(number)), sink)
-            if number % 100 == 0:
+            if number % 2000 == 0:
                 start = monotonic()
                 _, last = send_synchronous(name, sink)
                 same = send_synchronous(number, echo)
