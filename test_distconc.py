@@ -5374,7 +5374,7 @@ class _SoakSlot:
         self.boot()
 
     def boot(self):
-        while self.proxy.target is None or self.child is None or not self.child.is_alive():
+        while self.child is None or not self.child.is_alive():
             self.proxy.target = "127.0.0.1", free_port()
             with suppress(OSError):  # somebody else was faster to take the port
                 self.child = spawn_node(self.proxy.target, advertise=self.address,
@@ -5401,7 +5401,8 @@ class _SoakProxy:
 
     def __init__(self):
         self.server = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.address, self.target = self.server.getsockname(), None
+        self.address = self.server.getsockname()
+        self.target = "127.0.0.1", 0  # where nobody ever listens
         self.socks, self.flows = set(), threading.Event()
         self.flows.set()
         self.accepter = _bench_thread(self.accept)
