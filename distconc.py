@@ -77,31 +77,28 @@ import atexit
 import hashlib
 import hmac
 import itertools
-import logging
 import os
 import pickle
 import random
 import socket
 import stat
 import struct
-import subprocess
 import sys
 import threading
-import traceback
 import types
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, TimeoutError as FutureTimeout, wait
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener, answer_challenge, deliver_challenge
-from pathlib import Path
 from queue import SimpleQueue
 from time import monotonic, time
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
+
+if TYPE_CHECKING:  # what few need is imported by those, so that a script starts fast
+    import subprocess
 
 __all__ = """
     Mailbox Thread RemoteThread spawn spawn_linked spawn_server current_thread threads
@@ -206,6 +203,18 @@ def _bell() -> threading.Lock:
     return bell
 
 
+def _hear(bell: threading.Lock, timeout: float) -> bool:
+    """Wait for a bell that is rung once, for all: who hears it rings it for the next."""
+    heard = False
+    for heard in map(bell.acquire, (True,), (timeout,)):  # so Ctrl-C cannot come before `try`
+        try:
+            return heard
+        finally:
+            if heard:
+                bell.release()
+    return heard
+
+
 def _ring(bell: threading.Lock) -> None:
     """Wake who waits for `bell`, or spare the next wait.  Never blocks; twice is once."""
     if bell.locked():
@@ -269,8 +278,6 @@ class Mailbox:
             try:
                 cell = cells[0]
                 if cell:
-                    if cell.__class__ is _Traced:
-                        cell.note()
                     message = cell[0]
                     del cell[0]
                     return message
@@ -298,8 +305,6 @@ class Mailbox:
         deadline = _deadline(timeout)
         while (cell := self._find(accepts, deadline)) is not None:
             try:
-                if cell.__class__ is _Traced:
-                    cell.note()
                 message = cell[0]
                 del cell[0]
                 return message
@@ -469,7 +474,7 @@ class Thread(_Handle):
         self._owes: set[str] = set()  # the tags of its debts: who hears of its end
         self._names: tuple[str, ...] = ()  # registered; guarded by _registry
         self._ended = False  # guarded by _registry
-        self._over = _bell()  # rung at the end, and passed on by each who waited for it
+        self._over = _bell()  # rung at the end, for all
 
     @property
     def node(self) -> Address | None:
@@ -483,8 +488,7 @@ class Thread(_Handle):
         """Wait at most `timeout` seconds for the thread's end; return whether it has ended."""
         if _here.thread is self:
             raise RuntimeError("a thread cannot wait for its own end")
-        if self._over.acquire(True, _left(_deadline(timeout))):
-            self._over.release()
+        _hear(self._over, _left(_deadline(timeout)))
         return self._ended
 
     def send(self, message: Any) -> None:
@@ -581,6 +585,8 @@ def _obituary(thread: Thread, reason: BaseException | None) -> ThreadDied:
     if reason is None:
         return ThreadDied(f"{thread!r} returned without a reply")
     died = ThreadDied(f"{thread!r} died before it replied: {_words(reason)}", reason)
+    import traceback
+
     trace = "".join(traceback.format_exception(reason))
     died.__cause__ = RemoteError(type(reason).__name__, trace[-(1 << 16):])
     return died
@@ -588,6 +594,8 @@ def _obituary(thread: Thread, reason: BaseException | None) -> ThreadDied:
 
 def _words(error: BaseException) -> str:
     """The last line of a traceback, cut to size; safe even from a bad __str__."""
+    import traceback
+
     return traceback.format_exception_only(error)[-1].strip()[:1000]
 
 
@@ -781,29 +789,54 @@ def _instead(default: Any, what: str, timeout: float | None) -> Any:
 
 
 class _Value:
-    """An immutable message, pickled as a call of its class with its attributes."""
+    """An immutable message, made, matched, compared and pickled by its attributes."""
 
     __slots__: tuple[str, ...] = ()
+
+    def __init__(self, *values: Any) -> None:
+        for name, value in zip(self.__slots__, values):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any = None) -> None:
+        raise AttributeError(f"a {type(self).__name__} cannot be changed")
+
+    __delattr__ = __setattr__
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.__reduce__() == other.__reduce__()
+
+    def __hash__(self) -> int:
+        return hash(self.__reduce__())
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, name) for name in self.__slots__)
 
 
-@dataclass(frozen=True, slots=True)
 class Synchronous(_Value):
     """A message whose `sender` waits for a reply.  Factor: synchronous."""
 
+    __slots__ = __match_args__ = "data", "sender", "tag"
     data: Any
     sender: Handle
     tag: str
 
+    def __init__(self, data: Any, sender: Handle, tag: str) -> None:
+        super().__init__(data, sender, tag)
 
-@dataclass(frozen=True, slots=True)
+
 class Reply(_Value):
     """The answer to the `Synchronous` of the same `tag`.  Factor: reply."""
 
+    __slots__ = __match_args__ = "data", "tag"
     data: Any
     tag: str
+
+    def __init__(self, data: Any, tag: str) -> None:
+        super().__init__(data, tag)
 
 
 def send_synchronous(message: Any, thread: Handle, timeout: float | None = None) -> Any:
@@ -1185,6 +1218,16 @@ FULL = 4000  # messages in an outbox: who sends more waits for the network
 BURST = 50e-6  # seconds: what is sent so soon after a write is one of many
 
 
+class _Dial:
+    """One dial of a node, for all who wait for it."""
+
+    connection: "_Connection"  # there, unless there is an error
+    error: Exception | None = None
+
+    def __init__(self) -> None:
+        self.done = _bell()  # rung at the end, for all
+
+
 class _Ended(Exception):
     """The connection ended before it took the message."""
 
@@ -1274,7 +1317,7 @@ class _Connection:
 
     def _write(self, messages: list[Message], tail: Any = b"") -> None:
         """Write one frame; `_writing` is held."""
-        if _cut_off(self.address):
+        if _faults and _cut_off(self.address):
             return
         body = pickle.dumps(messages, 5)
         lengths = HEAD.pack(len(body), len(tail), b"")[:8]
@@ -1347,7 +1390,7 @@ class _Connection:
         except EOFError:
             self.close()  # the peer has said all; so may we
         except BaseException as error:  # to load what makes no sense may even raise SystemExit
-            _log.info("the connection to %s ended: %s", _text(self.address), _words(error))
+            _log("INFO", "the connection to %s ended: %s", _text(self.address), _words(error))
             self.cut()
         self._silent = 0  # from now on, beats count how long the writer takes
         self._writer.join()
@@ -1466,6 +1509,12 @@ def _thread(part: str, run: Callable[..., None], *args: Any) -> threading.Thread
     return thread
 
 
+def _log(level: str, text: str, *about: Any) -> None:
+    import logging
+
+    logging.getLogger("distconc").log(getattr(logging, level), text, *about)
+
+
 def _hang_up(sock: socket.socket) -> None:
     """Wake all who read or write `sock` with its end; its owner closes it."""
     with suppress(OSError):  # it ended before
@@ -1476,7 +1525,6 @@ def _hang_up(sock: socket.socket) -> None:
 
 CROWD = 256  # strangers who may knock at once: for one more, the oldest has to go
 _COUNTS = ("sent", "received", "undelivered", "refused", "lost", "strangers")
-_log = logging.getLogger("distconc")
 _node: "Node | None" = None
 _starting = threading.RLock()  # guards: _node
 
@@ -1499,7 +1547,7 @@ class Node:
         self._changed = threading.Condition(self._lock)  # a connection came or went
         self._speaking: dict[Any, _Connection] = {}  # by incarnation and address: where to send
         self._open: set[_Connection] = set()  # all, the half-made and the ending ones, too
-        self._dials: dict[Address, Future[_Connection]] = {}  # under way, shared by senders
+        self._dials: dict[Address, _Dial] = {}  # under way, shared by senders
         self._shaking: deque[socket.socket] = deque()  # those not in yet, the oldest first
         self._counts = Counter(dict.fromkeys(_COUNTS, 0))
         self._stamps = itertools.count(1)
@@ -1623,7 +1671,7 @@ class Node:
             if awaited:
                 awaited.peer = connection.peer
             try:
-                fault = _fault(connection.address)
+                fault = _faults and _fault(connection.address)
                 return fault._send(connection, message) if fault else connection.send(message)
             except _Ended:
                 pass
@@ -1662,37 +1710,36 @@ class Node:
                 raise NodeUnreachable("that node does not listen, and contact with it was lost")
             dial = self._dials.get(address)
             if dial is None:
-                key, dial = _authkey(self._key, address), Future()
+                key, dial = _authkey(self._key, address), _Dial()
                 _thread("dialler", self._dial, address, key, dial)
                 self._dials[address] = dial
-        try:
-            while not dial.done() and (left := _left(deadline)):  # Ctrl-C may strike between
-                wait([dial], min(left, 0.2))  # two waits only, if it comes as one begins
-            connection = dial.result(0)
-            return self._speaking.get(connection.peer, connection)  # the peer's may be first
-        except FutureTimeout:
-            self._dials.pop(address, None)  # who comes next dials anew
-            seconds = f"{self._connect_timeout:g} seconds"
-            raise NodeUnreachable(f"{_text(address)} did not answer within {seconds}") from None
+        while not _hear(dial.done, min(_left(deadline), 0.2)):  # Ctrl-C may strike between
+            if monotonic() >= deadline:  # two waits only, if it comes as one begins
+                self._dials.pop(address, None)  # who comes next dials anew
+                seconds = f"{self._connect_timeout:g} seconds"
+                raise NodeUnreachable(f"{_text(address)} did not answer within {seconds}")
+        if dial.error:
+            raise dial.error
+        return self._speaking.get(dial.connection.peer, dial.connection)  # its dial may be first
 
-    def _dial(self, address: Address, key: bytes, dial: "Future[_Connection]") -> None:
-        name, error = _text(address), None  # type: str, Exception | None
+    def _dial(self, address: Address, key: bytes, dial: _Dial) -> None:
+        name = _text(address)
         try:
-            connection = self._shake(Client(address), key, address)
+            dial.connection = self._shake(Client(address), key, address)
         except AuthenticationError as why:
-            error = AuthenticationError(f"{name} and this node do not trust each other: {why}; "
-                                        "do both have the same key?")
+            dial.error = AuthenticationError(
+                f"{name} and this node do not trust each other: {why}; "
+                "do both have the same key?")
         except (ConnectionRefusedError, FileNotFoundError):
-            error = NodeUnreachable(f"no node listens at {name}; is that where it was started?")
+            dial.error = NodeUnreachable(
+                f"no node listens at {name}; is that where it was started?")
         except BaseException as why:
-            error = NodeUnreachable(f"cannot connect to {name}: {str(why) or type(why).__name__}")
+            dial.error = NodeUnreachable(
+                f"cannot connect to {name}: {str(why) or type(why).__name__}")
         with self._lock:
             if self._dials.get(address) is dial:
                 del self._dials[address]
-        if error:
-            dial.set_exception(error)
-        else:
-            dial.set_result(connection)
+        dial.done.release()
 
     # Shaking hands
 
@@ -1705,7 +1752,7 @@ class Node:
                 else:
                     _thread("doorman", self._admit, stranger)
             except (OSError, RuntimeError) as error:  # out of descriptors, or of threads
-                _log.info("nobody can be let in just now: %s", error)
+                _log("INFO", "nobody can be let in just now: %s", error)
                 with self._lock:
                     self._changed.wait_for(lambda: self._stopped, 0.05)
         listener.close()
@@ -1716,7 +1763,7 @@ class Node:
                 self._shake(stranger, self._key, None)
         except Exception as error:
             self._count("strangers")
-            _log.info("a stranger was not let in: %s: %s", type(error).__name__, error)
+            _log("INFO", "a stranger was not let in: %s: %s", type(error).__name__, error)
 
     def _shake(self, stranger: Any, key: Any, dialled: Address | None) -> _Connection:
         """Shake hands, within the time; return the connection, started."""
@@ -2005,12 +2052,14 @@ class ChildNode:
 
     def stop(self, timeout: float = 5.0) -> None:
         """Have the child stop its node and end; after `timeout` seconds, kill it."""
+        from subprocess import TimeoutExpired
+
         with suppress(OSError, ValueError), self._process.stdin as orders:  # type: ignore
             orders.write(b"stop")
         try:
             self._process.wait(timeout)
             self._printer.join(timeout)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
@@ -2039,6 +2088,8 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
     prints, and ends when this one does, however that is.  Raises what `start_node` raises
     there; RuntimeError if the process ends before that.  Erlang: peer:start.
     """
+    import subprocess
+
     options.setdefault("authkey", _authkey(local_node()._key, _address(address)))
     boot = ("import sys, pickle; sys.path[:] = pickle.load(sys.stdin.buffer); "
             f"from {__name__} import _be_child; _be_child()")
@@ -2107,21 +2158,27 @@ if hasattr(os, "register_at_fork"):
 ######## Monitors: Monitor, Down, monitor, demonitor
 
 
-@dataclass(frozen=True, slots=True)
 class Monitor(_Value):
     """What `monitor` returned: `target` is watched.  Erlang: a monitor's reference."""
 
+    __slots__ = __match_args__ = "target", "tag"
     target: Any
     tag: str
 
+    def __init__(self, target: Any, tag: str) -> None:
+        super().__init__(target, tag)
 
-@dataclass(frozen=True, slots=True)
+
 class Down(_Value):
     """The message that `target` ended of `reason`; see `monitor`.  Erlang: 'DOWN'."""
 
+    __slots__ = __match_args__ = "monitor", "target", "reason"
     monitor: Monitor
     target: Any
     reason: BaseException | None
+
+    def __init__(self, monitor: Monitor, target: Any, reason: BaseException | None) -> None:
+        super().__init__(monitor, target, reason)
 
 
 class _Watch(_Await):
@@ -2231,7 +2288,7 @@ def _report(target: str) -> None:
         if not times:
             return
         _losses[target] = 0, why
-    _log.warning("lost %d message%s to %s: %s", times, "s" * (times > 1), target, why)
+    _log("WARNING", "lost %d message%s to %s: %s", times, "s" * (times > 1), target, why)
     timer = threading.Timer(1.0, _report, [target])
     timer.daemon = True
     with suppress(RuntimeError):  # at exit, no thread starts any more
@@ -2299,8 +2356,6 @@ class faults:
 
 def _fault(address: Address | None) -> faults | None:
     """The fault that concerns the node of `address`."""
-    if not _faults:
-        return None
     return next((one for one in reversed(_faults.copy()) if one._to in (None, address)), None)
 
 
@@ -2410,7 +2465,10 @@ def _stamped(message: Message, cause: Stamp | None = None) -> Message:
 
 
 class _Traced(list[Any]):
-    """The cell of a message in a mailbox, which records that it is taken."""
+    """The cell of a message in a mailbox, which records that it is taken.
+
+    Who only looks iterates over it; `cell[0]` is for who takes.
+    """
 
     __slots__ = ("_cause",)
 
@@ -2418,9 +2476,10 @@ class _Traced(list[Any]):
         super().__init__([message])
         self._cause = cause
 
-    def note(self) -> None:
-        for message in self:  # none, if another thread took it first
-            _record(current_thread(), "receive", self._cause, message=_shown(message))
+    def __getitem__(self, index: Any) -> Any:
+        message = super().__getitem__(index)
+        _record(current_thread(), "receive", self._cause, message=_shown(message))
+        return message
 
 
 def _shown(message: Any) -> str:
@@ -2490,20 +2549,25 @@ _Column = tuple[str, int]  # process and thread
 
 
 def _read_traces(directory: "str | os.PathLike[str]") -> Iterable[_Event]:
-    paths = sorted(path for path in Path(directory).glob("*.jsonl") if path.is_file())
+    import glob
+
+    pattern = os.path.join(glob.escape(os.fspath(directory)), "*.jsonl")
+    paths = sorted(path for path in glob.glob(pattern) if os.path.isfile(path))
     if not paths:
         raise FileNotFoundError(f"there are no traces (*.jsonl) in {os.fspath(directory)!r}")
     found: dict[Any, _Event] = {}
     for path in paths:
         bad = 0
-        for line in path.read_bytes().splitlines():
+        with open(path, "rb") as file:
+            lines = file.read().splitlines()
+        for line in lines:
             try:
                 event = _read_event(line)
                 bad += found.setdefault(event.key, event) is not event
             except (ValueError, TypeError, AttributeError, RecursionError):
                 bad += 1
         if bad:
-            _log.warning("%s: %d of its lines are no events, and left out", path, bad)
+            _log("WARNING", "%s: %d of its lines are no events, and left out", path, bad)
     homes = {event.process: event.node for event in found.values() if event.node}
     for event in found.values():  # a node's last address is the one to know it by
         event.node = homes.get(event.process, f"process {event.process[:4]}")
@@ -2894,7 +2958,8 @@ def _chart(options: Any) -> None:
     text = chart(options.directory, options.format, first=options.first, last=options.last,
                  threads=options.threads)
     if options.output:
-        Path(options.output).write_text(text, encoding="utf-8")
+        with open(options.output, "w", encoding="utf-8") as file:
+            file.write(text)
     else:
         sys.stdout.write(text)
 
@@ -2934,6 +2999,8 @@ def main(arguments: list[str] | None = None) -> None:
             __thread={"dest": "threads", "action": "append", "metavar": "NAME",
                       "help": "only threads of this name, or node/name; may be repeated"})
     options = parser.parse_args(arguments)
+    import logging
+
     logging.basicConfig(format="distconc: %(message)s")
     try:
         options.run(options)
