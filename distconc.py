@@ -52,17 +52,20 @@ The locks, none of them held while waiting for the network but `_writing`, in th
 The wire.  After the stock challenge of `multiprocessing.connection` with the key (the dialler
 answers first, then challenges), each side sends with `send_bytes` one hello, its fields joined
 by NUL: "distconc 1", its role ("dialler" or "acceptor"), 16 random bytes in hex, its
-incarnation in hex, its heartbeat, its max_message, its address ("" if it does not listen); the
-dialler also the address it dialled and the one it reached, of which one must be the
-acceptor's.  Then frames, on the bare socket: the lengths of body and tail (4 bytes each,
-big-endian), MAC (16), body, tail.  MAC: the first 16 bytes of SHA-256(key + count + lengths +
-body + tail); count is the frame's number in its direction, from 0, in 8 bytes; the direction's
-key is HMAC-SHA256(authkey, role of the writer + SHA-256(dialler's hello) + SHA-256(acceptor's
-hello)).  A body is a pickled list of tuples; if one ends in None, the tail is meant.  An empty
-list is a tick.  The first frame each way, the dialler's first, holds a pair: the number that
-the writer gives this connection, counting from 1, and that of the oldest between the two that
-it still counts.  The others hold messages (a target is a pair of incarnation, or 0 for any, and
-id or name; a payload is a pickle):
+incarnation in hex, its heartbeat, its max_message, its address ("host:port", a path, or "" if
+it does not listen); the dialler also the address it dialled and the one it reached, of which
+one must be the acceptor's.  Then frames, on the bare socket: the lengths of body (at most 16
+MiB) and tail (at most max_message), 4 bytes each, big-endian; MAC (16 bytes); body; tail.  MAC:
+the first 16 bytes of SHA-256(key + count + lengths + body + tail); count is the frame's number
+in its direction, from 0, in 8 bytes; the direction's key is HMAC-SHA256(authkey, role of the
+writer + SHA-256(dialler's hello) + SHA-256(acceptor's hello)).  A body is a pickled list of
+tuples; if the last ends in None, the tail is meant.  An empty list is a tick: who has nothing
+else to say owes five in the smaller of the two heartbeats.  To end is to shut down one's
+writing half, and to read the other's to its end.  The first frame each way, the dialler's
+first, holds a pair: the number that the writer gives this connection, counting from 1, and that
+of the oldest between the two that it still counts.  The others hold messages (a target is a
+pair of incarnation, or 0 for any, and id or name; id 0 is the node, which does a call's ("ps",)
+or ("spawn", func, args, name, register, link); a payload is a pickle):
 
     0 SEND    target, payload
     1 ASK     target, caller's id, tag, payload        a call; or, with caller 0, a monitor
@@ -264,8 +267,8 @@ class Mailbox:
     def get(self, timeout: float | None = None) -> Any:
         """Remove and return the oldest message.
 
-        Blocks at most `timeout` seconds (None: for ever; 0: not at all).  Raises TimeoutError,
-        leaving the mailbox as it was.  Factor: mailbox-get, mailbox-get-timeout.
+        Blocks at most `timeout` seconds (None: for ever; 0 or less: not at all).  Raises
+        TimeoutError, leaving the mailbox as it was.  Factor: mailbox-get, mailbox-get-timeout.
         """
         message = self._get(timeout)
         if message is _NOTHING:
@@ -291,7 +294,7 @@ class Mailbox:
 
         A class, or a tuple of classes, stands for its `isinstance`.  `pred` runs in this thread
         with no lock held, once for each message (unless another thread snatches the one
-        found).  Blocks at most `timeout` seconds (None: for ever; 0: not at all).  Raises
+        found).  Blocks at most `timeout` seconds (None: for ever; 0 or less: not at all).  Raises
         TimeoutError, or what `pred` raises, leaving the mailbox as it was.
 
         Factor: mailbox-get?, mailbox-get-timeout?.
@@ -520,13 +523,13 @@ class Thread(_Handle):
         _debts[tag] = self, creditor, linked
         self._owes.add(tag)
         if self._ended:  # perhaps just now, before it could see this debt
-            self._default(lambda: NoSuchThread(f"{self!r} has ended"))
+            self._default([tag], lambda: NoSuchThread(f"{self!r} has ended"))
         return not self._ended
 
-    def _default(self, error: Callable[[], DistconcError]) -> bool:
-        """Settle all that this thread owes with `error`; True if a link took it."""
+    def _default(self, tags: list[str], error: Callable[[], DistconcError]) -> bool:
+        """Settle these debts of this thread with `error`; True if a link took it."""
         heard = False
-        for tag in list(self._owes):
+        for tag in tags:
             self._owes.discard(tag)
             debt = _debts.pop(tag, None)
             if debt:
@@ -563,7 +566,7 @@ class Thread(_Handle):
                 _threads.pop(self.id, None)
                 for name in self._names:
                     del _names[name]
-            heard = self._default(partial(_obituary, self, reason))
+            heard = self._default(list(self._owes), partial(_obituary, self, reason))
         self._over.release()
         return heard
 
@@ -740,8 +743,9 @@ def send(message: Any, thread: Handle) -> None:
 def receive(timeout: float | None = None, default: Any = _NOTHING) -> Any:
     """Remove and return the oldest message of the calling thread's mailbox.
 
-    Blocks at most `timeout` seconds (None: for ever; 0: not at all), then returns `default`, or
-    raises TimeoutError.  Raises LinkedError if the message is the failure of a linked thread.
+    Blocks at most `timeout` seconds (None: for ever; 0 or less: not at all), then returns
+    `default`, or raises TimeoutError.  Raises LinkedError if the message is the failure of a
+    linked thread.
 
     Factor: receive, receive-timeout.
     """
@@ -1458,7 +1462,7 @@ class _Connection:
         if isinstance(error, NoSuchThread):
             return error
         text = f"the other node cannot read it: {_words(error)}"
-        return RemoteError(type(error).__name__, text)
+        return RemoteError(type(error).__name__.strip("_"), text)
 
     def _on_reply(self, tag: str, payload: Any) -> None:
         awaited = _awaited.get(tag)
@@ -2199,9 +2203,12 @@ def monitor(thread_or_node: Handle | NodeLike) -> Monitor:
     """Have one `Down` message sent to this thread when a thread ends or a node is lost.
 
     Its `reason`:  None (the thread returned), the exception it died of (or a RemoteError),
-    NoSuchThread, or NodeDown (contact was lost; it may live).  It comes after all that the
-    thread had sent here.  Blocks as `send` does, but raises nothing for what it cannot reach.
-    Erlang: monitor, monitor_node.
+    NoSuchThread, or NodeDown.  It comes after all that the thread had sent here.  Blocks as
+    `send` does, but raises nothing for what it cannot reach.  Erlang: monitor, monitor_node.
+
+    NodeDown says that contact was lost, not that anything ended: what was only cut off goes on,
+    and can be sent to when it is back.  But a monitor or link that has told of a loss is over.
+    Nothing more comes of it, also when the thread ends indeed; monitor it anew.
     """
     watch = _Watch(thread_or_node)
     try:

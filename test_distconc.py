@@ -2,6 +2,7 @@
 
 import argparse
 import array
+import ast
 import contextlib
 import copy
 import ctypes
@@ -33,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import types
 import unittest
 import uuid
@@ -1009,6 +1011,23 @@ class SerializeTests(Case):
 
 
 class MonitorTests(Case):
+    def test_who_comes_late_to_an_end_changes_nothing_for_who_was_there(self):
+        thread, obituary = spawn(receive), distconc._obituary
+        late = [distconc._Watch(thread)]
+
+        def late_monitor(*about):
+            if late:
+                thread._ask(late.pop())
+            return obituary(*about)
+
+        early = [monitor(thread) for _ in range(3)]
+        with mock.patch.object(distconc, "_obituary", late_monitor):
+            send("end", thread)
+            downs = {down.monitor: down.reason for down in
+                     [receive_if(Down, WAIT) for _ in range(4)]}
+        self.assertEqual([None] * 3, [downs[one] for one in early])
+        self.assertIsInstance(downs.pop((set(downs) - set(early)).pop()), NoSuchThread)
+
     def watched(self, func, *args):
         """The reason of the one Down of a thread that runs `func`."""
         thread = spawn(lambda: (receive(), func(*args)))
@@ -4606,7 +4625,7 @@ def _bench_pinned(number):
         _bench_print(chain(
             _bench_calls(children[0], peers[0], manager), _bench_floods(children, peers),
             _bench_starts(children[0], peers[0]), _bench_local(), _bench_mailbox(),
-            _bench_memory(number)))
+            _bench_traces(number), _bench_memory(number)))
 
 
 def _bench_unpinned():
@@ -4834,6 +4853,66 @@ def _bench_mailbox():
         partial(_bench_each, 1, scan_bare)))
     yield "receive_if over 100,000 / a bare scan", "s", whole, bare, ("<=", 0.030, "s")
     yield "receive_if over 100,000 / over 50,000", "s", whole, half, ("<=", 2.5)
+
+
+class _BenchCut(ast.NodeTransformer):
+    """Cuts out of distconc what it does to know whether it is traced."""
+
+    def visit_Name(self, node):
+        reads = node.id == "_trace" and isinstance(node.ctx, ast.Load)
+        return ast.copy_location(ast.Constant(None), node) if reads else node
+
+    def visit_Compare(self, node):
+        self.generic_visit(node)
+        cells = "_Traced" in map(operator.attrgetter("id"), filter(
+            lambda part: isinstance(part, ast.Name), node.comparators))
+        return ast.copy_location(ast.Constant(False), node) if cells else node
+
+
+def _bench_traces(number):
+    """What tracing costs, in CPU time of both nodes: off, beside a module without it; on."""
+    rows = [[None] * 3] * 2
+    if number == 0:
+        with tempfile.TemporaryDirectory() as directory, open(MODULE) as file:
+            cut = ast.fix_missing_locations(_BenchCut().visit(ast.parse(file.read())))
+            with open(os.path.join(directory, "distconc.py"), "w") as copied:
+                copied.write(ast.unparse(cut))
+            here, traces = os.path.dirname(MODULE), os.path.join(directory, "traces")
+            turns = [(directory, None), (here, None)] * 3 + [(here, traces)]
+            runs = [_bench_costs_in(*turn) for turn in turns]
+            rows = [[min(row) for row in (row[:6:2], row[1:6:2], row[6:])] for row in zip(*runs)]
+    for work, (cut, off, on) in zip(("round trip", "flood"), rows):
+        yield f"CPU of a {work}, tracing off / cut out", "s", off, cut, ("<=", 1.02)
+        yield f"CPU of a {work}, tracing on / off", "s", on, off, None
+
+
+def _bench_costs_in(directory, traces):
+    """Run `_bench_costs` with the distconc.py of that directory; return what it prints."""
+    path = os.pathsep.join([directory, os.path.dirname(MODULE)])
+    env = {**os.environ, "PYTHONPATH": path, "DISTCONC_TRACE": traces or ""}
+    done = subprocess.run([sys.executable, "-c", f"{BENCH}_bench_costs()"], env=env, check=True,
+                          cwd=directory, stdout=subprocess.PIPE, timeout=120)
+    return json.loads(done.stdout)
+
+
+def _bench_costs():
+    """Print the seconds of CPU, of both nodes, that a round trip and a message of a flood cost."""
+    with spawn_node() as child:
+        clock = spawn_server(handle_synchronous, _bench_clock, node=child)
+
+        def cost(times, work):
+            start = time.process_time() + send_synchronous(None, clock)
+            work()
+            return (time.process_time() + send_synchronous(None, clock) - start) / times
+
+        calls = lambda: [send_synchronous(None, clock) for _ in range(1000)]
+        print([min(cost(1000, calls) for _ in range(3)),
+               min(cost(10_000, partial(_bench_flood, child, SMALL, 10_000))
+                   for _ in range(3))])
+
+
+def _bench_clock(_):
+    return time.process_time()
 
 
 def _bench_memory(number):
