@@ -294,8 +294,8 @@ class Mailbox:
 
         A class, or a tuple of classes, stands for its `isinstance`.  `pred` runs in this thread
         with no lock held, once for each message (unless another thread snatches the one
-        found).  Blocks at most `timeout` seconds (None: for ever; 0 or less: not at all).  Raises
-        TimeoutError, or what `pred` raises, leaving the mailbox as it was.
+        found).  Blocks at most `timeout` seconds (None: for ever; 0 or less: not at all).
+        Raises TimeoutError, or what `pred` raises, leaving the mailbox as it was.
 
         Factor: mailbox-get?, mailbox-get-timeout?.
         """
@@ -1724,7 +1724,7 @@ class Node:
                 raise NodeUnreachable(f"{_text(address)} did not answer within {seconds}")
         if dial.error:
             raise dial.error
-        return self._speaking.get(dial.connection.peer, dial.connection)  # its dial may be first
+        return self._speaking.get(dial.connection.peer, dial.connection)  # the peer's was first
 
     def _dial(self, address: Address, key: bytes, dial: _Dial) -> None:
         name = _text(address)
@@ -2551,7 +2551,7 @@ _MARKS = {  # event: its mark in text, what that is, what happens, the mark in S
     "timeout": ("?", "time-out", "{what} timed out", "M-5-7H5L-5 7H5z"),
 }
 _TEXTS = "process node name event message to kind child error why what".split()
-_Event = types.SimpleNamespace  # a line of a trace, with its `column`, its `key` and its `words`
+_Event = types.SimpleNamespace  # a line of a trace, with its `column`, `key` and `words`
 _Column = tuple[str, int]  # process and thread
 
 
@@ -3001,8 +3001,8 @@ def main(arguments: list[str] | None = None) -> None:
             directory={"help": "the one given to trace(), or in DISTCONC_TRACE"},
             _o={"dest": "output", "metavar": "FILE", "help": "where to (standard output)"},
             __format={"choices": ["svg", "text", "shiviz"], "default": "svg", "help": "svg"},
-            __from={"dest": "first", "type": int, "metavar": "CLOCK", "help": "leave out before"},
-            __to={"dest": "last", "type": int, "metavar": "CLOCK", "help": "leave out after"},
+            __from={"dest": "first", "type": int, "metavar": "CLOCK", "help": "the first"},
+            __to={"dest": "last", "type": int, "metavar": "CLOCK", "help": "the last"},
             __thread={"dest": "threads", "action": "append", "metavar": "NAME",
                       "help": "only threads of this name, or node/name; may be repeated"})
     options = parser.parse_args(arguments)

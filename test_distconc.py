@@ -2796,7 +2796,7 @@ class Processes(Net):
             os.close(gone)
 
     def test_killing_a_node_ends_each_call_and_monitor_and_link_once(self):
-        for _ in range(5):
+        for _ in range(20):
             log = self.mark()
             child = spawn_node()
             held = spawn_linked(hold, node=child)
@@ -2814,7 +2814,7 @@ class Processes(Net):
                         replied.append(number)
                 except Exception as error:
                     ended.put(error)
-            callers = [self.here(call) for _ in range(10)]
+            callers = [self.here(call) for _ in range(100)]
             while len(replied) < 200:
                 self.assertIs(receive_if(int, 0.01, NOTHING), NOTHING)
             child.kill()
@@ -3314,10 +3314,10 @@ class Strangers(OneChild):
                 self.fail("it stayed to the end")
         self.assertLess(monotonic() - start, 4)
 
-    def test_500_who_connect_and_close_and_100_who_reset(self):
-        for number in range(600):
+    def test_1000_who_connect_and_close_and_100_who_reset(self):
+        for number in range(1100):
             with socket.create_connection(self.other.address, T) as sock:
-                if number % 6 == 0:  # close with a reset
+                if number % 11 == 0:  # close with a reset
                     linger = struct.pack("ii", 1, 0)
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 if number % 100 == 0:
