@@ -6,6 +6,7 @@ import ast
 import contextlib
 import copy
 import ctypes
+import difflib
 import faulthandler
 import fractions
 import functools
@@ -13,9 +14,11 @@ import gc
 import hashlib
 import hmac
 import importlib.util
+import inspect
 import io
 import itertools
 import json
+import keyword
 import logging
 import math
 import operator
@@ -33,6 +36,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -43,8 +47,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from hypothesis import given, settings, strategies as st
-from hypothesis.stateful import Bundle, invariant, rule, RuleBasedStateMachine
 from itertools import chain
 from multiprocessing.connection import answer_challenge, Client, deliver_challenge, Listener
 from multiprocessing.managers import BaseManager
@@ -55,6 +57,15 @@ from xml.etree import ElementTree
 
 import distconc
 from distconc import *
+
+try:
+    from hypothesis import given, settings, strategies as st
+    from hypothesis.stateful import Bundle, invariant, rule, RuleBasedStateMachine
+except ImportError:
+    if sys.argv[1:2] != ["check"]:
+        raise
+    given = settings = st = Bundle = invariant = rule = mock.MagicMock()  # `check` needs none
+    RuleBasedStateMachine = type("RuleBasedStateMachine", (), {"TestCase": mock.MagicMock()})
 
 WAIT = 20.0  # seconds after which what has to happen has failed to
 NOTHING = object()
@@ -4527,6 +4538,292 @@ def call_back():
     reply_synchronous((send_synchronous(7, request.data["serve"], 20), whole), request)
 
 
+######## Exercises: check, how one is judged, solutions, wrong ones
+#
+# An exercise of the tutorial is a heading, "### Exercise: ring", a statement whose first
+# sentence is its title, and two blocks of code: "python skeleton ring", what a student starts
+# from, and "python check ring", which defines check().  That runs in a fresh process, in a
+# module check_ring of its own, with the names of distconc and those that the skeleton defines;
+# its functions, and the student's, can run on other nodes.  It says what is wrong by `assert`.
+
+EXERCISE = re.compile(r"^### Exercise: (?P<name>\w+)\n\s*(?P<statement>.*?)\n\s*"
+                      r"^```python skeleton (?P=name)\n(?P<skeleton>.*?)^```\n.*?"
+                      r"^```python check (?P=name)\n(?P<check>.*?)^```\n", re.M | re.S)
+TUTORIAL = ["tutorial.md", "exercises1.md", "exercises2.md"]  # those of them that are there
+LIMIT = 60.0  # seconds that a check may take
+
+
+@dataclass
+class Exercise:
+    name: str
+    statement: str
+    skeleton: str
+    check: str
+    file: str  # where it stands
+    line: int  # of that file, where its check begins
+
+    @property
+    def title(self):
+        return re.match(r".*?[.:?](?=\s|$)|.*", " ".join(self.statement.split()))[0]
+
+    @property
+    def wanted(self):
+        """The names that a student is to define."""
+        return [part.name for part in ast.parse(self.skeleton).body if hasattr(part, "name")]
+
+
+def tutorial():
+    """The name and the text of each file that holds exercises."""
+    for file in TUTORIAL:
+        path = os.path.join(os.path.dirname(MODULE), file)
+        if os.path.exists(path):
+            with open(path) as text:
+                yield file, text.read()
+
+
+def exercises():
+    """All exercises by name, in their order."""
+    found = {}
+    for file, text in tutorial():
+        for match in EXERCISE.finditer(text):
+            line = text.count("\n", 0, match.start("check")) + 1
+            found[match["name"]] = Exercise(**match.groupdict(), file=file, line=line)
+    return found
+
+
+def check_exercise(arguments):
+    """Check a student's solution of an exercise of the tutorial."""
+    parser = argparse.ArgumentParser(prog="check", description=check_exercise.__doc__)
+    parser.add_argument("exercise", nargs="?", help="its name (without: list them all)")
+    parser.add_argument("file", nargs="?", help="your solution (without: print a beginning)")
+    options, all_ = parser.parse_args(arguments), exercises()
+    if not options.exercise:
+        width = max(map(len, all_), default=0)
+        for exercise in all_.values():
+            print(textwrap.shorten(f"{exercise.name:{width}}\0\0{exercise.title}", 96,
+                                   placeholder=" ...").replace("\0", " "))
+    elif options.exercise not in all_:
+        near = difflib.get_close_matches(options.exercise, all_, cutoff=0.4) or all_
+        print(f"there is no exercise {options.exercise}; there is", ", ".join(near))
+        sys.exit(1)
+    elif not options.file:
+        print("from distconc import *\n\n\n" + all_[options.exercise].skeleton, end="")
+    else:
+        try:
+            passed, report = examined(all_[options.exercise], options.file)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        print(report)
+        sys.exit(not passed)
+
+
+def examined(exercise, file, limit=LIMIT, stdout=None):
+    """Run the check on a student's file: (whether it passed, what to tell the student)."""
+    fault = fault_of(exercise, file)
+    if fault:
+        return False, f"{exercise.name}: {fault}"
+    with tempfile.TemporaryDirectory(prefix="dc") as directory:
+        module = os.path.splitext(os.path.basename(file))[0]
+        names = ", ".join(exercise.wanted)
+        with open(os.path.join(directory, f"check_{exercise.name}.py"), "w") as check_file:
+            # Lines in between, so that each line has the number that it has in the tutorial.
+            check_file.write(f"from distconc import *; from {module} import {names}"
+                             + "\n" * (exercise.line - 1) + exercise.check)
+        verdict = os.path.join(directory, "verdict")
+        about = (exercise.name, exercise.wanted, exercise.file, os.path.abspath(file),
+                 os.path.dirname(MODULE), directory, limit)
+        env = {name: value for name, value in os.environ.items()
+               if not name.startswith(("DISTCONC_", "PYTHONOPTIMIZE"))}
+        env["DISTCONC_AUTHKEY"] = os.urandom(16).hex()
+        with open(os.path.join(directory, "stderr"), "w+", errors="replace") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-c", f"{inspect.getsource(judge)}\njudge(*{about!r})"],
+                env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+            try:
+                process.wait(limit + WAIT)
+            except subprocess.TimeoutExpired:
+                pass  # it cannot even give up; what can be said is said below
+            finally:
+                process.kill()
+                process.wait()
+            stderr.seek(0)
+            noise = without_ours(stderr.read()).splitlines()[-12:]
+        if not os.path.exists(verdict):
+            return False, "\n".join([*noise, f"{exercise.name}: Python ended (status "
+                                     f"{process.returncode}) before the check did"])
+        with open(verdict) as told:
+            trace, sentence = json.load(told)
+        if sentence == "passed":
+            return True, f"{exercise.name}: passed"
+        return False, "\n".join([*(without_ours(trace).splitlines() or noise),
+                                 f"{exercise.name}: {sentence}"])
+
+
+def without_ours(text):
+    """Tracebacks without the lines that say how threads are run and messages are sent."""
+    return re.sub(r'^  File "[^"\n]*\b(threading|distconc)\.py", .*\n(    .*\n)*', "", text,
+                  flags=re.M)
+
+
+def fault_of(exercise, file):
+    """What is wrong with a student's file before it runs, or None."""
+    module, extension = os.path.splitext(os.path.basename(file))
+    if not os.path.isfile(file):
+        return f"there is no file {file}"
+    if extension != ".py" or not module.isidentifier() or keyword.iskeyword(module):
+        return f"other nodes cannot import {file}; name it like {exercise.name}.py"
+    taken = {*sys.stdlib_module_names, "distconc", "test_distconc", f"check_{exercise.name}"}
+    if module in taken:
+        return f"there is a module {module} already; name it like my_{exercise.name}.py"
+    try:
+        with open(file, "rb") as source:
+            tree = ast.parse(source.read())
+    except SyntaxError as error:
+        return f"{file}, line {error.lineno}, is no Python: {error.msg}"
+    except ValueError as error:
+        return f"{file} is no Python: {error}"
+    names = {part.name for part in ast.walk(ast.parse(exercise.skeleton))
+             if isinstance(part, ast.FunctionDef)}
+    unwritten = [part.name for part in ast.walk(tree)
+                 if isinstance(part, ast.FunctionDef) and part.name in names
+                 and ast.unparse(part.body[-1]).startswith("raise NotImplementedError")]
+    if unwritten:
+        return "not written yet" + f": {', '.join(unwritten)}" * (len(names) > 1)
+    return None
+
+
+def judge(name, wanted, tutorial, file, home, directory, limit):
+    """Run a check, write the verdict into `directory`; the whole of a fresh process."""
+    import importlib, json, os, sys, threading, traceback  # noqa: E401
+
+    sys.path[:1] = [home, directory, os.path.dirname(file)]
+    short, path = os.path.basename(file), os.path.join(directory, f"check_{name}.py")
+    deciding = threading.Lock()
+
+    def places(stack, where):
+        return [frame for frame in stack if frame.filename == where]
+
+    def end(sentence, trace=()):
+        deciding.acquire()  # for ever: there is one verdict
+        with open(os.path.join(directory, "draft"), "w") as draft:
+            json.dump(("".join(trace), sentence), draft)
+        os.rename(draft.name, os.path.join(directory, "verdict"))
+        sys.stdout.flush()
+        os._exit(0)  # whatever threads there are
+
+    def give_up(main=threading.get_ident()):
+        stack = traceback.extract_stack(sys._current_frames()[main])
+        at = "".join(f"; line {frame.lineno} of {shown}, `{frame.line}`, did not end"
+                     for where, shown in ((file, short), (path, tutorial))
+                     for frame in places(stack, where)[-1:])
+        end(f"did not finish within {limit:g} seconds{at}")
+
+    def explain(error):
+        """What to tell of an error that was not foreseen: (a sentence, a traceback)."""
+        stack = traceback.extract_tb(error.__traceback__)
+        mine, at = places(stack, file), places(stack, path)
+        words = traceback.format_exception_only(error)
+        cause = str(error.__cause__ or "")
+        if isinstance(error, NotImplementedError) or "\nNotImplementedError" in cause:
+            return "not written yet", ()
+        if mine:
+            trace = ["Traceback (most recent call last):\n", *traceback.format_list(mine[-4:])]
+            return f"line {mine[-1].lineno} of {short} failed, as shown", trace + words
+        where = f"line {at[-1].lineno} of {tutorial}, `{at[-1].line}`, " if at else ""
+        if type(error).__name__ == "ThreadDied" and cause:
+            return where + "called a thread that died, as shown", cause[-1500:]
+        return f"{where}failed: {words[-1].strip()}", ()
+
+    timer = threading.Timer(limit, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        module = importlib.import_module(short[:-3])
+        if os.path.realpath(module.__file__) != os.path.realpath(file):
+            end(f"there is another {short}, {module.__file__}; name yours otherwise")
+        for want in wanted:
+            if not hasattr(module, want):
+                end(f"{short} does not define {want}")
+        importlib.import_module(f"check_{name}").check()
+    except KeyboardInterrupt:
+        os._exit(130)
+    except BaseException as error:
+        told = traceback.extract_tb(error.__traceback__)[-1].filename == path
+        if isinstance(error, AssertionError) and told and error.args:
+            end(str(error))
+        end(*explain(error))
+    end("passed")
+
+
+######## Exercises: how they are tested
+#
+# Solutions are texts by the exercise's name.  For each there are replacements that make it
+# wrong as a student's might be, (what, by what), with the reason in a comment.
+
+SOLUTIONS, WRONG = {}, {}
+
+
+def answers(name):
+    """(a label, the text, whether it is right) for all that we have to hand in."""
+    yield "skeleton", "from distconc import *\n\n\n" + exercises()[name].skeleton, False
+    yield "solution", SOLUTIONS[name], True
+    for number, (what, by) in enumerate(WRONG[name], 1):
+        yield f"wrong {number}", SOLUTIONS[name].replace(what, by), False
+
+
+def handed_in(exercise, label, text, right):
+    """What is amiss with the verdict on this answer, or None."""
+    with tempfile.TemporaryDirectory(prefix="dc") as directory:
+        file = os.path.join(directory, f"my_{exercise.name}.py")
+        with open(file, "w") as mine:
+            mine.write(text)
+        passed, report = examined(exercise, file, stdout=subprocess.DEVNULL)
+    said = report.splitlines()[-1].removeprefix(f"{exercise.name}: ")
+    if label == "skeleton":
+        well = said.startswith("not written yet")
+    elif right:
+        well = passed and said == "passed"
+    else:
+        well = not passed and not said.startswith(("not written", "did not finish", "Python"))
+    return None if well else f"{exercise.name}, {label}: {report}"
+
+
+class Exercises(unittest.TestCase):
+    def test_all_have_a_check_a_solution_and_a_wrong_one(self):
+        found, headings = exercises(), []
+        for _, text in tutorial():
+            headings += re.findall(r"^### Exercise: *(.*)", text, re.M)
+        self.assertEqual((headings, headings), (list(found), list(SOLUTIONS)))
+        for name, exercise in found.items():
+            self.assertIn("Hint: ", exercise.statement)
+            self.assertTrue(exercise.wanted)
+            self.assertTrue(WRONG[name])
+            for what, by in WRONG[name]:
+                self.assertEqual(SOLUTIONS[name].count(what), 1, (name, what))
+
+    def test_solutions_pass_and_skeletons_and_wrong_ones_are_told_why(self):
+        with ThreadPoolExecutor(3) as pool:
+            verdicts = [pool.submit(handed_in, exercise, *answer)
+                        for name, exercise in exercises().items() for answer in answers(name)]
+        self.assertEqual([], [said for verdict in verdicts if (said := verdict.result())])
+
+
+######## Exercises: solutions, part 1
+
+SOLUTIONS["echo"] = """
+from distconc import *
+
+
+def echo():
+    while (message := receive()) != "stop":
+        sender, data = message
+        send(data, sender)
+"""
+WRONG["echo"] = [
+    ("send(data, sender)", "send(message, sender)"),  # the pair goes back
+]
+
+
 ######## Bench: bench, its sets of processes, what is measured, the peers measured against
 #
 # A set is a fresh process, pinned to one CPU, with fresh peers, which inherit that.  It yields
@@ -5670,5 +5967,7 @@ if __name__ == "__main__":
         by_its_name.bench(sys.argv[2:])
     elif sys.argv[1:2] == ["soak"]:
         by_its_name.soak()
+    elif sys.argv[1:2] == ["check"]:
+        by_its_name.check_exercise(sys.argv[2:])
     else:
         unittest.main(by_its_name)
