@@ -4598,10 +4598,10 @@ def check_exercise(arguments):
     parser.add_argument("file", nargs="?", help="your solution (without: print a beginning)")
     options, all_ = parser.parse_args(arguments), exercises()
     if not options.exercise:
-        width = max(map(len, all_), default=0)
+        width = max(map(len, all_), default=0) + 2
         for exercise in all_.values():
-            print(textwrap.shorten(f"{exercise.name:{width}}\0\0{exercise.title}", 96,
-                                   placeholder=" ...").replace("\0", " "))
+            title = textwrap.shorten(exercise.title, 96 - width, placeholder=" ...")
+            print(f"{exercise.name:{width}}{title}")
     elif options.exercise not in all_:
         near = difflib.get_close_matches(options.exercise, all_, cutoff=0.4) or all_
         print(f"there is no exercise {options.exercise}; there is", ", ".join(near))
@@ -4703,7 +4703,15 @@ def judge(name, wanted, tutorial, file, home, directory, limit):
     def places(stack, where):
         return [frame for frame in stack if frame.filename == where]
 
+    def show(died):
+        words = traceback.format_exception(*died[:3])
+        sys.stderr.write(f"Exception in thread {died.thread.name}:\n{''.join(words)}")
+
     def end(sentence, trace=()):
+        if sentence != "passed":  # a moment for threads that are just showing what they died of
+            for thread in threading.enumerate():
+                if thread.daemon and thread is not threading.current_thread():
+                    thread.join(0.02)
         deciding.acquire()  # for ever: there is one verdict
         with open(os.path.join(directory, "draft"), "w") as draft:
             json.dump(("".join(trace), sentence), draft)
@@ -4737,6 +4745,7 @@ def judge(name, wanted, tutorial, file, home, directory, limit):
     timer = threading.Timer(limit, give_up)
     timer.daemon = True
     timer.start()
+    threading.excepthook = show  # as usual, but in one piece
     try:
         module = importlib.import_module(short[:-3])
         if os.path.realpath(module.__file__) != os.path.realpath(file):
@@ -4784,7 +4793,8 @@ def handed_in(exercise, label, text, right):
     elif right:
         well = passed and said == "passed"
     else:
-        well = not passed and not said.startswith(("not written", "did not finish", "Python"))
+        unsaid = "not written", "did not finish", "Python", "line "
+        well = not passed and "is no Python" not in said and not said.startswith(unsaid)
     return None if well else f"{exercise.name}, {label}: {report}"
 
 
@@ -4820,7 +4830,299 @@ def echo():
         send(data, sender)
 """
 WRONG["echo"] = [
-    ("send(data, sender)", "send(message, sender)"),  # the pair goes back
+    ("send(data, sender)", "send(message, sender)"),  # the whole pair goes back
+    ("while (message", "if (message"),  # one answer and no more
+    ("while (message := receive()) != \"stop\":", "while message := receive():"),  # no end
+]
+
+SOLUTIONS["counter"] = """
+from distconc import *
+
+
+def counter():
+    count = 0
+    while True:
+        match receive():
+            case "add", number:
+                count += number
+            case "get", sender:
+                send(("count", count), sender)
+            case "stop":
+                return
+"""
+WRONG["counter"] = [
+    ("def counter():\n", "count = 0\n\n\ndef counter():\n    global count\n"),  # shared by all
+    ("count += number", "count = number"),
+    ("(\"count\", count)", "count"),  # what the answer is about is not said
+]
+
+SOLUTIONS["priority"] = """
+from distconc import *
+
+
+def is_urgent(message):
+    return isinstance(message, tuple) and message[:1] == ("urgent",)
+
+
+def receive_by_priority(timeout=None):
+    urgent = receive_if(is_urgent, 0, None)
+    return receive(timeout) if urgent is None else urgent
+"""
+WRONG["priority"] = [
+    ("is_urgent, 0, None", "is_urgent, timeout, None"),  # waits though others are there
+    ("is_urgent, 0, None", "is_urgent, 0.1"),  # nothing urgent: an error
+    ("receive(timeout) if", "receive(0) if"),  # never waits
+    ("receive(timeout) if", "receive_if(lambda message: not is_urgent(message), timeout) if"),
+    ("isinstance(message, tuple) and message[:1] == (\"urgent\",)", "message[0] == \"urgent\""),
+    ("isinstance(message, tuple) and ", "\"urgent\" in message and "),  # what of 3?
+]
+
+SOLUTIONS["kvstore"] = """
+from distconc import *
+
+
+def serve(request, values):
+    match request:
+        case "put", key, value:
+            values[key] = value
+        case "get", key:
+            return values.get(key)
+        case "delete", key:
+            there = key in values
+            values.pop(key, None)
+            return there
+        case "cas", key, old, new:
+            if values.get(key) != old:
+                return False
+            values[key] = new
+            return True
+        case _:
+            raise ValueError(f"not a request: {request!r}")
+
+
+def kvstore():
+    values = {}
+    while True:
+        call = receive_if(Synchronous)
+        try:
+            reply = serve(call.data, values)
+        except Exception as error:
+            reply = error
+        reply_synchronous(reply, call)
+"""
+WRONG["kvstore"] = [
+    ("except Exception", "except ValueError"),  # dies of a key that is a list
+    ("except Exception as error", "except ZeroDivisionError as error"),  # of any bad request
+    ("raise ValueError(", "return print("),  # None, as if it were well
+    ("receive_if(Synchronous)", "receive()"),  # dies of a message that is no call
+    ("if values.get(key) != old:", "if False:"),  # sets without comparing
+    ("values.pop(key, None)", "values.pop(key)"),  # what is not there is an error
+    ("            return there", "            return True"),
+]
+
+SOLUTIONS["ring"] = """
+from distconc import *
+
+
+def station(follower, rounds):
+    for _ in range(rounds):
+        _, handles = receive()
+        send(("token", handles + [current_thread()]), follower)
+
+
+def is_token(message):
+    return isinstance(message, tuple) and message[0] == "token"
+
+
+def ring(count, nodes, rounds):
+    first = current_thread()
+    for number in reversed(range(count)):
+        first = spawn(station, first, rounds, node=nodes[number % len(nodes)])
+    token = "token", []
+    for _ in range(rounds):
+        send(token, first)
+        token = receive_if(is_token)
+    return token[1]
+"""
+WRONG["ring"] = [
+    ("receive_if(is_token)", "receive()"),  # takes the message of another
+    ("node=nodes[number % len(nodes)]", "node=None"),  # all on this node
+    ("rounds):\n    for _ in range(rounds)", "rounds):\n    while True"),  # its threads stay
+    ("reversed(range(count))", "range(count)"),  # the wrong way round
+    ("[current_thread()]", "[current_thread().id]"),  # no handle
+]
+
+SOLUTIONS["chat"] = """
+from distconc import *
+
+
+def tell(message, handle):
+    try:
+        send(message, handle)
+    except NodeDown:
+        pass  # we shall hear of it
+
+
+def chat():
+    rooms = {}  # name: the handles in it
+    while True:
+        match receive():
+            case "join", room, handle:
+                monitor(handle)
+                rooms.setdefault(room, set()).add(handle)
+            case "leave", room, handle:
+                rooms.get(room, set()).discard(handle)
+            case "say", room, who, text:
+                for handle in rooms.get(room, ()):
+                    tell(("said", room, who, text), handle)
+            case Down(target=handle):
+                for handles in rooms.values():
+                    handles.discard(handle)
+            case Synchronous(data=("members", room)) as call:
+                reply_synchronous(set(rooms.get(room, ())), call)
+"""
+WRONG["chat"] = [
+    ("    except NodeDown", "    except ZeroDivisionError"),  # dies of a node that is lost
+    ("                monitor(handle)\n", ""),  # keeps the dead
+    ("for handles in rooms.values()", "for handles in [*rooms.values()][:1]"),  # in one room
+    ("set()).add(handle)", "[]).append(handle)"),  # joins twice
+    ("rooms.get(room, set()).discard(handle)", "rooms[room].remove(handle)"),  # no such room
+    ("for handle in rooms.get(room, ())", "for handle in rooms[room]"),  # unless nobody says
+    ("rooms.get(room, ()):", "set().union(*rooms.values()):"),  # tells all rooms
+]
+
+SOLUTIONS["lookup"] = """
+from distconc import *
+
+
+def call_named(message, name, nodes, pause, attempts=3, timeout=5.0):
+    last = None
+    for attempt in range(attempts):
+        if attempt:
+            pause()
+        for node in nodes:
+            try:
+                return send_synchronous(message, RemoteThread(node, name), timeout)
+            except (NoSuchThread, NodeUnreachable) as error:
+                last = error
+    raise last
+"""
+WRONG["lookup"] = [
+    ("(NoSuchThread, NodeUnreachable)", "DistconcError"),  # ThreadDied may have run
+    ("(NoSuchThread, NodeUnreachable)", "(NoSuchThread, NodeDown)"),  # this may, too
+    ("(NoSuchThread, NodeUnreachable)", "(NoSuchThread, NodeUnreachable, TimeoutError)"),
+    ("(NoSuchThread, NodeUnreachable)", "NoSuchThread"),  # a node that is gone ends it
+    ("        if attempt:\n            pause()\n", ""),
+    ("        if attempt:", "        if True:"),  # pauses before the first, too
+    ("        for node in nodes:", "        for node in nodes[:1]:"),
+    ("    raise last", "    raise error"),  # the name has ended
+    ("    raise last", "    return None"),
+]
+
+SOLUTIONS["vector_clocks"] = """
+from distconc import *
+
+
+def tick(clock, name):
+    return {**clock, name: clock.get(name, 0) + 1}
+
+
+def merge(one, other):
+    return {name: max(one.get(name, 0), other.get(name, 0)) for name in {**one, **other}}
+
+
+def knows(one, other):
+    return all(one.get(name, 0) >= count for name, count in other.items())
+
+
+def compare(one, other):
+    if knows(one, other):
+        return "equal" if knows(other, one) else "after"
+    return "before" if knows(other, one) else "concurrent"
+
+
+def chatter(name):
+    clock, log = {}, []
+    while True:
+        match receive():
+            case "say", text, handles:
+                clock = tick(clock, name)
+                log.append(("say", text, clock))
+                for handle in handles:
+                    send(("said", text, clock), handle)
+            case "said", text, other:
+                clock = tick(merge(clock, other), name)
+                log.append(("said", text, clock))
+            case "log", sender:
+                send(log, sender)
+            case "stop":
+                return
+"""
+WRONG["vector_clocks"] = [
+    ("return {**clock, name: clock.get(name, 0) + 1}",  # alters what was sent and logged
+     "clock[name] = clock.get(name, 0) + 1\n    return clock"),
+    ("max(one.get(name, 0), other.get(name, 0))", "one.get(name, 0) + other.get(name, 0)"),
+    (" for name in {**one, **other}", " for name in one"),  # forgets who is new
+    ("tick(merge(clock, other), name)", "merge(clock, other)"),  # to receive is an event
+    ("tick(merge(clock, other), name)", "tick(clock, name)"),  # learns nothing
+    ("                clock = tick(clock, name)\n", ""),  # to send is an event
+    (" else \"concurrent\"", " else \"after\""),
+    ("one.get(name, 0) >= count", "one[name] >= count"),  # what is missing is 0
+    ("one.get(name, 0) >= count", "one.get(name, 0) > count"),
+]
+
+SOLUTIONS["mutex"] = """
+from distconc import *
+
+
+def contender(number, times, record):
+    is_all = lambda message: isinstance(message, tuple) and message[0] == "all"
+    _, handles = receive_if(is_all)
+    others = [handle for handle in handles if handle != current_thread()]
+    clock, finished = 0, 0
+
+    def tell_others(message):
+        for other in others:
+            send(message, other)
+
+    for _ in range(times):
+        clock += 1
+        mine = clock, number
+        tell_others(("request", mine, current_thread()))
+        agreed, waiting = 0, []
+        while agreed < len(others):
+            match receive():
+                case "request", stamp, other:
+                    clock = max(clock, stamp[0])
+                    if stamp < mine:
+                        send("agreed", other)
+                    else:
+                        waiting.append(other)
+                case "agreed":
+                    agreed += 1
+                case "finished":
+                    finished += 1
+        send_synchronous(("enter", mine), record)
+        send_synchronous(("leave", mine), record)
+        for other in waiting:
+            send("agreed", other)
+
+    tell_others("finished")
+    while finished < len(others):
+        match receive():
+            case "request", stamp, other:
+                send("agreed", other)
+            case "finished":
+                finished += 1
+"""
+WRONG["mutex"] = [
+    ("                    if stamp < mine:", "                    if True:"),  # always agrees
+    ("                    if stamp < mine:", "                    if stamp > mine:"),
+    ("while agreed < len(others)", "while agreed < len(others) // 2"),  # a majority
+    ("for other in waiting", "for other in ()"),  # never agrees later
+    ("    while finished < len(others):", "    while False:"),  # leaves the others alone
+    ("tell_others(\"finished\")", "pass"),  # nobody ends
+    ("        send_synchronous((\"leave\", mine), record)\n", ""),
 ]
 
 
