@@ -5126,6 +5126,548 @@ WRONG["mutex"] = [
 ]
 
 
+######## Exercises: solutions, part 2
+
+SOLUTIONS["supervisor"] = """
+from collections import deque
+from distconc import *
+
+
+def supervisor(children, intensity, period, clock):
+    running = {spawn_linked(func): func for func in children}
+    failures = deque()  # when they were
+    try:
+        while True:
+            try:
+                if receive() == "stop":
+                    return
+            except LinkedError as failure:
+                func = running.pop(failure.thread)
+                failures.append(clock())
+                while failures[0] < failures[-1] - period:
+                    failures.popleft()
+                if len(failures) > intensity:
+                    raise
+                running[spawn_linked(func)] = func
+    finally:
+        for child in running:
+            if child.is_alive():
+                send("stop", child)
+        for child in running:
+            child.join()
+"""
+WRONG["supervisor"] = [
+    # What has failed once counts for ever.
+    ("while failures[0] < failures[-1] - period:", "while False:"),
+    # It never gives up.
+    ("len(failures) > intensity", "False"),
+    # It gives up one failure too early.
+    ("len(failures) > intensity", "len(failures) >= intensity"),
+    # All are started again (one_for_all, without even a stop).
+    ("running[spawn_linked(func)] = func",
+     "running.update({spawn_linked(func): func for func in children})"),
+    # What returned is started, too.
+    ('if receive() == "stop":',
+     'message = receive_if(lambda m: True, 0.05, None)\n'
+     '                for child in [child for child in running if not child.is_alive()]:\n'
+     '                    func = running.pop(child)\n'
+     '                    running[spawn_linked(func)] = func\n'
+     '                if message == "stop":'),
+    # The children run on when it has given up.
+    ("    finally:", "    except ZeroDivisionError:"),
+    # It does not wait for them.
+    ("child.join()", "pass"),
+    # A monitor set after the start misses nothing here, but other messages end it.
+    ('if receive() == "stop":', "if receive():"),
+]
+
+
+SOLUTIONS["detector"] = """
+from contextlib import suppress
+from distconc import *
+
+
+def detector(watched, owner, patience=2):
+    unanswered = dict.fromkeys(watched, 0)  # pings since the last pong
+    patiences = dict.fromkeys(watched, patience)
+    suspected = set()
+    while (message := receive()) != "stop":
+        match message:
+            case "tick":
+                for thread in watched:
+                    if unanswered[thread] >= patiences[thread] and thread not in suspected:
+                        suspected.add(thread)
+                        send(("suspect", thread), owner)
+                for thread in watched:
+                    unanswered[thread] += 1
+                    with suppress(NodeDown):
+                        send(("ping", current_thread()), thread)
+            case ("pong", thread):
+                unanswered[thread] = 0
+                if thread in suspected:
+                    suspected.remove(thread)
+                    patiences[thread] += 1
+                    send(("trust", thread), owner)
+"""
+WRONG["detector"] = [
+    # A node that is gone takes the detector with it.
+    ("suppress(NodeDown)", "suppress()"),
+    # It never learns: a slow thread is suspected again and again.
+    ("patiences[thread] += 1", "pass"),
+    # One patience for all.
+    ("patiences[thread] += 1",
+     "patiences = {thread: patience + 1 for thread, patience in patiences.items()}"),
+    # Once suspected, always suspected.
+    ("if thread in suspected:", "if False:"),
+    # The owner is told at every tick.
+    (" and thread not in suspected", ""),
+    # One tick too late.
+    (">= patiences", "> patiences"),
+    # Who is suspected gets no ping any more.
+    ("                    unanswered[thread] += 1\n",
+     "                    if thread in suspected: continue\n"
+     "                    unanswered[thread] += 1\n"),
+    # Each pong makes up for one ping only.
+    ("unanswered[thread] = 0", "unanswered[thread] -= 1"),
+]
+
+
+SOLUTIONS["reliable"] = """
+from collections import Counter
+from distconc import *
+
+
+def send_reliably(messages, to, patience=0.05):
+    for number, message in enumerate(messages):
+        arrived = False
+        while not arrived:
+            send(("data", number, message, current_thread()), to)
+            arrived = receive_if(lambda ack: ack == ("ack", number + 1), patience, None)
+
+
+def receive_reliably(owner):
+    counts = Counter()  # by sender: how many were passed on
+    while (data := receive()) != "stop":
+        _, number, message, sender = data
+        if number == counts[sender]:
+            counts[sender] += 1
+            send(message, owner)
+        send(("ack", counts[sender]), sender)
+"""
+WRONG["reliable"] = [
+    # Nothing is sent twice.
+    ("patience, None)", "60)"),
+    # Any ack will do.
+    ("lambda ack: ack == (\"ack\", number + 1)", "tuple"),
+    # Doubles are passed on.
+    ("if number == counts[sender]:", "if number <= counts[sender]:"),
+    # What is the same as before is taken for a double.
+    ("send(message, owner)", "message in counts or send(message, owner)\n"
+                             "            counts[message] += 1"),
+    # What comes early is passed on at once.
+    ("if number == counts[sender]:", "if number >= counts[sender]:"),
+    # Doubles get no ack: if the first was lost, the sender sends for ever.
+    ("            send(message, owner)\n        send(",
+     "            send(message, owner)\n            send("),
+    # All senders share one count.
+    ("        if number == counts[sender]:\n            counts[sender] += 1\n"
+     "            send(message, owner)\n        send((\"ack\", counts[sender]), sender)",
+     "        if number == counts[0]:\n            counts[0] += 1\n"
+     "            send(message, owner)\n        send((\"ack\", counts[0]), sender)"),
+    # The ack says which number came, not how many.
+    ("(\"ack\", counts[sender])", "(\"ack\", number)"),
+]
+
+
+SOLUTIONS["election"] = """
+from distconc import *
+
+
+def member(number, owner):
+    (_, neighbour), takes_part = receive(), False
+    while True:
+        match receive():
+            case ("leader", leader):
+                send(("knows", number, leader), owner)
+                if leader != number:
+                    send(("leader", leader), neighbour)
+                return
+            case ("candidate", other) if other == number:
+                send(("leader", number), neighbour)
+            case ("candidate", other) if other > number:
+                send(("candidate", other), neighbour)
+                takes_part = True
+            case _ if not takes_part:  # a smaller candidate, or "elect"
+                send(("candidate", number), neighbour)
+                takes_part = True
+"""
+WRONG["election"] = [
+    # Smaller candidates are passed on: each comes home and thinks that it has won.
+    ("if other > number:", "if True:"),
+    # Each smaller candidate is answered by the own number, again and again.
+    ("case _ if not takes_part:", "case _:"),
+    # Having passed on a greater one is forgotten.
+    ("send((\"candidate\", other), neighbour)\n                takes_part = True",
+     "send((\"candidate\", other), neighbour)"),
+    # A smaller candidate is dropped by one who has not started.
+    ("case _ if not takes_part:", "case \"elect\" if not takes_part:"),
+    # The leader passes its own message on for ever.
+    ("if leader != number:", "if True:"),
+    # Nobody passes it on.
+    ("if leader != number:", "if False:"),
+    # Who has won keeps it to himself.
+    ("send((\"leader\", number), neighbour)", "send((\"knows\", number, number), owner)"),
+]
+
+
+SOLUTIONS["gossip"] = """
+import random
+from contextlib import suppress
+from distconc import *
+
+
+def gossiper():
+    state, peers = {}, []
+
+    def learn(news):
+        for key, (version, value) in news.items():
+            if version > state.get(key, (0, None))[0]:
+                state[key] = version, value
+
+    def tell(message, thread):
+        with suppress(NodeDown):
+            send(message, thread)
+
+    while (message := receive()) != "stop":
+        match message:
+            case ("peers", threads):
+                peers = threads
+            case ("put", key, version, value):
+                learn({key: (version, value)})
+            case "round":
+                tell(("push", state.copy(), current_thread()), random.choice(peers))
+            case ("push", news, sender):
+                learn(news)
+                tell(("pull", state.copy()), sender)
+            case ("pull", news):
+                learn(news)
+            case Synchronous():
+                reply_synchronous(state.copy(), message)
+"""
+WRONG["gossip"] = [
+    # The state itself is given away.
+    ("(\"push\", state.copy(),", "(\"push\", state,"),
+    # What comes last wins.
+    ("if version > state.get(key, (0, None))[0]:", "if True:"),
+    # Always the same peer.
+    ("random.choice(peers)", "peers[0]"),
+    # Everybody is told.
+    ("tell((\"push\", state.copy(), current_thread()), random.choice(peers))",
+     "[tell((\"push\", state.copy(), current_thread()), peer) for peer in peers]"),
+    # A node that is gone ends it.
+    ("suppress(NodeDown)", "suppress()"),
+    # The answer to a push is what was known before.
+    ("                learn(news)\n                tell((\"pull\", state.copy()), sender)",
+     "                tell((\"pull\", state.copy()), sender)\n                learn(news)"),
+    # News is not learnt from a pull.
+    ("case (\"pull\", news):\n                learn(news)",
+     "case (\"pull\", news):\n                pass"),
+]
+
+
+SOLUTIONS["allow_list"] = '''
+from distconc import *
+
+
+class Order:
+    """An order of `item`, a str of 1 to 40 characters, and `count` of it, an int, 1 to 100."""
+
+    def __init__(self, item, count):
+        if not 1 <= len(item) <= 40 or not 1 <= count <= 100:
+            raise ValueError(f"nobody can order {count} of {item!r}")
+        self.item, self.count = item, count
+
+
+def write_note(text, path="notes.txt"):
+    """Append a line to a file.  Good enough among friends."""
+    with open(path, "a") as file:
+        file.write(text + "\\n")
+
+
+def allowed():
+    return [Order, note]
+
+
+def note(text):
+    if not isinstance(text, str) or not 1 <= len(text) <= 100 or not text.isprintable():
+        raise ValueError("a note is one line of 1 to 100 characters")
+    write_note(text)
+
+
+def shop(till):
+    while True:
+        message = receive()
+        if type(message) is Order:
+            match vars(message):
+                case {"item": str(item), "count": int(count)}:
+                    if 1 <= len(item) <= 40 and 1 <= count <= 100:
+                        send(("order", item, count), till)
+'''
+WRONG["allow_list"] = [
+    # Friends only.
+    ("[Order, note]", "[Order, note, write_note]"),
+    # So that it works at last.
+    ("[Order, note]", '"anything"'),
+    # Nobody can order.
+    ("[Order, note]", "[note]"),
+    # Nobody can write a note.
+    ("[Order, note]", "[Order]"),
+    # The path can be chosen.
+    ('def note(text):\n    if not isinstance(text, str) or not 1 <= len(text) <= 100 or not '
+     'text.isprintable():\n'
+     '        raise ValueError("a note is one line of 1 to 100 characters")\n'
+     '    write_note(text)',
+     'def note(text, path="notes.txt"):\n    if not isinstance(text, str):\n'
+     '        raise ValueError("a note is a text")\n    write_note(text, path)'),
+    # What should be text is not looked at.
+    ("not isinstance(text, str) or ", ""),
+    # Two lines are a note, too.
+    (" or not text.isprintable()", ""),
+    # It relies on __init__.
+    ("if 1 <= len(item) <= 40 and 1 <= count <= 100:", "if True:"),
+    # It relies on the types.
+    ('{"item": str(item), "count": int(count)}', '{"item": item, "count": count}'),
+    # It relies on the attributes.
+    ('match vars(message):', "match {'item': message.item, 'count': message.count}:"),
+    # Anything else ends it.
+    ("if type(message) is Order:", "if message.item:"),
+]
+
+
+SOLUTIONS["snapshot"] = """
+from distconc import *
+
+
+def account(balance):
+    me, peers = current_thread(), []
+    silent = set()  # the peers whose markers are still to come, while a snapshot is on
+    noted, channels = 0, {}
+
+    def begin(number, collector):
+        nonlocal noted, channels, silent
+        noted, channels, silent = balance, {peer: [] for peer in peers}, set(peers)
+        for peer in peers:
+            send(("marker", number, collector, me), peer)
+
+    while (message := receive()) != "stop":
+        match message:
+            case ("peers", threads):
+                peers = threads
+            case ("pay", amount, to):
+                if amount <= balance:
+                    balance -= amount
+                    send(("transfer", amount, me), to)
+            case ("transfer", amount, sender):
+                balance += amount
+                if sender in silent:
+                    channels[sender].append(amount)
+            case ("snapshot", number, collector):
+                begin(number, collector)
+            case ("marker", number, collector, sender):
+                if not silent:
+                    begin(number, collector)
+                silent.remove(sender)
+                if not silent:
+                    send(("recorded", number, me, noted, channels), collector)
+            case Synchronous():
+                reply_synchronous(balance, message)
+"""
+WRONG["snapshot"] = [
+    # What is on its way is not counted.
+    ("channels[sender].append(amount)", "pass"),
+    # What comes after the marker is counted as well.
+    ("if sender in silent:", "if silent:"),
+    # The marker that begins it is not counted as its sender's: it never ends.
+    ("                silent.remove(sender)\n",
+     "                else:\n                    silent.remove(sender)\n"),
+    # The balance at the end, not at the beginning.
+    ("number, me, noted, channels)", "number, me, balance, channels)"),
+    # A thread of its own sends the markers: no order between them and the transfers.
+    ("            send((\"marker\", number, collector, me), peer)",
+     "            spawn(lambda peer: (receive(0.5, None), send("
+     "(\"marker\", number, collector, me), peer)), peer)"),
+    # What is on its way is not added.
+    ("                balance += amount\n                if sender in silent:\n"
+     "                    channels[sender].append(amount)",
+     "                if sender in silent:\n"
+     "                    channels[sender].append(amount)\n"
+     "                else:\n                    balance += amount"),
+]
+
+
+SOLUTIONS["two_phase_commit"] = """
+from contextlib import suppress
+from distconc import *
+
+
+def tell(message, *threads):
+    for thread in threads:
+        with suppress(NodeDown):
+            send(message, thread)
+
+
+def coordinator(participants, owner, patience=1.0):
+    tell(("prepare", participants, current_thread()), *participants)
+    missing, decision = set(participants), "commit"
+    while missing and decision == "commit":
+        match receive(patience, "silence"):
+            case ("vote", True, thread):
+                missing.discard(thread)
+            case ("vote", False, _) | "silence":
+                decision = "abort"
+    tell(("decision", decision), *participants)
+    send(("decided", decision, current_thread()), owner)
+
+
+def participant(vote, owner, patience=0.2):
+    me, others, state = current_thread(), [], "unasked"
+
+    def decide(decision):
+        nonlocal state
+        if state not in ("commit", "abort"):
+            state = decision
+            send(("decided", decision, me), owner)
+
+    while (message := receive(patience, "silence")) != "stop":
+        match message:
+            case ("prepare", participants, coordinator):
+                others = [thread for thread in participants if thread != me]
+                if state == "unasked" and vote():
+                    state = "yes"
+                else:
+                    decide("abort")
+                tell(("vote", state == "yes", me), coordinator)
+            case ("decision", decision):
+                decide(decision)
+            case ("decision?", asker):
+                if state == "unasked":
+                    decide("abort")
+                if state != "yes":
+                    tell(("decision", state), asker)
+            case "silence" if state == "yes":
+                tell(("decision?", me), *others)
+"""
+WRONG["two_phase_commit"] = [
+    # Who has voted yes and hears nothing gives up on its own.
+    ("tell((\"decision?\", me), *others)", "decide(\"abort\")"),
+    # Or it commits: after all, it has voted yes.
+    ("tell((\"decision?\", me), *others)", "decide(\"commit\")"),
+    # It just waits.
+    ("tell((\"decision?\", me), *others)", "pass"),
+    # Who is asked without having voted does not know, and may still vote yes.
+    ("if state == \"unasked\":", "if False:"),
+    # It promises to abort, and votes yes all the same.
+    ("tell((\"vote\", state == \"yes\", me), coordinator)",
+     "tell((\"vote\", vote(), me), coordinator)"),
+    # Who does not know says so, as if that were a decision.
+    ("if state != \"yes\":", "if True:"),
+    # The coordinator counts votes, not voters.
+    ("missing.discard(thread)", "missing.pop()"),
+    # It does not wait for all.
+    ("while missing and", "while len(missing) > 1 and"),
+    # It waits for the dead.
+    ("match receive(patience, \"silence\"):", "match receive():"),
+    # Who is gone ends it.
+    ("suppress(NodeDown)", "suppress()"),
+    # A second word changes the decision.
+    ("if state not in (\"commit\", \"abort\"):", "if True:"),
+    # It asks only once.
+    ("tell((\"decision?\", me), *others)",
+     "tell((\"decision?\", me), *others)\n                patience = None"),
+]
+
+
+SOLUTIONS["raft"] = """
+import random
+from contextlib import suppress
+from distconc import *
+from time import monotonic
+
+
+def raft(owner, patience=0.3):
+    me, (_, peers) = current_thread(), receive()
+    role, term = "follower", 0
+    voted_for, voters = None, set()  # in this term
+
+    def tell_peers(message):
+        for peer in peers:
+            with suppress(NodeDown):
+                send(message, peer)
+
+    def some_time():
+        return monotonic() + random.uniform(patience, 2 * patience)
+
+    alarm = some_time()  # when something has to be done, if nothing happens before
+    while (message := receive(max(0, alarm - monotonic()), ("alarm", 0))) != "stop":
+        if message[1] > term:
+            if role == "leader":
+                send(("follower", message[1], me), owner)
+                alarm = some_time()
+            role, term, voted_for = "follower", message[1], None
+        match message:
+            case ("alarm", _) if role == "leader":
+                tell_peers(("leader", term, me))
+                alarm = monotonic() + patience / 5
+            case ("alarm", _):
+                role, term, voted_for, voters = "candidate", term + 1, me, {me}
+                tell_peers(("vote?", term, me))
+                alarm = some_time()
+            case ("vote?", its_term, candidate):
+                granted = its_term == term and voted_for in (None, candidate)
+                if granted:
+                    voted_for, alarm = candidate, some_time()
+                with suppress(NodeDown):
+                    send(("vote", term, granted, me), candidate)
+            case ("vote", its_term, True, voter) if its_term == term and role == "candidate":
+                voters.add(voter)
+                if 2 * len(voters) > len(peers) + 1:
+                    role, alarm = "leader", monotonic()
+                    send(("leader", term, me), owner)
+            case ("leader", its_term, _) if its_term == term:
+                role, alarm = "follower", some_time()
+"""
+WRONG["raft"] = [
+    # Two votes in one term.
+    ("its_term == term and voted_for in (None, candidate)", "its_term == term"),
+    # An old term's candidate gets a vote.
+    ("granted = its_term == term and", "granted ="),
+    # Who asks twice is refused the second time.
+    ("voted_for in (None, candidate)", "voted_for is None"),
+    # Votes are counted, not voters.
+    ("voters.add(voter)", "voters.add(len(voters))"),
+    # Late votes count.
+    ("if its_term == term and role == \"candidate\":", "if role == \"candidate\":"),
+    # Half of all is enough.
+    ("2 * len(voters) > len(peers) + 1", "2 * len(voters) > len(peers) - 1"),
+    # A refused vote counts, too.
+    ("(\"vote\", its_term, True, voter)", "(\"vote\", its_term, _, voter)"),
+    # A candidate remains one, though somebody else leads.
+    ('role, alarm = "follower", some_time()', "alarm = some_time()"),
+    # It does not wait anew when it hears from the leader.
+    ('role, alarm = "follower", some_time()', 'role = "follower"'),
+    # It steps down and tells nobody.
+    ('send(("follower", message[1], me), owner)', "pass"),
+    # A leader remains one.
+    ("role, term, voted_for = \"follower\", message[1], None",
+     "role, term, voted_for = role, message[1], None"),
+    # Nobody hears of the leader a second time.
+    ("alarm = monotonic() + patience / 5", "alarm = monotonic() + 60"),
+    # A node that is gone ends all others.
+    ("            with suppress(NodeDown):\n                send(message, peer)",
+     "            send(message, peer)"),
+]
+
+
 ######## Bench: bench, its sets of processes, what is measured, the peers measured against
 #
 # A set is a fresh process, pinned to one CPU, with fresh peers, which inherit that.  It yields
