@@ -972,7 +972,7 @@ def _loader(allow: Any) -> Callable[[Any], Any]:
         def find_class(self, module: str, name: str) -> Any:
             item = known.get((module, name))
             if item is None:
-                raise _Refused(f"{module}.{name} is not among what that node allows")
+                raise _Refused(f"{module}.{name} is not among what it allows")
             if item in (uuid.UUID, *(allow or ())):
                 return item
             call = partial(item)  # can be called, but no pickle can change the class through it
@@ -1461,8 +1461,10 @@ class _Connection:
         self._node._count("refused" if isinstance(error, _Refused) else "undelivered")
         if isinstance(error, NoSuchThread):
             return error
+        if isinstance(error, _Refused):
+            return RemoteError("Refused", f"the other node refuses it: {error}")
         text = f"the other node cannot read it: {_words(error)}"
-        return RemoteError(type(error).__name__.strip("_"), text)
+        return RemoteError(type(error).__name__, text)
 
     def _on_reply(self, tag: str, payload: Any) -> None:
         awaited = _awaited.get(tag)
