@@ -4486,6 +4486,257 @@ class Shell(Net):
         self.assert_ctrl_c(process)
 
 
+######## The documents, executed
+#
+# Every fenced block of tutorial.md and README.md is run, in order, and what it shows compared.
+# The words after its language say how:
+#
+#   pycon A               a session in terminal A.  What follows `$ `, `>>> ` and `... ` is typed
+#                         there, so is `^C`; all else must be shown, and no more.  It
+#                         ends when the terminal asks for more; `pycon A waits` when all is shown
+#                         (what comes after that, a later block may begin with).
+#   python logger.py      a file, saved under that name.
+#   python A [2>…]        a program, run in terminal A until it ends.
+#   … not run: WHY        skipped aloud; with `not run without X: WHY`, run where there is X.
+#
+# A terminal is a process, its keys a pty's, its screen a pipe.  A chapter (a `## `) has its own
+# terminals and directory, key included, with all files of earlier chapters.  A prompt may come
+# before, after or amid what other threads print: its place is not compared.  In what is shown,
+# `...` stands for what varies in a line, and indented and alone for any lines; the number after
+# `pid ` may be any.  Ports 9000 to 9009 are others while this runs, and are shown as written.
+
+import pty  # noqa: E402
+import random  # noqa: E402
+import termios  # noqa: E402
+
+DOCUMENTS = [os.path.join(os.path.dirname(MODULE), name) for name in ("README.md", "tutorial.md")]
+TYPED = re.compile(r"(\$ |>>> |\.\.\. |\.\.\.$|\^C$)(.*)")
+
+
+@dataclass
+class Block:
+    """A fenced block: where it stands, how it is run, its lines."""
+
+    path: str
+    number: int
+    language: str
+    how: str
+    lines: list
+
+    def place(self, number):
+        return f"{os.path.basename(self.path)}:{number}"
+
+    def steps(self):
+        """Yield (number, prompt, what is typed, [what is shown then])."""
+        step = self.number, "", "", []
+        for number, line in enumerate(self.lines, self.number + 1):
+            typed = TYPED.match(line)
+            if typed and (line[:3] != "..." or step[1].strip() in (">>>", "...")):
+                yield step
+                step = number, typed[1].ljust(4) if line[:3] == "..." else typed[1], typed[2], []
+            else:
+                step[3].append(line)
+        yield step
+
+
+def chapters(path):
+    """Yield (title, blocks) for each `## ` of a document, and for what is before the first."""
+    title, blocks, fence = "start", [], None
+    with open(path) as file:
+        for number, line in enumerate(map(str.rstrip, file), 1):
+            if fence:
+                if line == "```":
+                    blocks.append(fence)
+                    fence = None
+                else:
+                    fence.lines.append(line)
+            elif line.startswith("```"):
+                language, _, how = line[3:].partition(" ")
+                fence = Block(path, number, language, how, [])
+            elif line.startswith("## "):
+                yield title, blocks
+                title, blocks = line[3:], []
+            elif line.startswith("    "):
+                raise ValueError(f"{path}:{number}: a block without a fence is not run")
+    yield title, blocks
+
+
+def pattern(lines):
+    """Compile what the shown `lines` may be."""
+    def one(line):
+        if line.strip() == "..." and line != "...":
+            return r"(?:.*\n)*?"
+        line = re.escape(line).replace(r"\.\.\.", ".*?")
+        return re.sub(r"pid\\ \d+", r"pid\\ \\d+", line) + r"\n"
+    return re.compile("".join(map(one, lines)))
+
+
+class Terminal:
+    """What a reader has before him: a screen, keys, at most one running program."""
+
+    def __init__(self, environment, directory, ports):
+        self.environment, self.directory, self.ports = environment, directory, ports
+        self.process, self.ended, self.asks, self.got = None, True, "$ ", b""
+
+    def screen(self):
+        return rewritten(self.got.decode(errors="replace"),
+                         {real: written for written, real in self.ports.items()})
+
+    def type(self, prompt, text):
+        if prompt == "^C":
+            os.killpg(self.process.pid, signal.SIGINT)
+        elif prompt == "$ ":
+            self.start(rewritten(text, self.ports))
+        else:
+            os.write(self.keys, rewritten(text, self.ports).encode() + b"\n")
+        self.asks = None
+
+    def start(self, command):
+        self.close()
+        self.keys, tty = pty.openpty()
+        mode = termios.tcgetattr(tty)
+        mode[3] &= ~termios.ECHO
+        termios.tcsetattr(tty, termios.TCSANOW, mode)
+        self.process = subprocess.Popen(
+            command, shell=True, stdin=tty, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=self.environment, cwd=self.directory, start_new_session=True)
+        os.close(tty)
+        self.ended = False
+
+    def read(self, done):
+        """Read until `done()`; return whether it came to that."""
+        end = monotonic() + 2 * WAIT
+        while not done():
+            left = max(0, end - monotonic())
+            if self.ended or not select.select([self.process.stdout], [], [], left)[0]:
+                return False
+            data = os.read(self.process.stdout.fileno(), 1 << 16)
+            self.got += data
+            self.ended = not data
+        return True
+
+    def wait_to_ask(self, prompt):
+        """Wait until the terminal asks with `prompt` ("$ ": until nothing runs; "": either)."""
+        shown = (prompt if prompt.strip() else ">>> ").encode()
+        if not self.asks:
+            self.read(lambda: self.ended or prompt != "$ " and shown in self.got)
+            self.asks = "$ " if self.ended else shown.decode() if shown in self.got else None
+            self.got = self.got if self.ended else self.got.replace(shown, b"", 1)
+        return self.asks == prompt or bool(self.asks and not prompt)
+
+    def shows(self, fits):
+        """Wait until the screen fits, and clear it."""
+        holds = self.read(lambda: fits.fullmatch(self.screen()))
+        self.got = b"" if holds else self.got
+        return holds
+
+    def close(self):
+        if self.process:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            with self.process:
+                self.process = None
+            os.close(self.keys)
+
+
+def rewritten(text, ports):
+    return re.sub(r"\b\d{4,5}\b", lambda port: ports.get(port[0], port[0]), text)
+
+
+def quiet_ports(count):
+    """Ports in a row, below those that systems hand out by themselves."""
+    while True:
+        first = random.randrange(20000, 30000)
+        with ExitStack() as stack, suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return range(first, first + count)
+
+
+class Documents(unittest.TestCase):
+    """A test for each chapter of README.md and tutorial.md, made below."""
+
+    def run_chapter(self, files, blocks):
+        self.directory, self.terminals = tempfile.mkdtemp(prefix="dc"), {}
+        self.addCleanup(shutil.rmtree, self.directory)
+        shutil.copy(MODULE, self.directory)
+        self.save("bin/python3", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        self.save("lib/sitecustomize.py", "import sys\nsys.stdout.reconfigure("
+                                          "line_buffering=True)  # as on a terminal\n")
+        os.chmod(os.path.join(self.directory, "bin/python3"), 0o700)
+        self.environment = {
+            name: value for name, value in os.environ.items() if name[:8] != "DISTCONC"}
+        self.environment.update(
+            HOME=self.directory, PYTHON_BASIC_REPL="1", TERM="dumb", NO_COLOR="1",
+            PYTHONPATH=os.path.join(self.directory, "lib"),
+            PATH=os.path.join(self.directory, "bin") + os.pathsep + os.environ["PATH"])
+        ports = quiet_ports(10)
+        self.ports = {str(9000 + at): str(port) for at, port in enumerate(ports)}
+        for block in files + blocks:
+            if re.fullmatch(r"\S+\.\w+", block.how):
+                self.save(block.how, "\n".join(block.lines) + "\n")
+            elif block not in files:
+                self.run_block(block)
+        for name, terminal in self.terminals.items():
+            self.assertRegex(terminal.screen(), r"\A(>>> )?\Z", f"left on terminal {name}")
+
+    def save(self, name, text):
+        path = os.path.join(self.directory, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as file:
+            file.write(rewritten(text, getattr(self, "ports", {})))
+
+    def run_block(self, block):
+        name, _, how = block.how.partition(" ")
+        without = re.search(r"not run(?: without (\S+))?: ", block.how)
+        if without and not (without[1] and (
+                shutil.which(without[1]) or importlib.util.find_spec(without[1]))):
+            with self.subTest(block=block.place(block.number)):
+                self.skipTest(block.how)
+            return
+        if name not in self.terminals:
+            terminal = Terminal(self.environment, self.directory, self.ports)
+            self.terminals[name] = terminal
+            self.addCleanup(terminal.close)
+        terminal = self.terminals[name]
+        if block.language == "python":
+            self.save(name + ".py", "\n".join(block.lines) + "\n")
+            terminal.type("$ ", f"python3 {name}.py {how}")
+            terminal.wait_to_ask("$ ")
+        else:
+            self.run_session(block, terminal, how == "waits")
+
+    def run_session(self, block, terminal, waits):
+        """Type what is typed; compare what is shown."""
+        steps = list(block.steps())
+        for (number, prompt, text, shown), after in itertools.zip_longest(steps, steps[1:]):
+            if prompt:
+                terminal.type(prompt, text)
+            upcoming = after[1] if after else ""
+            asks = upcoming == "^C" or waits and not after or (
+                terminal.wait_to_ask(upcoming))
+            if not terminal.shows(pattern(shown)) or not asks:
+                self.fail("\n".join((f"{block.place(number)}: {prompt}{text}", "expected:", *shown,
+                                     "got:", terminal.screen())))
+
+
+def _tests_of_documents():
+    for document in DOCUMENTS:
+        files = []
+        for at, (title, blocks) in enumerate(chapters(document)):
+            words = re.sub(r"\W+", "_", title.lower()).strip("_")
+            name = f"test_{os.path.basename(document)[:-3]}_{at:02}_{words}"
+            if blocks:
+                yield name, lambda self, files=files, blocks=blocks: (
+                    self.run_chapter(files, blocks))
+            files = files + [
+                block for block in blocks if re.fullmatch(r"\S+\.\w+", block.how)]
+
+
+for _name, _test in _tests_of_documents():
+    setattr(Documents, _name, _test)
+
+
 ######## Other versions of Python
 
 
