@@ -4502,8 +4502,8 @@ class Shell(Net):
 # A terminal is a process, its keys a pty's, its screen a pipe.  A chapter (a `## `) has its own
 # terminals and directory, key included, with all files of earlier chapters.  A prompt may come
 # before, after or amid what other threads print: its place is not compared.  In what is shown,
-# `...` stands for what varies in a line, and indented and alone for any lines; the number after
-# `pid ` may be any.  Ports 9000 to 9009 are others while this runs, and are shown as written.
+# `...` stands for what varies in a line, and indented and alone for any lines; pids, ports of
+# five digits, and tags may be any.  Ports 9000 to 9009 are others while this runs.
 
 import pty  # noqa: E402
 import random  # noqa: E402
@@ -4567,7 +4567,9 @@ def pattern(lines):
         if line.strip() == "..." and line != "...":
             return r"(?:.*\n)*?"
         line = re.escape(line).replace(r"\.\.\.", ".*?")
-        return re.sub(r"pid\\ \d+", r"pid\\ \\d+", line) + r"\n"
+        for varies in r"(?<=pid\\ )\d+", r"(?<=127\\\.0\\\.0\\\.1:)\d{5}", "[0-9a-f]{16}":
+            line = re.sub(varies, lambda _: varies.rpartition(")")[2], line)
+        return line + r"\n"
     return re.compile("".join(map(one, lines)))
 
 
