@@ -4607,7 +4607,7 @@ class Terminal:
 
     def read(self, done):
         """Read until `done()`; return whether it came to that."""
-        end = monotonic() + 2 * WAIT
+        end = monotonic() + WAIT
         while not done():
             left = max(0, end - monotonic())
             if self.ended or not select.select([self.process.stdout], [], [], left)[0]:
@@ -4666,14 +4666,15 @@ class Documents(unittest.TestCase):
         self.save("lib/sitecustomize.py", "import sys\nsys.stdout.reconfigure("
                                           "line_buffering=True)  # as on a terminal\n")
         os.chmod(os.path.join(self.directory, "bin/python3"), 0o700)
+        ports = quiet_ports(10)
+        self.ports = {str(9000 + at): str(port) for at, port in enumerate(ports)}
         self.environment = {
             name: value for name, value in os.environ.items() if name[:8] != "DISTCONC"}
         self.environment.update(
+            ERL_FLAGS=f"-start_epmd false -erl_epmd_port {self.ports['9000']}",
             HOME=self.directory, PYTHON_BASIC_REPL="1", TERM="dumb", NO_COLOR="1",
             PYTHONPATH=os.path.join(self.directory, "lib"),
             PATH=os.path.join(self.directory, "bin") + os.pathsep + os.environ["PATH"])
-        ports = quiet_ports(10)
-        self.ports = {str(9000 + at): str(port) for at, port in enumerate(ports)}
         for block in files + blocks:
             if re.fullmatch(r"\S+\.\w+", block.how):
                 self.save(block.how, "\n".join(block.lines) + "\n")
@@ -4706,7 +4707,7 @@ class Documents(unittest.TestCase):
             terminal.type("$ ", f"python3 {name}.py {how}")
             terminal.wait_to_ask("$ ")
         else:
-            self.run_session(block, terminal, how == "waits")
+            self.run_session(block, terminal, how[:5] == "waits")
 
     def run_session(self, block, terminal, waits):
         """Type what is typed; compare what is shown."""
