@@ -4685,6 +4685,15 @@ class Documents(unittest.TestCase):
         for name, terminal in self.terminals.items():
             self.assertRegex(terminal.screen(), r"\A(>>> )?\Z", f"left on terminal {name}")
 
+    def test_the_tutorial_has_every_public_name_and_an_exercise_in_each_chapter(self):
+        with open(DOCUMENTS[1]) as file:
+            text = file.read()
+        self.assertEqual([], [name for name in distconc.__all__ if not re.search(
+            rf"(?<!\w){name}(?!\w)", "".join(re.findall(r"`[^`]+`|```[^`]+", text)))])
+        for chapter in re.split(r"(?m)^## (?=\d)", text)[1:]:
+            self.assertRegex(chapter, r"<!-- exercise: \w+ -->|\*\*Exercise")
+            self.assertRegex(chapter, r"^.+\n\n\*Guess: ")
+
     def save(self, name, text):
         path = os.path.join(self.directory, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
