@@ -4738,7 +4738,7 @@ def _tests_of_documents():
     for document in DOCUMENTS:
         files = []
         for at, (title, blocks) in enumerate(chapters(document)):
-            words = re.sub(r"\W+", "_", title.lower()).strip("_")
+            words = re.sub(r"\W+", "_", title.lower().lstrip("0123456789")).strip("_")
             name = f"test_{os.path.basename(document)[:-3]}_{at:02}_{words}"
             if blocks:
                 yield name, lambda self, files=files, blocks=blocks: (
