@@ -4491,13 +4491,13 @@ class Shell(Net):
 # Every fenced block of tutorial.md and README.md is run, in order, and what it shows compared.
 # The words after its language say how:
 #
-#   pycon A               a session in terminal A.  What follows `$ `, `>>> ` and `... ` is typed
-#                         there, so is `^C`; all else must be shown, and no more.  It
-#                         ends when the terminal asks for more; `pycon A waits` when all is shown
-#                         (what comes after that, a later block may begin with).
-#   python logger.py      a file, saved under that name.
-#   python A [2>…]        a program, run in terminal A until it ends.
-#   … not run: WHY        skipped aloud; with `not run without X: WHY`, run where there is X.
+#   pycon A              a session in terminal A.  What follows `$ `, `>>> ` and `... ` is typed
+#                        there, so is `^C`; all else must be shown, and no more.  It ends when
+#                        the terminal asks for more; `pycon A waits` when all is shown (what
+#                        comes after that, a later block may begin with).
+#   python logger.py     a file, saved under that name.
+#   python A [2>...]     a program, run in terminal A until it ends.
+#   ... not run: WHY     skipped aloud; with `not run without X: WHY`, run where there is X.
 #
 # A terminal is a process, its keys a pty's, its screen a pipe.  A chapter (a `## `) has its own
 # terminals and directory, key included, with all files of earlier chapters.  A prompt may come
@@ -4507,9 +4507,10 @@ class Shell(Net):
 
 import pty  # noqa: E402
 import random  # noqa: E402
-import termios  # noqa: E402
+import tty  # noqa: E402
 
-DOCUMENTS = [os.path.join(os.path.dirname(MODULE), name) for name in ("README.md", "tutorial.md")]
+DOCUMENTS = [os.path.join(os.path.dirname(MODULE), name) for name in (
+    "README.md", "tutorial.md")]
 TYPED = re.compile(r"(\$ |>>> |\.\.\. |\.\.\.$|\^C$)(.*)")
 
 
@@ -4531,9 +4532,10 @@ class Block:
         step = self.number, "", "", []
         for number, line in enumerate(self.lines, self.number + 1):
             typed = TYPED.match(line)
-            if typed and (line[:3] != "..." or step[1].strip() in (">>>", "...")):
+            if typed and (line[:3] != "..." or step[1] in (">>> ", "... ")):
                 yield step
-                step = number, typed[1].ljust(4) if line[:3] == "..." else typed[1], typed[2], []
+                prompt = "... " if line[:3] == "..." else typed[1]
+                step = number, prompt, typed[2], []
             else:
                 step[3].append(line)
         yield step
@@ -4597,14 +4599,12 @@ class Terminal:
 
     def start(self, command):
         self.close()
-        self.keys, tty = pty.openpty()
-        mode = termios.tcgetattr(tty)
-        mode[3] &= ~termios.ECHO
-        termios.tcsetattr(tty, termios.TCSANOW, mode)
+        self.keys, line = pty.openpty()
+        tty.setraw(line)  # without an echo
         self.process = subprocess.Popen(
-            command, shell=True, stdin=tty, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command, shell=True, stdin=line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=self.environment, cwd=self.directory, start_new_session=True)
-        os.close(tty)
+        os.close(line)
         self.ended = False
 
     def read(self, done):
@@ -4730,8 +4730,8 @@ class Documents(unittest.TestCase):
             asks = upcoming == "^C" or waits and not after or (
                 terminal.wait_to_ask(upcoming))
             if not terminal.shows(pattern(shown)) or not asks:
-                self.fail("\n".join((f"{block.place(number)}: {prompt}{text}", "expected:", *shown,
-                                     "got:", terminal.screen())))
+                self.fail("\n".join((f"{block.place(number)}: {prompt}{text}", "expected:",
+                                     *shown, "got:", terminal.screen())))
 
 
 def _tests_of_documents():
