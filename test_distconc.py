@@ -4498,6 +4498,7 @@ class Shell(Net):
 #   python logger.py     a file, saved under that name.
 #   python A [2>...]     a program, run in terminal A until it ends.
 #   ... not run: WHY     skipped aloud; with `not run without X: WHY`, run where there is X.
+#   python check echo    and `skeleton`: of an exercise; these have tests of their own.
 #
 # A terminal is a process, its keys a pty's, its screen a pipe.  A chapter (a `## `) has its own
 # terminals and directory, key included, with all files of earlier chapters.  A prompt may come
@@ -4708,6 +4709,10 @@ class Documents(unittest.TestCase):
             with self.subTest(block=block.place(block.number)):
                 self.skipTest(block.how)
             return
+        if name in ("check", "skeleton"):
+            return
+        if not re.fullmatch("[A-Z]", name):
+            raise ValueError(f"{block.place(block.number)}: how is it run?  It says {block.how!r}")
         if name not in self.terminals:
             terminal = Terminal(self.environment, self.directory, self.ports)
             self.terminals[name] = terminal
