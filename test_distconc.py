@@ -4525,6 +4525,9 @@ class Block:
     how: str
     lines: list
 
+    def is_file(self):
+        return re.fullmatch(r"\S+\.\w+", self.how)
+
     def place(self, number):
         return f"{os.path.basename(self.path)}:{number}"
 
@@ -4636,9 +4639,11 @@ class Terminal:
         return holds
 
     def close(self):
+        """End what runs; what it showed until then is on the screen."""
         if self.process:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+            self.read(lambda: self.ended)
             with self.process:
                 self.process = None
             os.close(self.keys)
@@ -4679,11 +4684,12 @@ class Documents(unittest.TestCase):
             PYTHONPATH=os.path.join(self.directory, "lib"),
             PATH=os.path.join(self.directory, "bin") + os.pathsep + os.environ["PATH"])
         for block in files + blocks:
-            if re.fullmatch(r"\S+\.\w+", block.how):
+            if block.is_file():
                 self.save(block.how, "\n".join(block.lines) + "\n")
             elif block not in files:
                 self.run_block(block)
         for name, terminal in self.terminals.items():
+            terminal.close()
             self.assertRegex(terminal.screen(), r"\A(>>> )?\Z", f"left on terminal {name}")
 
     def test_the_tutorial_has_every_public_name_and_an_exercise_in_each_chapter(self):
@@ -4748,8 +4754,7 @@ def _tests_of_documents():
             if blocks:
                 yield name, lambda self, files=files, blocks=blocks: (
                     self.run_chapter(files, blocks))
-            files = files + [
-                block for block in blocks if re.fullmatch(r"\S+\.\w+", block.how)]
+            files = files + [block for block in blocks if block.is_file()]
 
 
 for _name, _test in _tests_of_documents():
