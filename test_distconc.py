@@ -4718,7 +4718,7 @@ class Documents(unittest.TestCase):
         if name in ("check", "skeleton"):
             return
         if not re.fullmatch("[A-Z]", name):
-            raise ValueError(f"{block.place(block.number)}: how is it run?  It says {block.how!r}")
+            raise ValueError(f"{block.place(block.number)}: how to run {block.how!r}?")
         if name not in self.terminals:
             terminal = Terminal(self.environment, self.directory, self.ports)
             self.terminals[name] = terminal
