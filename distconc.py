@@ -253,7 +253,9 @@ class Mailbox:
 
         Factor: mailbox-put.
         """
-        cell = message if message.__class__ is _Traced else [message]
+        self._add([message])
+
+    def _add(self, cell: list[Any]) -> None:
         self._cells.append(cell)
         if self._waiters:
             for bell, ref in self._waiters.copy().items():
@@ -320,8 +322,9 @@ class Mailbox:
         news, bell = deque[list[Any]](), _bell()
         self._waiters[bell] = weakref.ref(news)  # before looking: nothing may slip in unseen
         try:
-            with suppress(ValueError):
-                self._cells.remove([])  # each call leaves one empty at most, and sweeps one
+            if self._cells:
+                with suppress(ValueError):
+                    self._cells.remove([])  # each call leaves one empty at most, and sweeps one
             here = list(self._cells)
             for cell in here:
                 for message in cell:  # none, if it has been taken
@@ -506,7 +509,7 @@ class Thread(_Handle):
         elif self._ended:
             _undelivered(repr(self), "it has ended")
         else:
-            self._mailbox.put(message if _trace is None else _Traced(message, _here.cause))
+            self._mailbox._add(_Traced(message, _here.cause) if _trace else [message])
 
     def _ask(self, awaited: _Await, caller: "Thread | None" = None, data: Any = None) -> None:
         """Owe `awaited` its outcome; with a caller, deliver the message that asks for it."""

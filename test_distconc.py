@@ -67,6 +67,7 @@ except ImportError:
     given = settings = st = Bundle = invariant = rule = mock.MagicMock()  # `check` needs none
     RuleBasedStateMachine = type("RuleBasedStateMachine", (), {"TestCase": mock.MagicMock()})
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 WAIT = 20.0  # seconds after which what has to happen has failed to
 NOTHING = object()
 logging.getLogger("distconc").addHandler(logging.NullHandler())
@@ -1485,7 +1486,7 @@ def free_port():
 
 
 def environment(**changes):
-    path = os.pathsep.join([os.path.dirname(MODULE)])
+    path = os.pathsep.join([HERE])
     env = {**os.environ, "PYTHONPATH": path, **changes}
     return {name: value for name, value in env.items() if value is not None}
 
@@ -4510,7 +4511,7 @@ import pty  # noqa: E402
 import random  # noqa: E402
 import tty  # noqa: E402
 
-DOCUMENTS = [os.path.join(os.path.dirname(MODULE), name) for name in (
+DOCUMENTS = [os.path.join(HERE, name) for name in (
     "README.md", "tutorial.md")]
 TYPED = re.compile(r"(\$ |>>> |\.\.\. |\.\.\.$|\^C$)(.*)")
 
@@ -4848,7 +4849,7 @@ class Exercise:
 
 def exercises():
     """All exercises of the tutorial by name, in their order."""
-    with open(os.path.join(os.path.dirname(MODULE), TUTORIAL)) as file:
+    with open(os.path.join(HERE, TUTORIAL)) as file:
         text = file.read()
     return {match["name"]: Exercise(**match.groupdict(),
                                     line=text.count("\n", 0, match.start("check")) + 1)
@@ -4895,7 +4896,7 @@ def examined(exercise, file, limit=LIMIT, stdout=None):
                              + "\n" * (exercise.line - 1) + exercise.check)
         verdict = os.path.join(directory, "verdict")
         about = (exercise.name, exercise.wanted, TUTORIAL, os.path.abspath(file),
-                 os.path.dirname(MODULE), directory, limit)
+                 HERE, directory, limit)
         env = {name: value for name, value in os.environ.items()
                if not name.startswith(("DISTCONC_", "PYTHONOPTIMIZE"))}
         env["DISTCONC_AUTHKEY"] = os.urandom(16).hex()
@@ -5065,7 +5066,7 @@ def handed_in(exercise, label, text, right):
 class Exercises(unittest.TestCase):
     def test_all_have_a_check_a_solution_and_a_wrong_one(self):
         found = exercises()
-        with open(os.path.join(os.path.dirname(MODULE), TUTORIAL)) as file:
+        with open(os.path.join(HERE, TUTORIAL)) as file:
             self.assertEqual(re.findall(r"^### Exercise: *(.*)", file.read(), re.M), list(found))
         self.assertGreaterEqual(len(found), 16)
         self.assertEqual(sorted(found), sorted(SOLUTIONS))
@@ -5077,7 +5078,7 @@ class Exercises(unittest.TestCase):
                 self.assertEqual(SOLUTIONS[name].count(what), 1, (name, what))
 
     def test_solutions_pass_and_skeletons_and_wrong_ones_are_told_why(self):
-        with ThreadPoolExecutor(5) as pool:  # mostly they wait
+        with ThreadPoolExecutor(8) as pool:  # mostly they wait
             verdicts = [pool.submit(handed_in, exercise, *answer)
                         for name, exercise in exercises().items() for answer in answers(name)]
         self.assertEqual([], [said for verdict in verdicts if (said := verdict.result())])
@@ -5952,7 +5953,7 @@ def bench(arguments):
     parser.add_argument("--sets", type=int, default=2, help="fresh sets of processes (2)")
     options = parser.parse_args(arguments)
     os.environ["DISTCONC_AUTHKEY"] = os.urandom(16).hex()  # for all processes of the bench
-    os.environ["PYTHONPATH"] = os.path.dirname(os.path.abspath(__file__))
+    os.environ["PYTHONPATH"] = HERE
     for unwanted in "DISTCONC_TRACE", "PYTHONDONTWRITEBYTECODE":  # import, not compile
         os.environ.pop(unwanted, None)
     sets = []
@@ -6283,8 +6284,8 @@ def _bench_traces(number):
             cut = ast.fix_missing_locations(_BenchCut().visit(ast.parse(file.read())))
             with open(os.path.join(directory, "distconc.py"), "w") as copied:
                 copied.write(ast.unparse(cut))
-            here, traces = os.path.dirname(MODULE), os.path.join(directory, "traces")
-            turns = [(directory, None), (here, None)] * 3 + [(here, traces)]
+            turns = [(directory, None), (HERE, None)] * 3
+            turns.append((HERE, os.path.join(directory, "traces")))
             runs = [_bench_costs_in(*turn) for turn in turns]
             rows = [[min(row) for row in (row[:6:2], row[1:6:2], row[6:])] for row in zip(*runs)]
     for work, (cut, off, on) in zip(("round trip", "flood"), rows):
@@ -6294,7 +6295,7 @@ def _bench_traces(number):
 
 def _bench_costs_in(directory, traces):
     """Run `_bench_costs` with the distconc.py of that directory; return what it prints."""
-    path = os.pathsep.join([directory, os.path.dirname(MODULE)])
+    path = os.pathsep.join([directory, HERE])
     env = {**os.environ, "PYTHONPATH": path, "DISTCONC_TRACE": traces or ""}
     done = subprocess.run([sys.executable, "-c", f"{BENCH}_bench_costs()"], env=env, check=True,
                           cwd=directory, stdout=subprocess.PIPE, timeout=120)
