@@ -788,7 +788,8 @@ def _instead(default: Any, what: str, timeout: float | None) -> Any:
     if timeout:
         _record(current_thread(), "timeout", what=what)
     if default is _NOTHING:
-        raise TimeoutError("no such message came within the time-out")
+        such = "such " if what == "receive_if" else ""
+        raise TimeoutError(f"no {such}message came within {timeout:g} seconds")
     return default
 
 
@@ -1170,9 +1171,12 @@ def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
 
     if isinstance(name_or_id, int):
         return NoSuchThread(f"no living thread has the id {name_or_id}")
-    near = get_close_matches(name_or_id, _names, cutoff=0.5) or sorted(_names)[:5]
-    hint = f"; there are {', '.join(map(repr, near))}" if near else ""
-    return NoSuchThread(f"no thread is registered as {name_or_id!r}{hint}")
+    text = f"no thread is registered as {name_or_id!r}"
+    if near := get_close_matches(name_or_id, _names, cutoff=0.5):
+        text += f"; did you mean {' or '.join(map(repr, near))}?"
+    elif _names:
+        text += f"; registered are {', '.join(map(repr, sorted(_names)[:5]))}"
+    return NoSuchThread(text)
 
 
 ######## The wire: hello, seal, frames and the messages in them

@@ -25,6 +25,7 @@ import operator
 import os
 import pickle
 import platform
+import pty
 import queue
 import random
 import re
@@ -39,6 +40,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import tty
 import types
 import unittest
 import uuid
@@ -120,6 +122,8 @@ def ctrl_c_storm(*functions, every=0.0002):
     codes, struck = {function.__code__ for function in functions}, []
 
     def strike(signum, frame):
+        if frame.f_code is strike.__code__:
+            return  # one is enough, or they nest for ever where time is short
         if frame.f_globals["__name__"] == "_weakrefset":
             return  # a callback of the interpreter, which prints and drops what is raised there
         while frame and frame.f_code not in codes:
@@ -4507,12 +4511,7 @@ class Shell(Net):
 # `...` stands for what varies in a line, and indented and alone for any lines; pids, ports of
 # five digits, and tags may be any.  Ports 9000 to 9009 are others while this runs.
 
-import pty  # noqa: E402
-import random  # noqa: E402
-import tty  # noqa: E402
-
-DOCUMENTS = [os.path.join(HERE, name) for name in (
-    "README.md", "tutorial.md")]
+DOCUMENTS = [os.path.join(HERE, name) for name in ("README.md", "tutorial.md")]
 TYPED = re.compile(r"(\$ |>>> |\.\.\. |\.\.\.$|\^C$)(.*)")
 
 
