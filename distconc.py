@@ -2144,7 +2144,8 @@ def _print_on(source: Any) -> None:
     """Print what a child prints to this `sys.stdout`, be it a notebook's or a test's."""
     with source:
         for line in source:
-            print(line.decode(errors="replace"), end="", flush=True)
+            sys.stdout.write(line.decode(errors="replace"))
+            sys.stdout.flush()
 
 
 def _after_fork() -> None:
@@ -2879,14 +2880,20 @@ def _as_shiviz(table: _Table) -> str:
 ######## At the shell: demo, node, send, call, ps, chart
 
 
+def _say(*words: Any) -> None:
+    """Print in one piece, as other threads and processes print, too."""
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.flush()
+
+
 def _log_message() -> bool:
-    print("logger:", receive(), flush=True)
+    _say("logger:", receive())
     return True
 
 
 def _greet() -> None:
     request = receive_if(Synchronous)
-    print(f"greeter: {request.sender!r} asks {request.data!r}", flush=True)
+    _say(f"greeter: {request.sender!r} asks {request.data!r}")
     reply_synchronous("fine", request)
 
 
@@ -2901,19 +2908,19 @@ def _demo(_: Any) -> None:
         if not _trace:
             trace(directory)
         with start_node() as node, spawn_node() as child:
-            print(f"node {node} has pid {os.getpid()}, its child {child} has pid {child.pid}")
+            _say(f"node {node} has pid {os.getpid()}, its child {child} has pid {child.pid}")
             spawn_server(_log_message, node=child, name="logger", register=True)
             logger = RemoteThread(child, "logger")
             send("hello", logger)
             greeter = spawn(_greet, name="greeter", node=child)
-            print("a call:", send_synchronous("how are you?", greeter))
+            _say("a call:", send_synchronous("how are you?", greeter))
             send(current_thread(), logger)
             spawn(_call_back, current_thread(), name="caller", node=child)
             request = receive()
-            print(f"called by {request.sender!r}: {request.data!r}")
+            _say(f"called by {request.sender!r}: {request.data!r}")
             reply_synchronous("my child", request)
-            print("told:", receive())
-        print("\nAll of it, time running down:\n\n" + chart(_traced_to(), "text"))
+            _say("told:", receive())
+        _say("\nAll of it, time running down:\n\n" + chart(_traced_to(), "text").rstrip())
 
 
 def _run_node(options: Any) -> None:

@@ -64,9 +64,9 @@ try:
     from hypothesis import given, settings, strategies as st
     from hypothesis.stateful import Bundle, invariant, rule, RuleBasedStateMachine
 except ImportError:
-    if sys.argv[1:2] != ["check"]:
+    if sys.argv[1:2] != ["check"] and "hypothesis" not in sys.modules:  # the bench forbids it
         raise
-    given = settings = st = Bundle = invariant = rule = mock.MagicMock()  # `check` needs none
+    given = settings = st = Bundle = invariant = rule = mock.MagicMock()
     RuleBasedStateMachine = type("RuleBasedStateMachine", (), {"TestCase": mock.MagicMock()})
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -4284,7 +4284,8 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
 
     def test_a_node_goes_by_the_last_address_it_had_or_by_its_process(self):
         execution = Execution(self.dir)
-        execution.runs = execution.threads = [("ab" * 8, "", 1, "late"), ("cd" * 8, "", 1, "mute")]
+        execution.threads = [("ab" * 8, "", 1, "late"), ("cd" * 8, "", 1, "mute")]
+        execution.runs = execution.threads
         for thread in *execution.threads, ("ab" * 8, "127.0.0.1:7", 1, "late"):
             execution.log(thread, "timeout", what="call")
         execution.written()
@@ -5066,7 +5067,8 @@ class Exercises(unittest.TestCase):
     def test_all_have_a_check_a_solution_and_a_wrong_one(self):
         found = exercises()
         with open(os.path.join(HERE, TUTORIAL)) as file:
-            self.assertEqual(re.findall(r"^### Exercise: *(.*)", file.read(), re.M), list(found))
+            headings = re.findall(r"^### Exercise: *(.*)", file.read(), re.M)
+        self.assertEqual(headings, list(found))
         self.assertGreaterEqual(len(found), 16)
         self.assertEqual(sorted(found), sorted(SOLUTIONS))
         for name, exercise in found.items():
@@ -5942,7 +5944,8 @@ WRONG["raft"] = [
 # until the consumer has received all and said so.
 
 SMALL = "work", 7, 3.5  # the small message
-BENCH = f"import {__name__} as it; it."  # how other processes reach the functions here
+BENCH = ("import sys; sys.modules['hypothesis'] = None; "  # it takes long, and is not needed
+         f"import {__name__} as it; it.")  # how other processes reach the functions here
 
 
 def bench(arguments):
@@ -6283,10 +6286,11 @@ def _bench_traces(number):
             cut = ast.fix_missing_locations(_BenchCut().visit(ast.parse(file.read())))
             with open(os.path.join(directory, "distconc.py"), "w") as copied:
                 copied.write(ast.unparse(cut))
-            turns = [(directory, None), (HERE, None)] * 3
+            turns = [(directory, None), (HERE, None)] * 6
             turns.append((HERE, os.path.join(directory, "traces")))
             runs = [_bench_costs_in(*turn) for turn in turns]
-            rows = [[min(row) for row in (row[:6:2], row[1:6:2], row[6:])] for row in zip(*runs)]
+            rows = [[min(row) for row in (row[:12:2], row[1:12:2], row[12:])]
+                    for row in zip(*runs)]
     for work, (cut, off, on) in zip(("round trip", "flood"), rows):
         yield f"CPU of a {work}, tracing off / cut out", "s", off, cut, ("<=", 1.02)
         yield f"CPU of a {work}, tracing on / off", "s", on, off, None
@@ -6302,7 +6306,7 @@ def _bench_costs_in(directory, traces):
 
 
 def _bench_costs():
-    """Print the seconds of CPU, of both nodes, that a round trip and a message of a flood cost."""
+    """Print the seconds of CPU, of both nodes, of a round trip and of a flood's message."""
     with spawn_node() as child:
         clock = spawn_server(handle_synchronous, _bench_clock, node=child)
 
