@@ -73,7 +73,7 @@ or ("spawn", func, args, name, register, link); a payload is a pickle):
     3 FAILED  tag, error, text, type, traceback, payload         the reason, if it pickles
     4 FORGET  tag                                      who asked needs no answer any more
     5 LOST    id or name, why, how many                sends that found nobody
-    6 STAMP   incarnation, thread, clock; any other message      in which event it was sent
+    6 STAMP   an event (incarnation in hex, thread, clock), then another message, sent in it
 """
 
 import atexit

@@ -1512,7 +1512,7 @@ def shell(*args, **env):
 
 ######## The raw peer: the wire from its description alone
 
-SEND, ASK, REPLY, FAILED, FORGET, LOST = range(6)
+SEND, ASK, REPLY, FAILED, FORGET, LOST, STAMP = range(7)
 HEAD = struct.Struct(">II16s")
 
 
@@ -1754,6 +1754,27 @@ class TheWire(Net):
         self.assertTrue(thread.join(T))
         peer.write([(FORGET, "m1"), (FORGET, "never was")])  # late, and of nothing
         self.assertEqual(peer.call(2, "echo"), 2)  # and not a FAILED before it
+
+    def test_a_stamp_says_in_which_event_a_message_was_sent(self):
+        traces = os.path.join(self.dir, "traces")
+        trace(traces)
+        self.addCleanup(trace, None)
+        peer, stamp = self.dial(), ("ab" * 8, 7, 41)
+        peer.write([(STAMP, stamp, SEND, (0, "kept"), pickle.dumps("stamped"))])
+        self.assertEqual(self.got(self.kept, 1), ["stamped"])
+        [taken] = [r for r in records(traces) if r.get("message") == "'stamped'"]
+        self.assertEqual((taken["event"], tuple(taken["cause"])), ("receive", stamp))
+        self.assertEqual((taken["thread"], taken["clock"]), (self.kept.id, 42))
+        peer.write([(STAMP, stamp, SEND, (0, "nobody"), pickle.dumps(1))])
+        self.assertEqual(peer.read()[:4], (STAMP, stamp, LOST, "nobody"))
+
+    def test_what_is_no_stamp_ends_the_connection_and_harms_no_receiver(self):
+        for stamp in ("ab", 1, 0), ("ab", 1, 1 << 60), ("ab", 1), ("ab", "x", 1), 5, None:
+            with self.subTest(stamp):
+                peer = self.dial()
+                peer.write([(STAMP, stamp, SEND, (0, "kept"), pickle.dumps("bad"))])
+                self.assertTrue(peer.is_cut())
+        self.assertEqual(self.got(self.kept), [])
 
     def test_unknown_names_and_stale_incarnations_are_told(self):
         peer = self.dial()
