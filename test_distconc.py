@@ -3919,6 +3919,23 @@ class Traces(OneChild):
             self.assertIn(cause, [tuple(r["cause"]) for r in found
                                   if r["event"] == "receive" and "cause" in r])
 
+    def test_a_partition_of_two_in_three_shows_on_both_sides_and_in_the_chart(self):
+        one, two = self.child(heartbeat=3.0), self.child(heartbeat=3.0)
+        watched = monitor(one)
+        with faults(to=one, drop=1):
+            down = receive(T)
+            self.assertEqual((down.monitor, type(down.reason)), (watched, NodeDown))
+            self.assertIsNone(ask(two, try_to_connect, str(one)))
+        self.assertIsNone(try_to_connect(one))
+        self.assertEqual(ask(one, echo, "healed"), "healed")
+        lost = {(r["process"], r["why"]) for r in records(self.traces) if r["event"] == "down"}
+        here = f"{local_node().incarnation:016x}"
+        self.assertIn((here, f"contact with {one} was lost"), lost)
+        self.assertIn(f"contact with {self.node} was lost",
+                      {why for process, why in lost if process != here})
+        self.assertRegex(chart(self.traces, "text"), r"\n +\d+ [ |]*! .*contact with 127")
+        self.assertIn('href="#down"', chart(self.traces))
+
     def test_dropped_messages_are_lost_ones(self):
         target = self.collector(self.child())
         with faults(drop=0.5, seed=3):
@@ -3979,6 +3996,7 @@ class Traces(OneChild):
             self.assertIs(receive(0), message)
         self.assertLess(max(len(r.get("message", "")) for r in records(self.traces)), 300)
 
+    @unittest.skipIf(sys.version_info < (3, 11), "3.10 may strike between any two instructions")
     def test_ctrl_c_loses_nothing_while_traced(self):
         trace(self.traces)
         me, at = current_thread(), 0
