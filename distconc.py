@@ -1225,6 +1225,7 @@ class _Seal:
 
 ######## Connection: one sealed connection, its outbox, its reader and its writer
 
+MANY = 60  # messages in a frame: with more, those of 1 kB would leave the CPU's cache
 FULL = 4000  # messages in an outbox: who sends more waits for the network
 BURST = 50e-6  # seconds: what is sent so soon after a write is one of many
 
@@ -1248,7 +1249,7 @@ class _Connection:
 
     Who sends writes, if the last write was a while ago or something was read since.  What
     follows a write at once is one of many: it goes into the outbox, for the writer thread,
-    which runs when the sender pauses or the interpreter switches, and then writes hundreds in
+    which runs when the sender pauses or the interpreter switches, and then writes dozens in
     one frame.  The reader thread never writes, so that two nodes that flood each other go on
     reading.  Both are started by `start`.  Whatever ends the connection, the reader notices,
     and cleans up.
@@ -1324,7 +1325,7 @@ class _Connection:
         """Write what is in the outbox; `_writing` is held."""
         outbox = self._outbox
         while outbox:
-            self._write([outbox.popleft() for _ in range(min(len(outbox), 1000))])
+            self._write([outbox.popleft() for _ in range(min(len(outbox), MANY))])
 
     def _write(self, messages: list[Message], tail: Any = b"") -> None:
         """Write one frame; `_writing` is held."""
