@@ -2399,7 +2399,8 @@ def trace(directory: "str | os.PathLike[str] | None") -> None:
     lost nodes, each with the thread's Lamport clock.  Nodes made by `spawn_node` from now on
     do so, too, and so does every process with DISTCONC_TRACE=directory in its environment.  The
     directory is made if there is none; each record is written at once, so kill -9 loses none.
-    Raises OSError, and goes on as before.  See `chart`.  Erlang: seq_trace.
+    Raises OSError, and goes on as before.  Should the disk be full later, the trace ends, with
+    a warning.  See `chart`.  Erlang: seq_trace.
     """
     global _trace
     new = None if directory is None else _Trace(directory)
@@ -2442,7 +2443,11 @@ class _Trace:
             clock = about["clock"] = max([0, *here, *cause[2:]]) + 1
             _clocks[key] = clock
             if _trace is self:  # or it has just been closed
-                os.write(self.file, json.dumps(about).encode() + b"\n")
+                try:
+                    os.write(self.file, json.dumps(about).encode() + b"\n")
+                except OSError as error:  # a full disk is no reason to stop the program
+                    trace(None)
+                    _log("WARNING", "the trace in %s ends here: %s", self.directory, error)
         return process, id, clock
 
 

@@ -3643,8 +3643,8 @@ class InTheMiddle(Net):
             return twist(frame) if hit else [frame]
         self.twist = spoiled
 
-    def test_a_proxy_that_cuts_now_and_then_keeps_order_and_doubles_nothing(self):
-        self.twist = lambda inward, count, frame: None if inward and count > 20 else [frame]
+    def test_a_proxy_that_cuts_every_hundred_frames_keeps_order_and_doubles_nothing(self):
+        self.twist = lambda inward, count, frame: None if inward and count > 100 else [frame]
         lost = 0
         for number in range(3000):
             try:
@@ -3958,6 +3958,16 @@ class Traces(OneChild):
         self.assertEqual(receive(0), "y")
         self.assertEqual(records(self.traces), before)
         self.assertEqual([r["event"] for r in before[-2:]], ["send", "receive"])
+
+    def test_a_full_disk_ends_the_trace_and_nothing_else(self):
+        trace(self.traces)
+        full = mock.patch.object(os, "write", side_effect=OSError(28, "No space left on device"))
+        with self.assertLogs("distconc", "WARNING") as logged, full:
+            send("x", current_thread())
+        self.assertEqual(receive(0), "x")
+        self.assertEqual(len(logged.output), 1)
+        self.assertIn("No space left", logged.output[0])
+        self.assertEqual(records(self.traces), [])
 
     def test_the_untraced_understand_the_traced(self):
         target = self.collector(self.other, "untraced")
