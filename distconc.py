@@ -556,8 +556,15 @@ class Thread(_Handle):
         except SystemExit:
             self._end(None)
         except BaseException as error:
-            if not self._end(error):
-                raise  # nobody is linked: threading.excepthook prints it
+            linked = any(debt[2] for debt in map(_debts.get, self._owes.copy()) if debt)
+            try:
+                if not linked:  # print it before anybody hears of it, who might end the process
+                    about = type(error), error, error.__traceback__, threading.current_thread()
+                    threading.excepthook(threading.ExceptHookArgs(about))
+            finally:
+                heard = self._end(error)
+            if linked and not heard:
+                raise  # for threading.excepthook, as who was linked is gone
         else:
             self._end(None)
 

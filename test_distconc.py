@@ -2286,6 +2286,17 @@ class TwoNodes(OneChild):
         with self.assertRaises(NoSuchThread):
             send_synchronous(1, server, T)
 
+    def test_a_failure_is_printed_before_its_caller_can_end_the_process(self):
+        done = script("""
+server = spawn_server(handle_synchronous, int)
+try:
+    send_synchronous("no number", server)
+except ThreadDied:
+    os._exit(3)""")
+        self.assertEqual(done.status, 3)
+        self.assertIn("Exception in thread handle_synchronous", done.err)
+        self.assertIn("ValueError: invalid literal", done.err)
+
     def test_a_server_that_returns_fails_the_call_without_reason(self):
         server = spawn(fail_when_called, SystemExit(), node=self.other)
         with self.assertRaises(ThreadDied) as caught:
@@ -3961,7 +3972,7 @@ class Traces(OneChild):
 
     def test_a_full_disk_ends_the_trace_and_nothing_else(self):
         trace(self.traces)
-        full = mock.patch.object(os, "write", side_effect=OSError(28, "No space left on device"))
+        full = mock.patch.object(os, "write", side_effect=OSError(28, "No space left"))
         with self.assertLogs("distconc", "WARNING") as logged, full:
             send("x", current_thread())
         self.assertEqual(receive(0), "x")
