@@ -1285,7 +1285,7 @@ class _Connection:
                     self._on_forget, self._on_lost, self._on_stamp)
 
     def start(self) -> None:
-        self.started, self.due = True, 0.0
+        self.started, self.due, self.sent = True, 0.0, 0  # what introduced it is no message
         self._writer = _thread("writer", self._write_on)
         _thread("reader", self._read_on)
 

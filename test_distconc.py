@@ -2286,6 +2286,15 @@ class TwoNodes(OneChild):
         with self.assertRaises(NoSuchThread):
             send_synchronous(1, server, T)
 
+    def test_stats_count_messages_and_nothing_else(self):
+        target = self.collector(self.child())  # one call, which starts it
+        for number in range(10):
+            send(number, target)
+        self.assertEqual(self.got(target, 10), list(range(10)))  # another
+        stats = self.node.stats()
+        self.assertEqual((stats["sent"], stats["received"]), (12, 2))
+        self.assertEqual(sum(stats.values()), 14)
+
     def test_a_failure_is_printed_before_its_caller_can_end_the_process(self):
         done = script("""
 server = spawn_server(handle_synchronous, int)
