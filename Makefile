@@ -13,7 +13,7 @@ test: $(VENV)/ready  ## run all tests (sets up .venv with hypothesis first)
 	$(VENV)/bin/python test_distconc.py
 
 check:  ## check your solution of an exercise (EXERCISE=ring FILE=mine.py; without: list all)
-	@$(PYTHON) test_distconc.py check $(EXERCISE) $(FILE)
+	@$(PYTHON) test_distconc.py check $(EXERCISE) $(if $(FILE),"$(FILE)")
 
 bench: $(VENV)/ready  ## measure beside the bare standard library (ARGS="--sets 5", "--json")
 	@$(VENV)/bin/python test_distconc.py bench $(ARGS)

@@ -83,6 +83,7 @@ import itertools
 import os
 import pickle
 import random
+import signal
 import socket
 import stat
 import struct
@@ -189,7 +190,10 @@ class RemoteError(DistconcError):
 
 
 def _deadline(timeout: float | None) -> float | None:
-    return None if timeout is None else monotonic() + timeout
+    try:
+        return None if timeout is None else monotonic() + timeout
+    except TypeError:
+        raise TypeError(f"a timeout is seconds, or None, not {timeout!r}") from None
 
 
 def _left(deadline: float | None) -> float:
@@ -890,6 +894,8 @@ def reply_synchronous(reply: Any, synchronous: Synchronous) -> None:
     Blocks as `send` does.  If the caller is gone or gave up, nobody hears it, which is no
     error.  Raises SerializationError.
     """
+    if not isinstance(synchronous, Synchronous):
+        raise TypeError(f"reply_synchronous(reply, synchronous): {synchronous!r} is no request")
     try:
         synchronous.sender.send(Reply(reply, synchronous.tag))
     except NodeDown as error:
@@ -1019,11 +1025,12 @@ def _address(node: Any) -> Address | None:
     match node:
         case None if given is not None:
             return None
-        case str() | os.PathLike():
+        case str() | os.PathLike() if {"/", os.sep} & set(os.fspath(node)):
             return os.path.abspath(node)
         case str(host), int(port) if 0 <= port < 65536 and ":" not in host:
             return "127.0.0.1" if host in ("", "localhost") else host, port
-    raise ValueError(f"not a node: {given!r}; say 9000, 'host:9000', ('host', 9000) or a path")
+    spelt = "9000, 'host:9000', ('host', 9000), or a path with a slash"
+    raise ValueError(f"not a node: {given!r}; say {spelt}")
 
 
 def _text(address: Address | None) -> str:
@@ -1479,6 +1486,8 @@ class _Connection:
         if isinstance(error, _Refused):
             return RemoteError("Refused", f"the other node refuses it: {error}")
         text = f"the other node cannot read it: {_words(error)}"
+        if "__main__" in text:
+            text += "; put that into a file of its own, which both can import"
         return RemoteError(type(error).__name__, text)
 
     def _on_reply(self, tag: str, payload: Any) -> None:
@@ -1597,9 +1606,9 @@ class Node:
             path = isinstance(address, str)
             self._listener = Listener(address, "AF_UNIX" if path else "AF_INET", backlog=128)
         except OSError as error:
-            cure = "does a node run there?  Choose another address, or 0 for a free port"
+            cure = "does a node run there? Choose another address, or 0 for a free port"
             text = f"cannot listen at {_text(address)}: {error.strerror}; {cure}"
-            raise OSError(error.errno, text) from error
+            raise OSError(error.errno, text) from None
         self._bound = _address(self._listener.address)
         self.address = self._advertise or self._bound
         if self.address and self.address[0] == "0.0.0.0":
@@ -2135,6 +2144,7 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
 
 def _be_child() -> None:
     """Be the process of a `ChildNode`; standard input says what to do, and when to end."""
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the parent, which may go on
     orders = sys.stdin.buffer
     address, options = pickle.load(orders)
     try:
@@ -2143,8 +2153,7 @@ def _be_child() -> None:
         answer = error
     sys.stdout.buffer.write(pickle.dumps(answer))
     sys.stdout.flush()
-    with suppress(KeyboardInterrupt):  # Ctrl-C is for the parent, which will end this, too
-        orders.read(1)  # the parent's word, or its end
+    orders.read(1)  # the parent's word, or its end
     stop_node()
 
 

@@ -2131,7 +2131,7 @@ class TwoNodes(OneChild):
             send("x", handle)
         self.assertEqual(self.got(target), ["x"] * len(spellings))
         self.assertEqual(nodes(), [self.other.address])
-        for node in -1, 70000, ("h",), 1.5, True, ("h", "1"), b"127.0.0.1:1":
+        for node in -1, 70000, ("h",), 1.5, True, ("h", "1"), b"127.0.0.1:1", "h", "h:90O0":
             with self.subTest(node), self.assertRaises((ValueError, TypeError)):
                 connect(node)
 
@@ -2836,6 +2836,36 @@ class Processes(Net):
             spawn_node(heartbeat=-1)
         with self.assertRaises(ValueError):
             spawn_node(authkey=b"")
+
+    def test_ctrl_c_that_the_parent_survives_ends_no_child(self):
+        done = script("""
+import signal
+if __name__ == "__main__":
+    os.setsid()
+    child = spawn_node()
+    there = spawn(receive, node=child)
+    watch = monitor(there)
+    try:
+        os.killpg(0, signal.SIGINT)
+        receive(20)
+    except KeyboardInterrupt:
+        print("Ctrl-C")
+    send("go on", there)
+    print(receive(20).reason, child.is_alive())
+    child.stop()""")
+        self.assertEqual((done.out, done.err), ("Ctrl-C\nNone True\n", ""))
+
+    def test_what_only_a_script_has_cannot_be_spawned_elsewhere_and_the_error_says_why(self):
+        done = script("""
+def double(number):
+    return number * 2
+
+with spawn_node() as child:
+    try:
+        spawn(double, 1, node=child)
+    except RemoteError as error:
+        print(error)""")
+        self.assertIn("put that into a file of its own", done.out)
 
     def test_a_child_ends_with_its_parent_even_if_that_is_killed(self):
         parent = subprocess.Popen(
