@@ -290,9 +290,10 @@ class Mailbox:
                     message = cell[0]
                     del cell[0]
                     return message
-                cells.remove([])  # sweeps the first empty cell, this one or another
-            except (IndexError, ValueError):
-                pass  # another thread took or swept it first
+                with suppress(ValueError):  # another thread swept it first
+                    cells.remove([])  # sweeps the first empty cell, this one or another
+            except IndexError:
+                pass  # another thread took it first
         return self._get_if(lambda message: True, timeout)
 
     def get_if(self, pred: Predicate, timeout: float | None = None) -> Any:
@@ -579,7 +580,7 @@ class Thread(_Handle):
                 self._ended = True
                 _threads.pop(self.id, None)
                 for name in self._names:
-                    del _names[name]
+                    _names.pop(name, None)  # a fork may have cleared them
             heard = self._default(list(self._owes), partial(_obituary, self, reason))
         self._over.release()
         return heard
@@ -602,18 +603,26 @@ def _obituary(thread: Thread, reason: BaseException | None) -> ThreadDied:
     if reason is None:
         return ThreadDied(f"{thread!r} returned without a reply")
     died = ThreadDied(f"{thread!r} died before it replied: {_words(reason)}", reason)
-    import traceback
-
-    trace = "".join(traceback.format_exception(reason))
-    died.__cause__ = RemoteError(type(reason).__name__, trace[-(1 << 16):])
+    died.__cause__ = RemoteError(type(reason).__name__, _traceback(reason)[-(1 << 16):])
     return died
 
 
-def _words(error: BaseException) -> str:
-    """The last line of a traceback, cut to size; safe even from a bad __str__."""
+def _traceback(error: BaseException, *, whole: bool = True) -> str:
+    """The traceback, or its last line; safe even from an error that cannot be printed."""
     import traceback
 
-    return traceback.format_exception_only(error)[-1].strip()[:1000]
+    try:
+        if whole:
+            return "".join(traceback.format_exception(error))
+        lines = traceback.format_exception_only(error)
+        return next((line for line in lines if type(error).__name__ in line), lines[-1])
+    except Exception:
+        return f"{type(error).__name__} (its traceback cannot be printed)"
+
+
+def _words(error: BaseException) -> str:
+    """The last line of a traceback, cut to size."""
+    return _traceback(error, whole=False).strip()[:1000]
 
 
 class _Guest:
@@ -1272,6 +1281,7 @@ class _Connection:
     def __init__(self, node: "Node", sock: socket.socket, mine: _Hello, peer: _Hello,
                  seals: tuple[_Seal, _Seal]) -> None:
         self.peer, self.address = peer.incarnation, peer.address
+        self.names = {peer.address}  # all addresses by which it is known here
         self.heartbeat = min(mine.heartbeat, peer.heartbeat)
         self.limit = min(mine.limit, peer.limit)
         self.stamp = self.peer_stamp = 0  # each side's number for it; see Node._introduce
@@ -1279,7 +1289,9 @@ class _Connection:
         self.due = float("inf")  # when its next beat is
         self._node, self._sock = node, sock
         self._file = sock.makefile("rb", 1 << 16)
-        self._writing = threading.Lock()  # guards: the seal, the output, emptying the outbox
+        self._writing = threading.RLock()  # guards: the seal, the output, emptying the outbox
+        self._inside = False  # its holder is at work, so that a signal's handler has to wait
+        self._larges = False  # the outbox may hold what wants a frame of its own
         self._seal, self._check = seals
         self._outbox: deque[Message] = deque()
         self._bell = _bell()  # wakes the writer
@@ -1302,33 +1314,48 @@ class _Connection:
         Raises _Ended if the connection ended before it took it, OSError if while it was
         written.
         """
-        large, mine = len(message[-1]) > LARGE, False
-        wait = large or len(self._outbox) > FULL
+        wait, written = len(message[-1]) > LARGE or len(self._outbox) > FULL, False
         if wait or monotonic() - self._wrote > BURST:
             for mine in map(self._writing.acquire, (wait,)):  # so Ctrl-C cannot precede `try`
                 try:
-                    if mine:
-                        self._write_now(message, large)
+                    written = mine and self._write_now(message)
                 finally:
                     if mine:
                         self._writing.release()
-        if not mine:
+        if not written:
+            self._larges = self._larges or _is_large(message)
             self.post(message)
-            if self.ending:
+            if self.ending and not self._is_nested():
                 self._writer.join()
                 with suppress(ValueError):  # the writer's last round still took it
                     self._outbox.remove(message)
                     raise _Ended
 
-    def _write_now(self, message: Message, large: bool) -> None:
+    def _write_now(self, message: Message) -> bool:
+        """Write what waits, then `message`; `_writing` is held.  False if it has to wait."""
+        if self._inside:
+            return False
         if self.ending:
             raise _Ended
-        if self._outbox:
+        self._inside = True
+        try:
             self._flush()
-        if large:
-            self._write([(*message[:-1], None)], message[-1])
-        else:
             self._write([message])
+        except BaseException:  # Ctrl-C, too: half a frame may be out, nothing can follow it
+            self.cut()
+            raise
+        finally:
+            self._inside = False
+        return True
+
+    def _is_nested(self) -> bool:
+        """Whether this thread is writing: then this is a signal's handler, or a finalizer."""
+        mine = self._writing.acquire(False)
+        try:
+            return mine and self._inside
+        finally:
+            if mine:
+                self._writing.release()
 
     def post(self, message: Message) -> None:
         """Have `message` written soon.  Never blocks: for readers, and threads that end."""
@@ -1336,27 +1363,29 @@ class _Connection:
         _ring(self._bell)
 
     def _flush(self) -> None:
-        """Write what is in the outbox; `_writing` is held."""
+        """Write what is in the outbox; `_writing` is held, and `_inside` is set."""
         outbox = self._outbox
         while outbox:
-            self._write([outbox.popleft() for _ in range(min(len(outbox), MANY))])
+            many = 1 if self._larges else min(len(outbox), MANY)
+            self._write([outbox.popleft() for _ in range(many)])
+        self._larges = False
 
-    def _write(self, messages: list[Message], tail: Any = b"") -> None:
-        """Write one frame; `_writing` is held."""
-        if _faults and _cut_off(self.address):
+    def _write(self, messages: list[Message]) -> None:
+        """Write one frame; `_writing` is held.  After any error, the connection has to end."""
+        if _faults and _cut_off(self.names):
             return
+        tail = b""
+        if len(messages) == 1 and _is_large(messages[0]):
+            *rest, tail = messages[0]
+            messages = [(*rest, None)]
         body = pickle.dumps(messages, 5)
         lengths = HEAD.pack(len(body), len(tail), b"")[:8]
         frame = lengths + self._seal.mac(lengths, body, tail) + body
-        try:
-            if 0 < len(tail) < 1 << 16:
-                self._sock.sendall(frame + tail)
-            else:
-                self._sock.sendall(frame)
-                self._sock.sendall(tail) if tail else None
-        except BaseException:  # Ctrl-C, too: half a frame may be out, nothing can follow it
-            self.cut()
-            raise
+        if 0 < len(tail) < 1 << 16:
+            self._sock.sendall(frame + tail)
+        else:
+            self._sock.sendall(frame)
+            self._sock.sendall(tail) if tail else None
         self._wrote = monotonic()
         self._idle = False
         self.sent += len(messages)
@@ -1365,15 +1394,24 @@ class _Connection:
         with suppress(OSError):
             while not self.ending:
                 self._bell.acquire()
-                with self._writing:
-                    if self._outbox:
-                        self._flush()
-                    elif self._idle:
-                        self._write([])  # a tick
-            with self._writing:
-                self._flush()
-                self._sock.shutdown(socket.SHUT_WR)
+                self._write_waiting()
+            self._write_waiting()
+            self._sock.shutdown(socket.SHUT_WR)
         self.ending = True
+
+    def _write_waiting(self) -> None:
+        """Write what waits, or a tick if nothing was written for long."""
+        with self._writing:
+            self._inside = True
+            try:
+                self._flush()
+                if self._idle:
+                    self._write([])
+            except BaseException:
+                self.cut()
+                raise
+            finally:
+                self._inside = False
 
     def close(self) -> None:
         """Take no more, write what waits, then say the end.  Never blocks."""
@@ -1474,7 +1512,8 @@ class _Connection:
         if thread._owe(tag, self.peer) and caller:
             request = Synchronous(data, RemoteThread(self.address, caller, self.peer), tag)
             if target[1] == KERNEL:
-                thread._start(_kernel, request, _here.cause)
+                with suppress(RuntimeError):  # no thread can be started; who asked is told
+                    thread._start(_kernel, request, _here.cause)
             else:
                 thread.send(request)
 
@@ -1523,14 +1562,19 @@ class _Connection:
         _strike(tag)
 
     def _on_stamp(self, stamp: "Stamp", kind: int, *rest: Any) -> None:
-        process, id, clock = stamp
-        if not 0 < clock < 1 << 53:
-            raise ValueError("not the clock of an event")
-        with _because((str(process), int(id), int(clock))):
+        process, id, clock = str(stamp[0])[:16], int(stamp[1]), int(stamp[2])
+        if not (0 <= id < 1 << 53 and 0 < clock < 1 << 53):
+            raise ValueError("not the stamp of an event")
+        known = clock < 1 << 52  # beyond that, our own clocks would soon be too large
+        with _because((process, id, clock) if known else UNKNOWN):
             self._on[kind](*rest)
 
     def _on_lost(self, name_or_id: int | str, why: str, times: int) -> None:
         _log_lost(f"{name_or_id!r} at {_text(self.address) or 'its node'}", why, times)
+
+
+def _is_large(message: Message) -> bool:
+    return isinstance(message[-1], bytes) and len(message[-1]) > LARGE
 
 
 def _thread(part: str, run: Callable[..., None], *args: Any) -> threading.Thread:
@@ -1629,6 +1673,8 @@ class Node:
     def stop(self, timeout: float = 5.0) -> None:
         """Stop the node; see `stop_node`."""
         deadline = monotonic() + timeout
+        for fault in _faults.copy():
+            fault._release()
         with self._lock:
             self._stopped, bound, self._bound = True, self._bound, None
             for sock in self._shaking:
@@ -1675,6 +1721,11 @@ class Node:
         with self._lock:
             self._counts[name] += times
 
+    def _check_allowed(self, func: Any) -> None:
+        """Raise unless a message may have `func` called; to load it may be allowed, as data."""
+        if self._load is not pickle.loads and func not in (self._allow or ()):
+            raise _Refused(f"{_name_of(func)} is not among what it allows")
+
     def _find(self, target: Target) -> Thread:
         incarnation, name_or_id = target
         if incarnation not in (0, self.incarnation):
@@ -1701,7 +1752,7 @@ class Node:
             if awaited:
                 awaited.peer = connection.peer
             try:
-                fault = _faults and _fault(connection.address)
+                fault = _faults and _fault(connection.names)
                 return fault._send(connection, message) if fault else connection.send(message)
             except _Ended:
                 pass
@@ -1714,7 +1765,10 @@ class Node:
         connection = self._speaking.get(peer)
         if connection is None or connection.ending:
             return False
-        connection.post(_stamped(message) if _trace else message)
+        message = _stamped(message) if _trace else message
+        fault = _faults and _fault(connection.names)
+        if not (fault and fault._hold(0, connection, message)):
+            connection.post(message)
         return True
 
     def _depend(self, awaited: _Await, peer: int) -> None:
@@ -1726,7 +1780,7 @@ class Node:
     def _reach(self, address: Address | None, incarnation: int = 0) -> _Connection:
         """Return the connection to speak on; dial if there is none, once for all who wait."""
         deadline = monotonic() + self._connect_timeout
-        if _cut_off(address):
+        if _cut_off({address}):
             raise NodeUnreachable(f"faults(drop=1) cuts {_text(address)} off")
         with self._lock:
             while connection := self._speaking.get(incarnation) or self._speaking.get(address):
@@ -1820,6 +1874,7 @@ class Node:
                 pair = (mine, peer) if dialled else (peer, mine)
                 seals = _Seal(key, mine.role, *pair), _Seal(key, peer.role, *pair)
                 connection = _Connection(self, sock, mine, peer, seals)
+                connection.names |= {dialled} - {None}
                 self._introduce(connection, dialled)
                 return connection
         except BaseException:
@@ -1848,7 +1903,7 @@ class Node:
         if peer.role == b"dialler" and not called & set(peer.meant):
             raise AuthenticationError(f"{peer.meant!r} was dialled, which is not this node; "
                                       "behind NAT or a tunnel, start_node needs advertise=")
-        if _cut_off(peer.address):
+        if _cut_off({peer.address}):
             raise NodeUnreachable("faults(drop=1) cuts it off")
 
     def _introduce(self, connection: _Connection, dialled: Address | None) -> None:
@@ -2035,6 +2090,7 @@ def _kernel(request: Synchronous, cause: "Stamp") -> None:
     try:
         match request.data:
             case "spawn", func, args, name, register, link:
+                local_node()._check_allowed(func)
                 answer = _spawn_here(func, args, name, register, link, request.sender._key[0])
             case ("ping",):
                 pass
@@ -2174,7 +2230,7 @@ def _after_fork() -> None:
         if _node._listener:
             _node._listener.close()
     _incarnation, _node, _here = int.from_bytes(os.urandom(8), "big"), None, _Here()
-    for table in _threads, _names, _awaited, _debts, _losses:
+    for table in _threads, _names, _awaited, _debts, _losses, _faults:
         table.clear()
     _registry, _settling, _losing, _starting, _clocking = (
         threading.RLock() for _ in range(5))
@@ -2353,21 +2409,31 @@ class faults:
         self._to = None if to is None else _address(to)
         self._drop, self._delay, self._duplicate = drop, delay, duplicate
         self._random = random.Random(seed)
-        self._late: SimpleQueue[Any] = SimpleQueue()  # when it is due, where to, and what
-        self._left = threading.Event()
+        self._gate = threading.RLock()  # guards: whether messages are still held up, or go on
+        self._late: SimpleQueue[Any] | None = None  # when it is due, where to, and what
 
     def __enter__(self) -> "faults":
+        if self in _faults:
+            raise RuntimeError("these faults are entered already")
         if self._delay:
-            self._postman = _thread("postman", self._send_late)
+            self._late, self._left = SimpleQueue(), threading.Event()
+            self._postman = _thread("postman", self._send_late, self._late)
         _faults.append(self)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        _faults.remove(self)
-        self._left.set()
-        if self._delay:
-            self._late.put(None)
-            self._postman.join()
+        self._release()
+        with suppress(ValueError):  # a fork has cleared them
+            _faults.remove(self)
+
+    def _release(self) -> None:
+        """Have what is held up sent now; who sends meanwhile waits, so that order is kept."""
+        with self._gate:
+            if self._late:
+                self._late.put(None)
+                self._left.set()
+                self._postman.join()
+                self._late = None
 
     def _send(self, connection: _Connection, message: Message) -> None:
         drop, duplicate, delay = (self._random.random() for _ in range(3))
@@ -2375,26 +2441,31 @@ class faults:
             _record(None, "lost", _here.cause, why="dropped by faults")
             return
         for _ in range(1 + (duplicate < self._duplicate)):
-            if self._delay:
-                self._late.put((monotonic() + delay * self._delay, connection, message))
-            else:
+            if not self._hold(delay * self._delay, connection, message):
                 connection.send(message)
 
-    def _send_late(self) -> None:
-        while item := self._late.get():
+    def _hold(self, delay: float, connection: _Connection, message: Message) -> bool:
+        """Hold a message up, behind those that are, if this fault does so."""
+        with self._gate:
+            if self._late:
+                self._late.put((monotonic() + delay, connection, message))
+            return self._late is not None
+
+    def _send_late(self, late: "SimpleQueue[Any]") -> None:
+        while item := late.get():
             due, connection, message = item
             self._left.wait(max(due - monotonic(), 0))
             with suppress(OSError, _Ended):
                 connection.send(message)
 
 
-def _fault(address: Address | None) -> faults | None:
-    """The fault that concerns the node of `address`."""
-    return next((one for one in reversed(_faults.copy()) if one._to in (None, address)), None)
+def _fault(names: set[Address | None]) -> faults | None:
+    """The fault that concerns the node of these addresses."""
+    return next((one for one in reversed(_faults.copy()) if one._to in (None, *names)), None)
 
 
-def _cut_off(address: Address | None) -> bool:
-    fault = _fault(address)
+def _cut_off(names: set[Address | None]) -> bool:
+    fault = _fault(names)
     return fault is not None and fault._drop >= 1
 
 
@@ -2534,7 +2605,10 @@ def _shown(message: Any) -> str:
             return f"LinkedError: {_shown(message.thread)}, {_shown(message.error)}"
     short = reprlib.Repr()
     short.maxstring = short.maxother = 100
-    return short.repr(message)
+    try:
+        return short.repr(message[:200] if type(message) is bytes else message)
+    except Exception:  # it is too large a number, or another thread changes it
+        return f"<a {type(message).__name__}>"
 
 
 if os.environ.get("DISTCONC_TRACE") and __name__ != "__main__":
@@ -2679,9 +2753,13 @@ class _Table:
 def _distinct(names: list[str], what: str) -> list[str]:
     """Number those that come again: a, b, a 2."""
     taken: dict[str, None] = {}
+    times = Counter[str]()
     for name in names:
-        again = (f"{name}{what} {number}" for number in itertools.count(2))
-        taken[name if name not in taken else next(a for a in again if a not in taken)] = None
+        each = name
+        while each in taken:
+            times[name] += 1
+            each = f"{name}{what} {times[name] + 1}"
+        taken[each] = None
     return list(taken)
 
 
