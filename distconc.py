@@ -853,6 +853,8 @@ class Synchronous(_Value):
     tag: str
 
     def __init__(self, data: Any, sender: Handle, tag: str) -> None:
+        if not isinstance(sender, _Handle) or not isinstance(tag, str):
+            raise TypeError(f"Synchronous(data, sender, tag): not {sender!r}, {tag!r}")
         super().__init__(data, sender, tag)
 
 
@@ -1096,7 +1098,9 @@ class RemoteThread(_Handle):
     def __init__(self, node: NodeLike | None, id: int | str, incarnation: int = 0) -> None:
         if not isinstance(id, (int, str)) or len(str(id)) > 255:
             raise TypeError(f"an id is an int, or a name of up to 255 letters, not {id!r}")
-        self._node: Any = node if incarnation else _address(node)
+        if not isinstance(incarnation, int):
+            raise TypeError(f"an incarnation is an int, not {incarnation!r}")
+        self._node: Any = None if node is None and incarnation else _address(node)
         self._id = id
         self._key = (incarnation or self._node, id)
         self._target = (incarnation, id)  # what its node knows it by; 0: in whatever run
@@ -1724,7 +1728,9 @@ class Node:
     def _check_allowed(self, func: Any) -> None:
         """Raise unless a message may have `func` called; to load it may be allowed, as data."""
         if self._load is not pickle.loads and func not in (self._allow or ()):
-            raise _Refused(f"{_name_of(func)} is not among what it allows")
+            self._count("refused")
+            text = f"the other node refuses it: {_name_of(func)} is not among what it allows"
+            raise RemoteError("Refused", text)
 
     def _find(self, target: Target) -> Thread:
         incarnation, name_or_id = target
@@ -2223,13 +2229,15 @@ def _print_on(source: Any) -> None:
 
 def _after_fork() -> None:
     """Leave the parent its connections: a forked child is another node, not started."""
-    global _incarnation, _node, _here, _registry, _settling, _losing, _starting, _clocking
+    global _incarnation, _node, _here, _reporter
+    global _registry, _settling, _losing, _starting, _clocking
     if _node:
         for sock in (*(connection._sock for connection in _node._open), *_node._shaking):
             os.close(sock.detach())
         if _node._listener:
             _node._listener.close()
     _incarnation, _node, _here = int.from_bytes(os.urandom(8), "big"), None, _Here()
+    _reporter = None
     for table in _threads, _names, _awaited, _debts, _losses, _faults:
         table.clear()
     _registry, _settling, _losing, _starting, _clocking = (
@@ -2351,8 +2359,9 @@ def _contact_lost(peer: int, name: str) -> None:
             _strike(tag)
 
 
-_losses: dict[str, tuple[int, str]] = {}  # by target: how many are not yet logged, and why
-_losing = threading.RLock()  # guards: _losses
+_losses: dict[str, tuple[int, str, float]] = {}  # by target: how many since, why; the last line
+_reporter: threading.Timer | None = None  # waits to look through them again
+_losing = threading.RLock()  # guards: _losses, _reporter
 
 
 def _undelivered(target: str, why: str) -> None:
@@ -2365,24 +2374,45 @@ def _log_lost(target: str, why: str, times: int = 1) -> None:
     local_node()._count("lost", times)
     _record(None, "lost", _here.cause, why=f"{times} to {target}: {why}")
     with _losing:
-        first = target not in _losses
-        _losses[target] = _losses.get(target, (0, why))[0] + times, why
-    if first:
+        before, _, last = _losses.get(target, (0, why, 0.0))
+        _losses[target] = before + times, why, last
+    if not last:
         _report(target)
 
 
 def _report(target: str) -> None:
-    """Log what was lost since the last line; look again in a second, until nothing was."""
+    """Log what was lost since the last line about that target; forget it if nothing was."""
     with _losing:
-        times, why = _losses.pop(target, (0, ""))
+        times, why, _ = _losses.pop(target, (0, "", 0.0))
         if not times:
             return
-        _losses[target] = 0, why
+        _losses[target] = 0, why, monotonic()
     _log("WARNING", "lost %d message%s to %s: %s", times, "s" * (times > 1), target, why)
-    timer = threading.Timer(1.0, _report, [target])
-    timer.daemon = True
-    with suppress(RuntimeError):  # at exit, no thread starts any more
-        timer.start()
+    _report_later()
+
+
+def _report_later() -> None:
+    global _reporter
+    with _losing:
+        if _reporter or not _losses:
+            return
+        _reporter = threading.Timer(0.5, _report_all)
+        _reporter.daemon = True
+        try:
+            _reporter.start()
+        except RuntimeError:  # at exit, no thread starts any more
+            _reporter = None
+
+
+def _report_all() -> None:
+    """Report on each target whose last line is a second old."""
+    global _reporter
+    with _losing:
+        _reporter = None
+        due = [target for target, (_, _, last) in _losses.items() if last <= monotonic() - 1]
+    for target in due:
+        _report(target)
+    _report_later()
 
 
 ######## Faults: a network that can be broken

@@ -2795,6 +2795,25 @@ class Plain(Net):
                 start_node(allow=allow)
         start_node(allow=[])
 
+    def test_what_is_only_data_cannot_be_spawned(self):
+        child = self.child(allow=[echo])
+        for func, args in (uuid.UUID, ("0" * 32,)), (complex, (1,)), (print, ("x",)):
+            with self.subTest(func), self.assertRaises(RemoteError) as caught:
+                spawn(func, *args, node=child, name="taken", register=True)
+            self.assertEqual(caught.exception.type, "Refused")
+        spawn(echo, 1, node=child)
+        self.assertRaises(NoSuchThread, send_synchronous, 1, RemoteThread(child, "taken"), T)
+
+    def test_a_forged_sender_harms_no_server(self):
+        child = self.child(allow=[handle_synchronous, echo])
+        server = spawn(handle_synchronous, echo, node=child, name="echo", register=True)
+        for sender in 5, RemoteThread(9, 5, 77):
+            forged = Synchronous(1, current_thread(), "t")
+            object.__setattr__(forged, "sender", sender)
+            object.__setattr__(sender, "_node", []) if sender != 5 else None
+            send(forged, server)
+        self.assertEqual(send_synchronous("hello", server, T), "hello")
+
     def test_off_loopback_only_plain_data_gets_in_by_default(self):
         stop_node()
         mark = self.mark()
@@ -4146,7 +4165,8 @@ class Traces(OneChild):
 
     def test_no_message_is_too_odd_to_be_shown(self):
         trace(self.traces)
-        for message in Odd(), 10**5000, type("array", (), {})(), "\ud800\n<&>", b"x" * 100_000, [[[[[[[1]]]]]]], Mute():
+        for message in (Odd(), 10**5000, type("array", (), {})(), "\ud800\n<&>", b"x" * 100_000,
+                        [[[[[[[1]]]]]]], Mute()):
             send(message, current_thread())
             self.assertIs(receive(0), message)
         self.assertLess(max(len(r.get("message", "")) for r in records(self.traces)), 300)
