@@ -2375,7 +2375,7 @@ def _log_lost(target: str, why: str, times: int = 1) -> None:
     _record(None, "lost", _here.cause, why=f"{times} to {target}: {why}")
     with _losing:
         before, _, last = _losses.get(target, (0, why, 0.0))
-        _losses[target] = before + times, why, last
+        _losses[target] = before + times, why, last or monotonic()
     if not last:
         _report(target)
 
