@@ -94,7 +94,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener, answer_challenge, deliver_challenge
 from queue import SimpleQueue
@@ -290,8 +290,10 @@ class Mailbox:
                     message = cell[0]
                     del cell[0]
                     return message
-                with suppress(ValueError):  # another thread swept it first
+                try:
                     cells.remove([])  # sweeps the first empty cell, this one or another
+                except ValueError:
+                    pass  # another thread swept it first
             except IndexError:
                 pass  # another thread took it first
         return self._get_if(lambda message: True, timeout)
@@ -1044,6 +1046,9 @@ def _address(node: Any) -> Address | None:
     raise ValueError(f"not a node: {given!r}; say {spelt}")
 
 
+_checked = lru_cache(1024)(_address)  # for handles that travel, which come again and again
+
+
 def _text(address: Address | None) -> str:
     return address if isinstance(address, str) else "%s:%d" % address if address else ""
 
@@ -1100,7 +1105,10 @@ class RemoteThread(_Handle):
             raise TypeError(f"an id is an int, or a name of up to 255 letters, not {id!r}")
         if not isinstance(incarnation, int):
             raise TypeError(f"an incarnation is an int, not {incarnation!r}")
-        self._node: Any = None if node is None and incarnation else _address(node)
+        if not incarnation:
+            self._node: Any = _address(node)
+        else:
+            self._node = None if node is None else _checked(node)
         self._id = id
         self._key = (incarnation or self._node, id)
         self._target = (incarnation, id)  # what its node knows it by; 0: in whatever run
@@ -1318,7 +1326,8 @@ class _Connection:
         Raises _Ended if the connection ended before it took it, OSError if while it was
         written.
         """
-        wait, written = len(message[-1]) > LARGE or len(self._outbox) > FULL, False
+        large, written = len(message[-1]) > LARGE, False
+        wait = large or len(self._outbox) > FULL
         if wait or monotonic() - self._wrote > BURST:
             for mine in map(self._writing.acquire, (wait,)):  # so Ctrl-C cannot precede `try`
                 try:
@@ -1327,7 +1336,8 @@ class _Connection:
                     if mine:
                         self._writing.release()
         if not written:
-            self._larges = self._larges or _is_large(message)
+            if large:
+                self._larges = True
             self.post(message)
             if self.ending and not self._is_nested():
                 self._writer.join()
