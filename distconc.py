@@ -1046,7 +1046,7 @@ def _address(node: Any) -> Address | None:
     raise ValueError(f"not a node: {given!r}; say {spelt}")
 
 
-_checked = lru_cache(1024)(_address)  # for handles that travel, which come again and again
+_checked: Callable[[Any], Any] = lru_cache(1024)(_address)  # for handles that come again
 
 
 def _text(address: Address | None) -> str:
