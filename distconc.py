@@ -1355,9 +1355,6 @@ class _Connection:
         try:
             self._flush()
             self._write([message])
-        except BaseException:  # Ctrl-C, too: half a frame may be out, nothing can follow it
-            self.cut()
-            raise
         finally:
             self._inside = False
         return True
@@ -1385,7 +1382,7 @@ class _Connection:
         self._larges = False
 
     def _write(self, messages: list[Message]) -> None:
-        """Write one frame; `_writing` is held.  After any error, the connection has to end."""
+        """Write one frame; `_writing` is held."""
         if _faults and _cut_off(self.names):
             return
         tail = b""
@@ -1395,11 +1392,15 @@ class _Connection:
         body = pickle.dumps(messages, 5)
         lengths = HEAD.pack(len(body), len(tail), b"")[:8]
         frame = lengths + self._seal.mac(lengths, body, tail) + body
-        if 0 < len(tail) < 1 << 16:
-            self._sock.sendall(frame + tail)
-        else:
-            self._sock.sendall(frame)
-            self._sock.sendall(tail) if tail else None
+        try:
+            if 0 < len(tail) < 1 << 16:
+                self._sock.sendall(frame + tail)
+            else:
+                self._sock.sendall(frame)
+                self._sock.sendall(tail) if tail else None
+        except BaseException:  # Ctrl-C, too: half a frame may be out, nothing can follow it
+            self.cut()
+            raise
         self._wrote = monotonic()
         self._idle = False
         self.sent += len(messages)
@@ -1421,9 +1422,6 @@ class _Connection:
                 self._flush()
                 if self._idle:
                     self._write([])
-            except BaseException:
-                self.cut()
-                raise
             finally:
                 self._inside = False
 
