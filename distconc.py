@@ -44,10 +44,10 @@ awaits it.
     a call, link or monitor                                  Thread: Mailbox ── receive ──> ...
     that is settled once                                     _debts[tag]: who hears of its end
 
-The locks, none of them held while waiting for the network but `_writing`, in the order taken:
-`_settling` (outcomes), `_starting` (which node this is), `Node._lock` (its tables), `_registry`
-(names and ends of threads), `_losing` (the log of losses), each connection's `_writing`,
-`_clocking` (the trace).  Mailboxes need none.
+The locks, in the order taken: `_settling` (outcomes), `_starting` (which node this is),
+`Node._lock` (its tables), `_registry` (names and ends of threads), `_losing` (the log of
+losses), the `_gate` of `faults`, each connection's `_writing`, `_clocking` (the trace).  Only
+`_gate` and `_writing` are held while waiting for the network.  Mailboxes need none.
 
 The wire.  After the stock challenge of `multiprocessing.connection` with the key (the dialler
 answers first, then challenges), each side sends with `send_bytes` one hello, its fields joined
@@ -1391,15 +1391,15 @@ class _Connection:
             messages = [(*rest, None)]
         body = pickle.dumps(messages, 5)
         lengths = HEAD.pack(len(body), len(tail), b"")[:8]
-        frame = lengths + self._seal.mac(lengths, body, tail) + body
         try:
+            frame = lengths + self._seal.mac(lengths, body, tail) + body
             if 0 < len(tail) < 1 << 16:
                 self._sock.sendall(frame + tail)
             else:
                 self._sock.sendall(frame)
                 self._sock.sendall(tail) if tail else None
-        except BaseException:  # Ctrl-C, too: half a frame may be out, nothing can follow it
-            self.cut()
+        except BaseException:  # Ctrl-C, too: half a frame may be out, nothing can follow it,
+            self._say_end()  # but all before it shall still arrive
             raise
         self._wrote = monotonic()
         self._idle = False
@@ -1411,8 +1411,13 @@ class _Connection:
                 self._bell.acquire()
                 self._write_waiting()
             self._write_waiting()
+        self._say_end()
+
+    def _say_end(self) -> None:
+        """Nothing follows what was written; the peer reads that, and then ends it, too."""
+        with suppress(OSError):  # the peer was first
             self._sock.shutdown(socket.SHUT_WR)
-        self.ending = True
+        self.close()
 
     def _write_waiting(self) -> None:
         """Write what waits, or a tick if nothing was written for long."""
@@ -1482,9 +1487,7 @@ class _Connection:
     def read(self) -> tuple[list[Message], Any]:
         """Wait for a frame, check its seal before all else, return its messages and tail."""
         self._silent = 0
-        head = self._file.read(HEAD.size)
-        if not head:
-            raise EOFError
+        head = self._read(HEAD.size)
         body_size, tail_size, mac = HEAD.unpack(head)
         if body_size > 1 << 24 or tail_size > self._node._max_message:
             raise OSError(f"a frame of {body_size} + {tail_size} bytes is too large")
@@ -1506,7 +1509,7 @@ class _Connection:
                 self._silent = 0  # a large message on its way is no silence
                 if at == size:
                     return data
-        raise OSError("the connection ended in the middle of a frame")
+        raise EOFError  # in the middle of a frame: the writer was interrupted
 
     def _on_send(self, target: Target, payload: Any) -> None:
         try:

@@ -1353,6 +1353,14 @@ def keep_sizes():
             kept.append((message[0], len(message[1])))
 
 
+def murmur(target):
+    """Send a little now and then, for as long as there is contact."""
+    with contextlib.suppress(NodeDown):
+        while True:
+            send("still here", target)
+            receive(0.01, None)
+
+
 class TwoArguments(Exception):
     def __init__(self, one, two):
         super().__init__(one)
@@ -3277,6 +3285,30 @@ os.waitpid(pid, 0)
         self.assertEqual(got, [item for item in expected if item in got])
         must = [item for item in expected if item[1] == 4 or outcomes[item[0]] == "sent\n"]
         self.assertEqual([item for item in must if item not in got], [])
+
+    def test_ctrl_c_within_a_send_costs_nothing_that_was_accepted_before(self):
+        child = self.child()
+        kept = spawn(keep_sizes, node=child, name="kept", register=True)
+        result = script("""if True:
+            import os, signal, sys, threading, test_distconc
+            address, pid = sys.argv[1], int(sys.argv[2])
+            target = RemoteThread(address, "kept")
+            spawn(test_distconc.murmur, current_thread(), node=address)
+            receive()
+            os.kill(pid, signal.SIGSTOP)
+            for number in range(100):
+                send((number, bytes(10_000)), target)
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Timer(0.3, os.kill, (pid, signal.SIGCONT)).start()
+            try:
+                send(("interrupted", bytes(20_000_000)), target)
+            except KeyboardInterrupt:
+                print("Ctrl-C")
+            send(("next", b""), target)
+            """, child, child.pid)
+        self.assertEqual(result.out, "Ctrl-C\n", result.err)
+        expected = [(number, 10_000) for number in range(100)] + [("next", 0)]
+        self.assertEqual(self.got(kept, None), expected)
 
     # Keys
 
