@@ -1098,7 +1098,7 @@ class RemoteThread(_Handle):
     another's.  One made by hand equals one made by hand of the same node and id.
     """
 
-    __slots__ = ("_node", "_id", "_target")
+    __slots__ = ("_node", "_id", "_target", "_route")
 
     def __init__(self, node: NodeLike | None, id: int | str, incarnation: int = 0) -> None:
         if not isinstance(id, (int, str)) or len(str(id)) > 255:
@@ -1112,6 +1112,7 @@ class RemoteThread(_Handle):
         self._id = id
         self._key = (incarnation or self._node, id)
         self._target = (incarnation, id)  # what its node knows it by; 0: in whatever run
+        self._route: _Connection | None = None  # the last on which it was reached
 
     node = property(lambda self: self._node)
     id = property(lambda self: self._id)
@@ -1128,17 +1129,40 @@ class RemoteThread(_Handle):
                 _undelivered(repr(self), str(error))
         elif message.__class__ is Reply:
             tag = str(message.tag)
-            local_node()._send(self, (REPLY, tag, serialize(message.data)))
+            self._deliver((REPLY, tag, serialize(message.data)))
             _strike(tag)
         else:
-            local_node()._send(self, (SEND, self._target, serialize(message)))
+            self._deliver((SEND, self._target, serialize(message)))
 
     def _ask(self, awaited: _Await, caller: Thread | None = None, message: Any = None) -> None:
         if self._is_here():
             get_remote_thread(self._id)._ask(awaited, caller, message)
         else:
             id, payload = (caller.id, serialize(message)) if caller else (0, b"")
-            local_node()._send(self, (ASK, self._target, id, awaited.tag, payload), awaited)
+            self._deliver((ASK, self._target, id, awaited.tag, payload), awaited)
+
+    def _deliver(self, message: Message, awaited: _Await | None = None) -> None:
+        """Send over the connection there is, or a new one; once more if that ended untaken."""
+        if _trace:
+            message = _stamped(message)
+        size = len(message[-1])
+        for _ in range(2):
+            route = self._route
+            if route is None or route.ending:
+                _check_size(size, local_node()._max_message)
+                route = self._route = local_node()._reach(self._node, self._target[0])
+            if size > route.limit:
+                _check_size(size, route.limit)
+            if awaited:
+                awaited.peer = route.peer
+            try:
+                fault = _faults and _fault(route.names)
+                return fault._send(route, message) if fault else route.send(message)
+            except _Ended:
+                pass
+            except OSError as error:
+                raise NodeDown(f"contact was lost while sending to {self} ({error})") from error
+        raise NodeDown(f"two connections to {_text(self._node)} ended before they took it")
 
     def _forget(self, awaited: _Await) -> None:
         if awaited.peer:
@@ -1147,6 +1171,8 @@ class RemoteThread(_Handle):
             _strike(awaited.tag)
 
     def _is_here(self) -> bool:
+        if self._route and not self._route.ending:
+            return False
         if self._target[0]:
             return bool(self._target[0] == _incarnation)
         return local_node()._is_called(self._node)
@@ -1156,6 +1182,11 @@ class RemoteThread(_Handle):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteThread, (self._node, self._id, self._target[0])
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise SerializationError(f"{size} bytes are more than max_message, {limit}")
 
 
 def register_remote_thread(thread: Thread, name: str | None = None) -> None:
@@ -1353,8 +1384,12 @@ class _Connection:
             raise _Ended
         self._inside = True
         try:
-            self._flush()
-            self._write([message])
+            if len(message[-1]) > LARGE:
+                self._flush()
+                self._write([message])
+            else:
+                self._outbox.append(message)
+                self._flush()
         finally:
             self._inside = False
         return True
@@ -1753,29 +1788,6 @@ class Node:
         return thread
 
     # Sending
-
-    def _send(self, to: RemoteThread, message: Message, awaited: _Await | None = None) -> None:
-        """Send over the connection there is, or a new one; once more if that ended untaken."""
-        if _trace:
-            message = _stamped(message)
-        for _ in range(2):
-            connection = self._speaking.get(to._target[0]) or self._speaking.get(to._node)
-            limit = connection.limit if connection else self._max_message
-            if len(message[-1]) > limit:
-                text = f"{len(message[-1])} bytes are more than max_message, {limit}"
-                raise SerializationError(text)
-            if connection is None or connection.ending:
-                connection = self._reach(to._node, to._target[0])
-            if awaited:
-                awaited.peer = connection.peer
-            try:
-                fault = _faults and _fault(connection.names)
-                return fault._send(connection, message) if fault else connection.send(message)
-            except _Ended:
-                pass
-            except OSError as error:
-                raise NodeDown(f"contact was lost while sending to {to} ({error})") from error
-        raise NodeDown(f"two connections to {_text(to._node)} ended before they took it")
 
     def _post(self, peer: int, message: Message) -> bool:
         """Send if there is contact.  Never blocks."""
@@ -2243,6 +2255,8 @@ def _after_fork() -> None:
     global _incarnation, _node, _here, _reporter
     global _registry, _settling, _losing, _starting, _clocking
     if _node:
+        for connection in _node._open:
+            connection.ending = True
         for sock in (*(connection._sock for connection in _node._open), *_node._shaking):
             os.close(sock.detach())
         if _node._listener:

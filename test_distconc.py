@@ -2849,8 +2849,10 @@ class Plain(Net):
         child = self.child(max_message=10_000)
         target = self.collector(child)
         for act in send, send_synchronous:
-            with self.assertRaises(SerializationError):
-                act(bytes(20_000), target)
+            disconnect(child)  # so that it meets the first message of a connection, too
+            for _ in range(2):
+                with self.assertRaises(SerializationError):
+                    act(bytes(20_000), target)
         send(bytes(9_000), target)
         self.assertEqual(self.got(target), [bytes(9_000)])
         stop_node()
@@ -2859,6 +2861,23 @@ class Plain(Net):
             send(bytes(2000), RemoteThread(free_port(), "nobody"))
         with self.assertRaises(NodeUnreachable):
             send(bytes(900), RemoteThread(free_port(), "nobody"))
+
+    def test_a_handle_that_was_used_follows_its_name_to_this_node_and_away_again(self):
+        port = free_port()
+        handle = RemoteThread(port, "collector")
+        for _ in range(2):
+            with spawn_node(port) as child:
+                self.collector(child)
+                send("there", handle)
+                self.assertEqual(self.got(handle), ["there"])
+            stop_node()
+            start_node(port)
+            self.here(collect, name="collector")
+            message = ["here", threading.Lock()]  # which could not be sent away
+            send(message, handle)
+            self.assertIs(self.got(get_remote_thread("collector"))[0], message)
+            stop_node()
+            start_node()
 
     def test_a_reply_above_max_message_fails_the_call(self):
         child = self.child(max_message=10_000)
