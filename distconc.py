@@ -1809,14 +1809,14 @@ class Node:
     def _reach(self, address: Address | None, incarnation: int = 0) -> _Connection:
         """Return the connection to speak on; dial if there is none, once for all who wait."""
         deadline = monotonic() + self._connect_timeout
-        if _cut_off({address}):
-            raise NodeUnreachable(f"faults(drop=1) cuts {_text(address)} off")
         with self._lock:
             while connection := self._speaking.get(incarnation) or self._speaking.get(address):
                 if not connection.ending:
                     return connection
                 if not self._changed.wait(_left(deadline)):
                     raise NodeUnreachable(f"the last connection to {_text(address)} still ends")
+            if _cut_off({address}):
+                raise NodeUnreachable(f"faults(drop=1) cuts {_text(address)} off")
             if self._stopped:
                 raise NodeDown("this node was stopped; start_node starts it again")
             if address is None:
