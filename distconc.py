@@ -1677,6 +1677,7 @@ class Node:
         self._stamps = itertools.count(1)
         self._warden: threading.Thread | None = None
         self._listener: Listener | None = None
+        self._accepter: threading.Thread | None = None
         self._configure()
 
     def _configure(self, authkey: bytes | str | None = None, advertise: NodeLike | None = None,
@@ -1740,7 +1741,10 @@ class Node:
                 bound = "127.0.0.1", int(bound[1])
             with suppress(OSError):  # knock at our own door: nothing else wakes `accept`
                 Client(bound).close()
-            self._accepter.join(_left(deadline))
+            if self._accepter:
+                self._accepter.join(_left(deadline))
+        if self._listener:
+            self._listener.close()
         with self._lock:
             if not self._changed.wait_for(lambda: not self._open, _left(deadline) * 0.9):
                 for connection in self._open:
@@ -1868,7 +1872,6 @@ class Node:
                 _log("INFO", "nobody can be let in just now: %s", error)
                 with self._lock:
                     self._changed.wait_for(lambda: self._stopped, 0.05)
-        listener.close()
 
     def _admit(self, stranger: Any) -> None:
         try:
@@ -2031,9 +2034,14 @@ def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = No
         if node._started:
             raise RuntimeError(f"{node!r} runs in this process already; stop_node() first")
         node._configure(authkey, advertise, allow, heartbeat, connect_timeout, max_message)
-        if address is not None:
-            node._listen(_address(address) or "")
-        node._started, _node = True, node
+        try:
+            if address is not None:
+                node._listen(_address(address) or "")
+            node._started, _node = True, node
+        except KeyboardInterrupt:  # no half of it stays open
+            _node = node
+            node.stop(1)
+            raise
         return node
 
 
