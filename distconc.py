@@ -395,6 +395,13 @@ class _Await:
         """Take the outcome; must not block.  True if it is of use to somebody."""
         raise NotImplementedError
 
+    def excuse(self) -> None:
+        """Whoever owes it need not tell any more: it came another way, or nobody waits."""
+        if self.peer:
+            local_node()._post(self.peer, (FORGET, self.tag))
+        else:
+            _strike(self.tag)
+
 
 def _settle(tag: str, outcome: "Reply | DistconcError") -> bool:
     with _settling:
@@ -510,8 +517,9 @@ class Thread(_Handle):
             with _sending(message, self):
                 self.send(message)
         elif message.__class__ is Reply:
-            if isinstance(message.tag, str):  # or it is forged, and nobody's
-                _strike(message.tag)
+            # a forged tag may be anything
+            if isinstance(message.tag, str) and (awaited := _awaited.get(message.tag)):
+                awaited.excuse()
                 _settle(message.tag, message)
         elif self._ended:
             _undelivered(repr(self), "it has ended")
@@ -524,9 +532,6 @@ class Thread(_Handle):
             raise SynchronousToSelfError(f"{self!r} cannot wait for its own reply")
         if self._owe(awaited.tag) and caller:
             self.send(Synchronous(data, caller, awaited.tag))
-
-    def _forget(self, awaited: _Await) -> None:
-        _strike(awaited.tag)
 
     def _owe(self, tag: str, creditor: int = 0, linked: bool = False) -> bool:
         """Have this thread's end told to who awaits `tag`; False if it has ended already."""
@@ -898,7 +903,7 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     finally:
         if call.tag in _awaited:  # no outcome, and none is wanted any more
             _awaited.pop(call.tag, None)
-            thread._forget(call)
+            call.excuse()
 
 
 def reply_synchronous(reply: Any, synchronous: Synchronous) -> None:
@@ -1163,12 +1168,6 @@ class RemoteThread(_Handle):
             except OSError as error:
                 raise NodeDown(f"contact was lost while sending to {self} ({error})") from error
         raise NodeDown(f"two connections to {_text(self._node)} ended before they took it")
-
-    def _forget(self, awaited: _Await) -> None:
-        if awaited.peer:
-            local_node()._post(awaited.peer, (FORGET, awaited.tag))
-        else:
-            _strike(awaited.tag)
 
     def _is_here(self) -> bool:
         if self._route and not self._route.ending:
@@ -1582,7 +1581,7 @@ class _Connection:
     def _on_reply(self, tag: str, payload: Any) -> None:
         awaited = _awaited.get(tag)
         if awaited and awaited.peer != self.peer:  # the called passed it on: its debt is paid
-            self._node._post(awaited.peer, (FORGET, tag)) if awaited.peer else _strike(tag)
+            awaited.excuse()
         try:
             _settle(tag, Reply(self._node._load(payload), tag))
         except BaseException as error:
@@ -2357,8 +2356,8 @@ def demonitor(monitor: Monitor) -> None:
     """
     with _settling:
         watch = _awaited.pop(monitor.tag, None)
-    if watch and isinstance(monitor.target, (Thread, RemoteThread)):
-        monitor.target._forget(watch)
+    if watch:
+        watch.excuse()
     current_thread()._mailbox._get_if(
         lambda message: isinstance(message, Down) and message.monitor == monitor, 0)
 

@@ -1296,6 +1296,10 @@ def stats_here():
     return local_node().stats()
 
 
+def owed_by(id):
+    return len(get_remote_thread(id)._owes)
+
+
 def census():
     return threading.active_count(), len(os.listdir("/proc/self/fd"))
 
@@ -2290,6 +2294,12 @@ class TwoNodes(OneChild):
         with self.assertRaises(ThreadDied):
             send_synchronous("hi", middle, T)
         send("end", held)
+
+    def test_a_call_passed_on_and_answered_at_home_leaves_no_debt_behind(self):
+        middle = spawn(pass_on, spawn(answer_passed, "!"), node=self.other)
+        self.assertEqual(send_synchronous("hi", middle, T), "hi!")
+        self.assertEqual(ask(self.other, owed_by, middle.id), 0)
+        send("end", middle)
 
     def test_a_server_that_dies_fails_the_call_with_its_traceback(self):
         server = spawn(fail_when_called, KeyError("why"), node=self.other)
