@@ -636,10 +636,11 @@ class _Guest:
     """Lies in the locals of an adopted thread, to be dropped, and to tell, when that ends."""
 
     def __init__(self, thread: Thread) -> None:
-        self.thread = thread
+        self.thread, self.process = thread, os.getpid()
 
     def __del__(self) -> None:
-        self.thread._end(None)
+        if os.getpid() == self.process:  # a fork drops it, too, with locks in any state
+            self.thread._end(None)
 
 
 class _Here(threading.local):

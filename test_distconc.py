@@ -4223,6 +4223,27 @@ class Traces(OneChild):
                  if r["event"] == "send"}
         self.assertEqual(sorted(shown.values()), ["1", "2"])
 
+    def test_a_fork_ends_no_adopted_thread_and_waits_for_no_lock_of_one(self):
+        done = script("""
+import distconc, select, threading
+begun, over = threading.Event(), threading.Event()
+def guest():
+    current_thread()
+    with distconc._registry:
+        begun.set()
+        over.wait()
+threading.Thread(target=guest, daemon=True).start()
+begun.wait()
+pid = os.fork()
+if not pid:
+    os._exit(0)
+print(select.select([os.pidfd_open(pid)], [], [], 20)[0] != [], flush=True)
+os.kill(pid, 9)
+os._exit(0)
+""", DISTCONC_TRACE=self.traces, PYTHONWARNINGS="ignore")
+        self.assertEqual(done.out, "True\n", done.err)
+        self.assertEqual([r for r in records(self.traces) if r["event"] == "end"], [])
+
     def test_no_message_is_too_odd_to_be_shown(self):
         trace(self.traces)
         for message in (Odd(), 10**5000, type("array", (), {})(), "\ud800\n<&>", b"x" * 100_000,
