@@ -963,19 +963,13 @@ def _culprit(obj: Any, error: Exception, path: str = "message", depth: int = 100
     """Say which part of `obj`, as small as it can be told, cannot be pickled, and why."""
     with suppress(Exception):  # a part's own __repr__ may fail
         for where, part in _parts(obj) if depth else ():
-            inner = _refusal(part)
-            if inner is not None and part is not obj:
-                return _culprit(part, inner, path + where, depth - 1)
+            try:
+                pickle.dumps(part, 5)
+            except Exception as inner:
+                if part is not obj:
+                    return _culprit(part, inner, path + where, depth - 1)
     return (f"{path} is a {type(obj).__name__} and cannot be sent to another node ({error}); "
             "send plain data, something importable, or the handle of a thread that keeps it")
-
-
-def _refusal(obj: Any) -> Exception | None:
-    try:
-        pickle.dumps(obj, 5)
-    except Exception as error:
-        return error
-    return None
 
 
 def _parts(obj: Any) -> Iterable[tuple[str, Any]]:
