@@ -1337,8 +1337,8 @@ class _Connection:
         self._silent = -1  # beats since something was read; below 0 while the reader is busy
         self.sent = self.received = 0  # messages; the first guarded by _writing
         self._losses: Counter[tuple[Any, ...]] = Counter()  # of the frame being read
-        self._on = (self._on_send, self._on_ask, self._on_reply, self._on_failed,
-                    self._on_forget, self._on_lost, self._on_stamp)
+        self._on = (self._on_send, self._on_ask, self._on_reply, self._on_failed, _strike,
+                    self._on_lost, self._on_stamp)
 
     def start(self) -> None:
         self.started, self.due, self.sent = True, 0.0, 0  # what introduced it is no message
@@ -1422,11 +1422,11 @@ class _Connection:
         lengths = HEAD.pack(len(body), len(tail), b"")[:8]
         try:
             frame = lengths + self._seal.mac(lengths, body, tail) + body
-            if 0 < len(tail) < 1 << 16:
+            if len(tail) < 1 << 16:
                 self._sock.sendall(frame + tail)
             else:
                 self._sock.sendall(frame)
-                self._sock.sendall(tail) if tail else None
+                self._sock.sendall(tail)
         except BaseException:  # Ctrl-C, too: half a frame may be out, nothing can follow it,
             self._say_end()  # but all before it shall still arrive
             raise
@@ -1601,9 +1601,6 @@ class _Connection:
         died = ThreadDied(text, reason if isinstance(reason, BaseException) else cause)
         died.__cause__ = cause
         return died
-
-    def _on_forget(self, tag: str) -> None:
-        _strike(tag)
 
     def _on_stamp(self, stamp: "Stamp", kind: int, *rest: Any) -> None:
         process, id, clock = str(stamp[0])[:16], int(stamp[1]), int(stamp[2])
