@@ -1583,24 +1583,21 @@ class _Connection:
             text = f"the reply cannot be read here: {_words(error)}"
             _settle(tag, RemoteError(type(error).__name__, text))
 
-    def _on_failed(self, tag: str, name: str, text: str, *cause: Any) -> None:
+    def _on_failed(self, tag: str, name: str, text: str, kind: str, trace: str,
+                   payload: Any) -> None:
+        error: DistconcError = ThreadDied(text)
         if name == "NoSuchThread":
-            _settle(tag, NoSuchThread(f"at {_text(self.address)}: {text}"))
+            error = NoSuchThread(f"at {_text(self.address)}: {text}")
         elif name == "RemoteError":
-            _settle(tag, RemoteError(cause[0], text))
-        else:
-            _settle(tag, self._revive(text, *cause))
-
-    def _revive(self, text: str, kind: str, trace: str, payload: Any) -> ThreadDied:
-        if not kind:
-            return ThreadDied(text)
-        reason: Any = None
-        with suppress(BaseException):
-            reason = self._node._load(payload)
-        cause = RemoteError(kind, trace)
-        died = ThreadDied(text, reason if isinstance(reason, BaseException) else cause)
-        died.__cause__ = cause
-        return died
+            error = RemoteError(kind, text)
+        elif kind:
+            reason: Any = None
+            with suppress(BaseException):
+                reason = self._node._load(payload)
+            cause = RemoteError(kind, trace)
+            error = ThreadDied(text, reason if isinstance(reason, BaseException) else cause)
+            error.__cause__ = cause
+        _settle(tag, error)
 
     def _on_stamp(self, stamp: "Stamp", kind: int, *rest: Any) -> None:
         process, id, clock = str(stamp[0])[:16], int(stamp[1]), int(stamp[2])
