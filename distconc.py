@@ -64,8 +64,8 @@ else to say owes five in the smaller of the two heartbeats.  To end is to shut d
 writing half, and to read the other's to its end.  The first frame each way, the dialler's
 first, holds a pair: the number that the writer gives this connection, counting from 1, and that
 of the oldest between the two that it still counts.  The others hold messages (a target is a
-pair of incarnation, or 0 for any, and id or name; id 0 is the node, which does a call's ("ps",)
-or ("spawn", func, args, name, register, link); a payload is a pickle):
+pair of incarnation, or 0 for any, and id or name; id 0 is the node, which does a call's
+("ping",), ("ps",) or ("spawn", func, args, name, register, link); a payload is a pickle):
 
     0 SEND    target, payload
     1 ASK     target, caller's id, tag, payload        a call; or, with caller 0, a monitor
@@ -374,7 +374,7 @@ def _accepts(pred: Predicate) -> Callable[[Any], Any]:
 ######## Outcomes: whatever awaits one is one entry in one table, settled once
 
 _awaited: dict[str, "_Await"] = {}  # by tag: what this process waits for
-_debts: dict[str, "tuple[Thread, int, bool]"] = {}  # by tag: who owes it, which node, linked
+_debts: dict[str, "tuple[Thread, int, bool]"] = {}  # by tag: who owes it, to which node, linked
 _settling = threading.RLock()  # guards: to take from _awaited and to tell who waits is one step
 
 
@@ -598,11 +598,10 @@ class Thread(_Handle):
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteThread, (self.node, self.id, self._key[0])
 
-    def __copy__(self) -> "Thread":
+    def __deepcopy__(self, memo: Any = None) -> "Thread":
         return self
 
-    def __deepcopy__(self, memo: Any) -> "Thread":
-        return self
+    __copy__ = __deepcopy__
 
 
 def _obituary(thread: Thread, reason: BaseException | None) -> ThreadDied:
@@ -1290,16 +1289,6 @@ FULL = 4000  # messages in an outbox: who sends more waits for the network
 BURST = 50e-6  # seconds: what is sent so soon after a write is one of many
 
 
-class _Dial:
-    """One dial of a node, for all who wait for it."""
-
-    connection: "_Connection"  # there, unless there is an error
-    error: Exception | None = None
-
-    def __init__(self) -> None:
-        self.done = _bell()  # rung at the end, for all
-
-
 class _Ended(Exception):
     """The connection ended before it took the message."""
 
@@ -1639,6 +1628,16 @@ CROWD = 256  # strangers who may knock at once: for one more, the oldest has to 
 _COUNTS = ("sent", "received", "undelivered", "refused", "lost", "strangers")
 _node: "Node | None" = None
 _starting = threading.RLock()  # guards: _node
+
+
+class _Dial:
+    """One dial of a node, for all who wait for it."""
+
+    connection: _Connection  # there, unless there is an error
+    error: Exception | None = None
+
+    def __init__(self) -> None:
+        self.done = _bell()  # rung at the end, for all
 
 
 class Node:
