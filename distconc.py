@@ -93,7 +93,7 @@ import types
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import lru_cache, partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener, answer_challenge, deliver_challenge
@@ -887,15 +887,13 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     """
     call, caller, deadline = _Call(), current_thread(), _deadline(timeout)
     try:
-        if _trace and _here.cause is None:
-            with _sending(message, thread, "call"):
-                thread._ask(call, caller, message)
-        else:
+        traced = _trace and _here.cause is None
+        with _sending(message, thread, "call") if traced else nullcontext():
             thread._ask(call, caller, message)
         if not call.answered.acquire(True, _left(deadline)):
             _record(caller, "timeout", what="call")
             raise TimeoutError(f"no reply within {timeout:g} seconds; the call may still run")
-        if _trace and _here.cause is None:
+        if traced:
             _record(caller, "receive", call.cause, message=_shown(call.outcome))
         if isinstance(call.outcome, Reply):
             return call.outcome.data
