@@ -339,12 +339,13 @@ class Mailbox:
                         return cell
             seen = set(map(id, here))  # a put that was under way is both here and in the news
             while True:
-                while news:
+                for _ in range(len(news)):  # no more: others may put faster than we look
                     cell = news.popleft()
                     for message in () if id(cell) in seen else cell:
                         if accepts(message):
                             return cell
-                if not bell.acquire(True, _left(deadline)):
+                left = _left(deadline)
+                if not left or not bell.acquire(True, left):
                     return None
         finally:
             self._waiters.pop(bell, None)
@@ -355,9 +356,13 @@ class Mailbox:
         Blocks and raises as `get` does.  Factor: mailbox-get-all, mailbox-get-all-timeout.
         """
         taken = [self.get(timeout)]
-        for _ in range(len(self._cells)):  # no more: others may put faster than we take
-            if (message := self._get(0)) is not _NOTHING:
-                taken.append(message)
+        try:
+            for _ in range(len(self._cells)):  # no more: others may put faster than we take
+                if (message := self._get(0)) is not _NOTHING:
+                    taken.append(message)
+        except BaseException:  # Ctrl-C
+            self._cells.extendleft([message] for message in reversed(taken))
+            raise
         return taken
 
     def empty(self) -> bool:
@@ -368,6 +373,8 @@ class Mailbox:
 def _accepts(pred: Predicate) -> Callable[[Any], Any]:
     if isinstance(pred, (type, tuple, types.UnionType)):
         return lambda message: isinstance(message, pred)
+    if not callable(pred):
+        raise TypeError(f"a predicate, or a class, is what messages are chosen by: {pred!r}")
     return pred
 
 
@@ -449,7 +456,7 @@ class _Link(_Await):
         """Send the failure, once both that and the child are known."""
         with _settling:
             if self.failure is not None and self.child:
-                self.parent.send(LinkedError(self.failure, self.child))
+                self.parent._put(LinkedError(self.failure, self.child))
                 self.failure = None
 
 
@@ -524,7 +531,10 @@ class Thread(_Handle):
         elif self._ended:
             _undelivered(repr(self), "it has ended")
         else:
-            self._mailbox._add(_Traced(message, _here.cause) if _trace else [message])
+            self._put(message)
+
+    def _put(self, message: Any) -> None:
+        self._mailbox._add(_Traced(message, _here.cause) if _trace else [message])
 
     def _ask(self, awaited: _Await, caller: "Thread | None" = None, data: Any = None) -> None:
         """Owe `awaited` its outcome; with a caller, deliver the message that asks for it."""
@@ -571,8 +581,7 @@ class Thread(_Handle):
             linked = any(debt[2] for debt in map(_debts.get, self._owes.copy()) if debt)
             try:
                 if not linked:  # print it before anybody hears of it, who might end the process
-                    about = type(error), error, error.__traceback__, threading.current_thread()
-                    threading.excepthook(threading.ExceptHookArgs(about))
+                    _print_failure(error, error.__traceback__)
             finally:
                 heard = self._end(error)
             if linked and not heard:
@@ -589,8 +598,15 @@ class Thread(_Handle):
                 for name in self._names:
                     _names.pop(name, None)  # a fork may have cleared them
             heard = self._default(list(self._owes), partial(_obituary, self, reason))
-        self._over.release()
+        self._show_unread()
+        _ring(self._over)
         return heard
+
+    def _show_unread(self) -> None:
+        """Print the failures of linked threads that nobody can receive any more."""
+        for error in itertools.chain(*list(self._mailbox._cells)):
+            if isinstance(error, LinkedError):
+                _print_failure(error, error.error.__traceback__)
 
     def __repr__(self) -> str:
         return f"<Thread {self.id} {self.name!r}{', ended' if self._ended else ''}>"
@@ -602,6 +618,11 @@ class Thread(_Handle):
         return self
 
     __copy__ = __deepcopy__
+
+
+def _print_failure(error: BaseException, trace: types.TracebackType | None) -> None:
+    about = type(error), error, trace, threading.current_thread()
+    threading.excepthook(threading.ExceptHookArgs(about))
 
 
 def _obituary(thread: Thread, reason: BaseException | None) -> ThreadDied:
@@ -656,7 +677,8 @@ _here = _Here()
 def current_thread() -> Thread:
     """Return the handle of the calling thread.  Never blocks.  Factor: self.  Erlang: self().
 
-    A thread that `spawn` did not make (the main thread, a `threading.Thread`) is adopted.
+    A thread that `spawn` did not make (the main thread, a `threading.Thread`) is adopted.  When
+    it ends, of whatever, that counts as returning.
     """
     if _here.thread is None:
         bearer = threading.current_thread()
@@ -718,8 +740,9 @@ def _serve(func: Callable[..., Any], *args: Any) -> None:
 
 def _spawn(link: _Link | None, func: Callable[..., Any], args: tuple[Any, ...], name: str | None
            = None, node: NodeLike | None = None, register: bool = False) -> Handle:
-    if not callable(func if func is not _serve else args[0]):
-        raise TypeError(f"spawn takes a function and its arguments; {func!r} cannot be called")
+    work = args[0] if func is _serve else func
+    if not callable(work):
+        raise TypeError(f"spawn takes a function and its arguments; {work!r} cannot be called")
     name = name or _name_of(func)
     request = func, args, name, register, link.tag if link else None
     with _because(_record(current_thread(), "spawn", child=name) if _trace else None):
@@ -816,7 +839,7 @@ def _instead(default: Any, what: str, timeout: float | None) -> Any:
         _record(current_thread(), "timeout", what=what)
     if default is _NOTHING:
         such = "such " if what == "receive_if" else ""
-        raise TimeoutError(f"no {such}message came within {timeout:g} seconds")
+        raise TimeoutError(f"no {such}message came within {timeout} seconds")
     return default
 
 
@@ -885,14 +908,16 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     TimeoutError: it may have run, and a reply that still comes is dropped.  From a thread to
     itself: SynchronousToSelfError.
     """
-    call, caller, deadline = _Call(), current_thread(), _deadline(timeout)
+    if not isinstance(thread, _Handle):
+        raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")
+    deadline, call, caller = _deadline(timeout), _Call(), current_thread()
     try:
         traced = _trace and _here.cause is None
         with _sending(message, thread, "call") if traced else nullcontext():
             thread._ask(call, caller, message)
         if not call.answered.acquire(True, _left(deadline)):
             _record(caller, "timeout", what="call")
-            raise TimeoutError(f"no reply within {timeout:g} seconds; the call may still run")
+            raise TimeoutError(f"no reply within {timeout} seconds; the call may still run")
         if traced:
             _record(caller, "receive", call.cause, message=_shown(call.outcome))
         if isinstance(call.outcome, Reply):
@@ -914,7 +939,7 @@ def reply_synchronous(reply: Any, synchronous: Synchronous) -> None:
         raise TypeError(f"reply_synchronous(reply, synchronous): {synchronous!r} is no request")
     try:
         synchronous.sender.send(Reply(reply, synchronous.tag))
-    except NodeDown as error:
+    except (NodeDown, AuthenticationError) as error:  # a stranger may have its address now
         _undelivered(repr(synchronous.sender), str(error))
 
 
@@ -1104,6 +1129,8 @@ class RemoteThread(_Handle):
             raise TypeError(f"an incarnation is an int, not {incarnation!r}")
         if not incarnation:
             self._node: Any = _address(node)
+            if self._node is None:  # nobody can dial that node; but it may be this one
+                incarnation = node.incarnation  # type: ignore[union-attr]
         else:
             self._node = None if node is None else _checked(node)
         self._id = id
@@ -2041,7 +2068,11 @@ def stop_node(timeout: float = 5.0) -> None:
         _node.stop(timeout)
 
 
-atexit.register(stop_node)
+@atexit.register
+def _at_exit() -> None:
+    stop_node()
+    for thread in _threads.copy().values():
+        thread._show_unread()
 
 
 def local_node() -> Node:
@@ -2256,6 +2287,9 @@ def _after_fork() -> None:
             _node._listener.close()
     _incarnation, _node, _here = int.from_bytes(os.urandom(8), "big"), None, _Here()
     _reporter = None
+    for thread in _threads.values():
+        thread._ended = True
+        _ring(thread._over)
     for table in _threads, _names, _awaited, _debts, _losses, _faults:
         table.clear()
     _registry, _settling, _losing, _starting, _clocking = (
@@ -2304,7 +2338,7 @@ class _Watch(_Await):
 
     def settle(self, outcome: Reply | DistconcError) -> bool:
         reason: Any = outcome.reason if isinstance(outcome, ThreadDied) else outcome
-        self.watcher.send(Down(self.monitor, self.monitor.target, reason))
+        self.watcher._put(Down(self.monitor, self.monitor.target, reason))
         return True
 
 

@@ -40,6 +40,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import tty
 import types
 import unittest
@@ -328,6 +329,29 @@ class MailboxTests(Case):
             self.assertEqual(list(range(last + 1)), asked)
             self.assertEqual(list(range(last)), box.get_all(0))
 
+    def test_a_search_ends_in_its_time_though_more_messages_come_than_it_can_look_at(self):
+        box = Mailbox()
+        box.put("another")
+        for timeout in 0, 0.05:
+            self.assertRaises(TimeoutError, box.get_if, box.put, timeout)  # finds none, adds one
+
+    def test_get_all_that_is_interrupted_puts_back_what_it_took(self):
+        box, take, takes = Mailbox(), Mailbox._get, iter(range(3))
+
+        def interrupted(box, timeout):
+            for _ in takes:
+                return take(box, timeout)
+            raise KeyboardInterrupt
+
+        for at in range(5):
+            box.put(at)
+        with mock.patch.object(Mailbox, "_get", interrupted):
+            self.assertRaises(KeyboardInterrupt, box.get_all)
+        self.assertEqual([*range(5)], box.get_all())
+
+    def test_what_is_neither_predicate_nor_class_is_a_type_error(self):
+        self.assertRaises(TypeError, Mailbox().get_if, "text", 0)
+
     def test_a_predicate_runs_in_the_receiving_thread_with_no_lock_held(self):
         box, inside = Mailbox(), []
         box.put(1), box.put(2)
@@ -494,6 +518,15 @@ class LinkTests(Case):
         joined(lambda: send(spawn_linked(orphan), self.me))
         send("go", receive(WAIT))
         self.assertEqual("orphan", self.failure_shown().thread.name)
+
+    def test_a_failure_that_its_linked_parent_did_not_receive_is_shown_at_its_end(self):
+        def parent():
+            spawn_linked(fail, ValueError("unread"), name="child").join(WAIT)
+
+        self.assertTrue(spawn(parent, name="parent").join(WAIT))
+        shown = self.failure_shown()
+        self.assertEqual(("parent", LinkedError), (shown.thread.name, shown.exc_type))
+        self.assertEqual("fail", traceback.extract_tb(shown.exc_traceback)[-1].name)
 
     def test_returning_is_no_failure(self):
         self.assertTrue(spawn_linked(len, "abc").join(WAIT))
@@ -719,6 +752,14 @@ class SynchronousTests(Case):
         for func in [int, receive, int] * 100:
             died = outcome(send_synchronous, "?", spawn(func), WAIT)
             self.assertIsInstance(died, (ThreadDied, NoSuchThread))
+
+    def test_a_call_with_bad_arguments_says_so_and_leaves_nothing_behind(self):
+        server = spawn(receive)
+        for thread, timeout in (server, "soon"), (None, None), ("server", 1):
+            self.assertRaises(TypeError, send_synchronous, 1, thread, timeout)
+        self.assertEqual({}, distconc._awaited)
+        send("end", server)
+        self.assertTrue(server.join(WAIT))
 
     def test_unread_messages_cost_a_call_nothing(self):
         server = self.echo()
@@ -3092,6 +3133,7 @@ child = spawn_node()
 send_synchronous(0, RemoteThread(sys.argv[1], "kept"), 20)
 handle, incarnation, me = RemoteThread(sys.argv[1], "kept"), spot.incarnation, current_thread()
 register_remote_thread(me, "main")
+server = spawn_server(handle_synchronous, str)
 read, write = os.pipe()
 hold_read, hold_write = os.pipe()
 pid = os.fork()
@@ -3103,6 +3145,10 @@ if not pid:
         assert local_node().incarnation != incarnation
         assert nodes() == [], nodes()
         assert current_thread() != me
+        assert not me.is_alive() and not server.is_alive() and server.join(5)
+        try: send_synchronous(0, server, 5)
+        except NoSuchThread: pass
+        else: assert False, "the server came along"
         try: get_remote_thread("main")
         except NoSuchThread: pass
         else: assert False, "the name came along"
@@ -3134,6 +3180,24 @@ os.waitpid(pid, 0)
         self.assertEqual(result.out.splitlines(), [
             "well", "['x', 'from the fork', 'from the parent']", "child stopped in time: True",
             "restarted"], result.err)
+
+    def test_an_unread_failure_of_a_linked_thread_is_shown_at_the_end_of_the_process(self):
+        result = script("spawn_linked(int, 'x', name='child').join()")
+        self.assertEqual(result.status, 0)
+        self.assertIn("Exception in thread MainThread", result.err)
+        self.assertIn("'child', ended> failed: ValueError: invalid literal", result.err)
+
+    def test_a_handle_of_a_node_that_does_not_listen_is_of_use_in_that_node(self):
+        result = script("""if True:
+            import copy
+            handle = RemoteThread(local_node(), "me")
+            register_remote_thread(current_thread(), "me")
+            for each in handle, copy.copy(handle), deserialize(serialize(handle)):
+                assert each == handle
+                send("hello", each)
+                print(receive(0))
+            """)
+        self.assertEqual(result.out, "hello\n" * 3, result.err)
 
     # Ports and paths
 
@@ -3340,6 +3404,17 @@ os.waitpid(pid, 0)
         self.assertEqual(self.got(kept, None), expected)
 
     # Keys
+
+    def test_a_reply_to_where_a_stranger_is_by_now_is_dropped(self):
+        port = free_port()
+        child = self.child(port)
+        spawn(send_synchronous, "well?", current_thread(), node=child)
+        request = receive(T)
+        child.kill()
+        self.child(port, authkey=b"another key, not ours")
+        lost = self.node.stats()["lost"]
+        reply_synchronous("too late", request)
+        self.assertEqual(self.node.stats()["lost"], lost + 1)
 
     def test_the_wrong_key_is_refused_both_ways(self):
         other = self.child(authkey=b"another key, not ours")
