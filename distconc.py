@@ -98,7 +98,7 @@ from functools import lru_cache, partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener, answer_challenge, deliver_challenge
 from queue import SimpleQueue
-from time import monotonic, time
+from time import monotonic, sleep, time
 from typing import TYPE_CHECKING, Any, Union
 
 if TYPE_CHECKING:  # what few need is imported by those, so that a script starts fast
@@ -2412,7 +2412,7 @@ def _contact_lost(peer: int, name: str) -> None:
 
 
 _losses: dict[str, tuple[int, str, float]] = {}  # by target: how many since, why; the last line
-_reporter: threading.Timer | None = None  # waits to look through them again
+_reporter: threading.Thread | None = None  # looks through them, while there are any
 _losing = threading.RLock()  # guards: _losses, _reporter
 
 
@@ -2434,37 +2434,30 @@ def _log_lost(target: str, why: str, times: int = 1) -> None:
 
 def _report(target: str) -> None:
     """Log what was lost since the last line about that target; forget it if nothing was."""
+    global _reporter
     with _losing:
         times, why, _ = _losses.pop(target, (0, "", 0.0))
         if not times:
             return
         _losses[target] = 0, why, monotonic()
+        if _reporter is None:
+            with suppress(RuntimeError):  # at exit, no thread starts any more
+                _reporter = _thread("reporter", _report_on)
     _log("WARNING", "lost %d message%s to %s: %s", times, "s" * (times > 1), target, why)
-    _report_later()
 
 
-def _report_later() -> None:
+def _report_on() -> None:
+    """Twice a second, report on each target whose last line is a second old."""
     global _reporter
-    with _losing:
-        if _reporter or not _losses:
-            return
-        _reporter = threading.Timer(0.5, _report_all)
-        _reporter.daemon = True
-        try:
-            _reporter.start()
-        except RuntimeError:  # at exit, no thread starts any more
-            _reporter = None
-
-
-def _report_all() -> None:
-    """Report on each target whose last line is a second old."""
-    global _reporter
-    with _losing:
-        _reporter = None
-        due = [target for target, (_, _, last) in _losses.items() if last <= monotonic() - 1]
-    for target in due:
-        _report(target)
-    _report_later()
+    while True:
+        sleep(0.5)
+        with _losing:
+            if not _losses:
+                _reporter = None
+                return
+            due = [target for target, loss in _losses.items() if loss[2] < monotonic() - 1]
+        for target in due:
+            _report(target)
 
 
 ######## Faults: a network that can be broken
