@@ -2290,7 +2290,7 @@ def _after_fork() -> None:
     for thread in _threads.values():
         thread._ended = True
         _ring(thread._over)
-    for table in _threads, _names, _awaited, _debts, _losses, _faults:
+    for table in _threads, _names, _awaited, _debts, _losses, _faults, _clocks:
         table.clear()
     _registry, _settling, _losing, _starting, _clocking = (
         threading.RLock() for _ in range(5))
@@ -2550,7 +2550,7 @@ def _cut_off(names: set[Address | None]) -> bool:
 Stamp = tuple[Any, ...]  # an event of a trace: incarnation, thread's id, its Lamport clock
 UNKNOWN: Stamp = ()
 _trace: "_Trace | None" = None
-_clocks: dict[tuple[int, int], int] = {}  # Lamport's, by incarnation and thread's id
+_clocks: dict[int, int] = {}  # Lamport's, by thread's id; 0 is the node
 _clocking = threading.RLock()  # guards: an event's clock and its line are one step
 
 
@@ -2577,11 +2577,7 @@ def _traced_to() -> str:
 
 
 class _Trace:
-    """The file of one process: a JSON object for each event, with its Lamport clock.
-
-    The clock of a thread counts its events, and jumps ahead of the cause of each: so it is
-    later in what comes of an event than in the event.  Thread 0 is the node.
-    """
+    """The file of one process: a JSON object for each event."""
 
     def __init__(self, directory: "str | os.PathLike[str]") -> None:
         self.directory = os.path.abspath(directory)
@@ -2589,38 +2585,38 @@ class _Trace:
         path = os.path.join(self.directory, f"{_incarnation:016x}.jsonl")
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
-    def record(self, id: int, name: str, event: str, cause: Stamp, about: Any) -> Stamp:
+    def write(self, record: dict[str, Any]) -> None:
         import json
 
-        process = f"{_incarnation:016x}"
-        about = {"process": process, "node": str(local_node()), "thread": id, "name": name,
-                 "event": event, "time": time(), **about}
-        if cause:
-            about["cause"] = cause
-        with _clocking:
-            key = _incarnation, id
-            if event != "start" and key not in _clocks:
-                self.record(id, name, "start", UNKNOWN, {})
-            here = [_clocks.get(key, 0)] if id else _clocks.values()  # a node saw all before
-            clock = about["clock"] = max([0, *here, *cause[2:]]) + 1
-            _clocks[key] = clock
-            if _trace is self:  # or it has just been closed
-                try:
-                    os.write(self.file, json.dumps(about).encode() + b"\n")
-                except OSError as error:  # a full disk is no reason to stop the program
-                    trace(None)
-                    _log("WARNING", "the trace in %s ends here: %s", self.directory, error)
-        return process, id, clock
+        try:
+            os.write(self.file, json.dumps(record).encode() + b"\n")
+        except OSError as error:  # a full disk is no reason to stop the program
+            trace(None)
+            _log("WARNING", "the trace in %s ends here: %s", self.directory, error)
 
 
 def _record(thread: Thread | None, event: str, cause: Stamp | None = None,
             **about: Any) -> Stamp:
-    """Record an event of `thread`, or of the node; return its stamp.  Not that of a kernel."""
-    here = _trace
-    if here is None or thread and thread.id not in _threads:
+    """Record an event of `thread`, or of the node; return its stamp.  Not that of a kernel.
+
+    The clock of a thread counts its events, and jumps ahead of the cause of each: so it is
+    later in what comes of an event than in the event.
+    """
+    if not _trace or thread and thread.id not in _threads:
         return UNKNOWN
+    process, node = f"{_incarnation:016x}", str(local_node())
     id, name = (thread.id, thread.name) if thread else (0, "node")
-    return here.record(id, name, event, cause or UNKNOWN, about)
+    if cause:
+        about["cause"] = cause
+    with _clocking:
+        if event != "start" and id not in _clocks:
+            _record(thread, "start")
+        seen = [_clocks.get(id, 0)] if id else _clocks.values()  # a node saw all before
+        clock = _clocks[id] = max([0, *seen, *(cause or UNKNOWN)[2:]]) + 1
+        if _trace:  # or it has just ended
+            _trace.write({"process": process, "node": node, "thread": id, "name": name,
+                          "clock": clock, "time": time(), "event": event, **about})
+    return process, id, clock
 
 
 class _because:
