@@ -2733,22 +2733,19 @@ _Column = tuple[str, int]  # process and thread
 
 
 def _read_traces(directory: "str | os.PathLike[str]") -> Iterable[_Event]:
-    import glob
+    from pathlib import Path
 
-    pattern = os.path.join(glob.escape(os.fspath(directory)), "*.jsonl")
-    paths = sorted(path for path in glob.glob(pattern) if os.path.isfile(path))
+    paths = sorted(path for path in Path(directory).glob("*.jsonl") if path.is_file())
     if not paths:
         raise FileNotFoundError(f"there are no traces (*.jsonl) in {os.fspath(directory)!r}")
     found: dict[Any, _Event] = {}
     for path in paths:
         bad = 0
-        with open(path, "rb") as file:
-            lines = file.read().splitlines()
-        for line in lines:
+        for line in path.read_bytes().splitlines():
             try:
                 event = _read_event(line)
                 bad += found.setdefault(event.key, event) is not event
-            except (ValueError, TypeError, AttributeError, RecursionError):
+            except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
                 bad += 1
         if bad:
             _log("WARNING", "%s: %d of its lines are no events, and left out", path, bad)
@@ -2762,19 +2759,15 @@ def _read_event(line: bytes) -> _Event:
     """Raises this or that for what is no event.  A cause is older: so there are no cycles."""
     import json
 
-    given = dict.fromkeys(_TEXTS, "") | {"cause": None} | json.loads(line)
+    given = dict.fromkeys(_TEXTS, "") | {"cause": ("", 0, -1)} | json.loads(line)
     given |= {field: _plain(given[field]) for field in _TEXTS}
     event = _Event(**given)
-    if not (type(event.clock) is type(event.thread) is int and 0 <= event.clock < 1 << 64
-            and 0 <= event.time and event.event in _MARKS):
-        raise ValueError(given)
-    event.column = event.process, event.thread
+    event.column, event.cause = (event.process, event.thread), tuple(event.cause)
     event.key = *event.column, event.clock
+    if not ([type(each) for each in event.key + event.cause] == [str, int, int, str, int, int]
+            and -1 <= event.cause[2] < event.clock < 1 << 64 and 0 <= event.time):
+        raise ValueError(given)
     event.words = _MARKS[event.event][2].format_map(given)
-    if event.cause is not None:
-        event.cause = tuple(event.cause)
-        if list(map(type, event.cause)) != [str, int, int] or event.cause[2] >= event.clock:
-            raise ValueError(given)
     return event
 
 
@@ -3036,7 +3029,7 @@ def _as_shiviz(table: _Table) -> str:
 
     hosts = dict(zip(table.who, _distinct([
         who.replace(" ", "_") for who in table.who.values()], "")))
-    known: dict[Any, Counter[str]] = {None: Counter()}  # by event; by thread, its latest
+    known: dict[Any, Counter[str]] = {}  # by event; by thread, its latest
     drawn, lines = {event.key for event in table.events}, list[str]()
     for event in table.past:  # what is not drawn hands on what it knows, too
         host = hosts[event.column]
