@@ -2793,11 +2793,11 @@ class _Table:
         nodes = {event.process: event.node for event in by_age}
         order = [*dict.fromkeys(nodes.values())]
         runs = sorted(nodes, key=lambda process: order.index(nodes[process]))
-        self.nodes = dict(zip(runs, _distinct([nodes[process] for process in runs], " run")))
+        self.nodes = dict(zip(runs, _distinct([nodes[process] for process in runs], " run ")))
         names = {event.column: event.name for event in by_age}
         columns = sorted(names, key=lambda column: (runs.index(column[0]), column[1]))
         self.who = dict(zip(columns, _distinct([
-            f"{self.nodes[process]}/{names[process, id]}" for process, id in columns], "")))
+            f"{self.nodes[process]}/{names[process, id]}" for process, id in columns], " ")))
         drawn = {event.column for event in events}
         self.names = {column: who[len(self.nodes[column[0]]) + 1:]
                       for column, who in self.who.items() if column in drawn}
@@ -2816,15 +2816,14 @@ class _Table:
 
 def _distinct(names: list[str], what: str) -> list[str]:
     """Number those that come again: a, b, a 2."""
-    taken: dict[str, None] = {}
-    times = Counter[str]()
+    numbers = {name: itertools.count(2) for name in names}
+    distinct: dict[str, None] = {}
     for name in names:
         each = name
-        while each in taken:
-            times[name] += 1
-            each = f"{name}{what} {times[name] + 1}"
-        taken[each] = None
-    return list(taken)
+        while each in distinct:
+            each = f"{name}{what}{next(numbers[name])}"
+        distinct[each] = None
+    return list(distinct)
 
 
 def _cut(text: str, most: int) -> str:
@@ -3028,7 +3027,7 @@ def _as_shiviz(table: _Table) -> str:
     import json
 
     hosts = dict(zip(table.who, _distinct([
-        who.replace(" ", "_") for who in table.who.values()], "")))
+        who.replace(" ", "_") for who in table.who.values()], "_")))
     known: dict[Any, Counter[str]] = {}  # by event; by thread, its latest
     drawn, lines = {event.key for event in table.events}, list[str]()
     for event in table.past:  # what is not drawn hands on what it knows, too

@@ -4675,6 +4675,14 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
         self.assertEqual(5, len(list(self.marks(threads=["MainThread"]))))
         self.assertEqual(2, len(list(self.marks(first=2, last=3))))
 
+    def test_no_host_of_shiviz_has_a_blank_in_its_name(self):
+        execution = Execution(self.dir)
+        for name in "a b", "a_b":
+            execution.begin(execution.runs[0], name)
+        execution.written()
+        hosts = [host for host, _, _ in SHIVIZ.findall(chart(self.dir, "shiviz"))]
+        self.assertEqual(["127.0.0.1:9000/a_b", "127.0.0.1:9000/a_b_2"], hosts[2:])
+
     def test_it_says_which_way_it_is_light_and_dark_and_needs_nothing_else(self):
         self.ran([])
         drawing = chart(self.dir)
