@@ -2728,7 +2728,7 @@ _MARKS = {  # event: its mark in text, what that is, what happens, the mark in S
     "timeout": ("?", "time-out", "{what} timed out", "M-5-7H5L-5 7H5z"),
 }
 _TEXTS = "process node name event message to kind child error why what".split()
-_Event = types.SimpleNamespace  # a line of a trace, with its `column`, `key` and `words`
+_Event = types.SimpleNamespace  # a line of a trace; _read_event and _Table tell it more
 _Column = tuple[str, int]  # process and thread
 
 
@@ -2780,38 +2780,34 @@ def _plain(text: str) -> str:
 class _Table:
     """The events to draw, in Lamport order, and the columns, from left to right.
 
-    `nodes` has the heading of each process, the oldest address first; `names` that of each
-    column; `heads` the leftmost column of each process.  `who` names any thread in full;
-    `past` has the events that are not to be drawn, too.
+    `names` has the heading of each column, `heads` that of each process, above its leftmost
+    column, the oldest address first.  `who` names any thread in full; `past` has the events
+    that are not to be drawn, too.  An event gets its `who`, the `origin` that it is drawn with,
+    and is `lone` if it is a message of which only one end is drawn.
     """
 
     def __init__(self, past: list[_Event], events: list[_Event]) -> None:
         self.past, self.events = past, events
-        self.by_key = {event.key: event for event in events}
-        self.causes = {event.cause for event in events}
         by_age = sorted(past, key=lambda event: event.time)
         nodes = {event.process: event.node for event in by_age}
-        order = [*dict.fromkeys(nodes.values())]
+        order = list(nodes.values())
         runs = sorted(nodes, key=lambda process: order.index(nodes[process]))
-        self.nodes = dict(zip(runs, _distinct([nodes[process] for process in runs], " run ")))
+        titles = dict(zip(runs, _distinct([nodes[process] for process in runs], " run ")))
         names = {event.column: event.name for event in by_age}
         columns = sorted(names, key=lambda column: (runs.index(column[0]), column[1]))
         self.who = dict(zip(columns, _distinct([
-            f"{self.nodes[process]}/{names[process, id]}" for process, id in columns], " ")))
+            f"{titles[process]}/{names[process, id]}" for process, id in columns], " ")))
         drawn = {event.column for event in events}
-        self.names = {column: who[len(self.nodes[column[0]]) + 1:]
+        self.names = {column: who[len(titles[column[0]]) + 1:]
                       for column, who in self.who.items() if column in drawn}
-        self.heads = {column[0]: column for column in reversed(self.names)}  # the leftmost
-
-    def places(self, start: int, least: int, most: int) -> dict[Any, int]:
-        """Where each column begins, in characters; for None, where the last ends."""
-        widths = {column: min(max(len(name), least), most) + 2
-                  for column, name in self.names.items()}
-        for process in self.heads:
-            *group, final = (column for column in widths if column[0] == process)
-            rest = min(len(self.nodes[process]), 22) + 2 - sum(widths[each] for each in group)
-            widths[final] = max(widths[final], rest)
-        return dict(zip([*widths, None], itertools.accumulate(widths.values(), initial=start)))
+        by_process = itertools.groupby(self.names, lambda column: column[0])
+        self.heads = {next(group): titles[process] for process, group in by_process}
+        causes = {event.cause for event in events}
+        by_key = {event.key: event for event in events}
+        for event in events:
+            event.who, event.origin = self.who[event.column], by_key.get(event.cause)
+            half = {"receive": not event.origin, "send": event.key not in causes}
+            event.lone = half.get(event.event, False)
 
 
 def _distinct(names: list[str], what: str) -> list[str]:
@@ -2833,22 +2829,33 @@ def _cut(text: str, most: int) -> str:
 def _as_text(table: _Table) -> str:
     """Draw what fits into 80 characters, and beside it what happens; else name the threads."""
     for most in 16, 12, 10, 8, 6:
-        at = table.places(7, 3, most)
+        heads, at = _headings(table, most)
         if fits := at[None] <= 60:
             break
-    heads = ["", _spread((at[column], _cut(table.nodes[run], 22))
-                         for run, column in table.heads.items()),
-             _spread((at[column], _cut(name, most)) for column, name in table.names.items())]
     lines, alive = list[str](), set[_Column]()
     for number, row in enumerate(_rows(table)):
         lines += heads if fits and number % 40 == 0 else []
-        lines.append((_picture if fits else _naming)(table, row, at, alive))
+        lines.append((_picture if fits else _naming)(row, at, alive))
         lines[-1] += "; ".join(dict.fromkeys(event.words for event in row if event.words))
         if row[-1].event == "send":
             lines[-1] += f" to {row[-1].to}"
     marks = dict.fromkeys(f"{mark} {what}" for mark, what, _, _ in _MARKS.values())
     lines += ["", "  ".join(marks), "*-> not received here   >* from what is not seen here", ""]
     return "\n".join(_cut(line, 80).rstrip() for line in lines).lstrip("\n")
+
+
+def _headings(table: _Table, most: int) -> tuple[list[str], dict[Any, int]]:
+    """The lines above a picture, and where columns begin; for None, where the last ends."""
+    nodes = names = " " * 7
+    at = dict[Any, int]()
+    for column, name in table.names.items():
+        if column in table.heads:
+            names = names.ljust(len(nodes))  # right of the heading before
+            nodes = nodes.ljust(len(names)) + _cut(table.heads[column], 22) + "  "
+        at[column] = len(names)
+        names += _cut(name, most).ljust(3) + "  "
+    at[None] = max(len(nodes), len(names))
+    return ["", nodes, names], at
 
 
 def _rows(table: _Table) -> list[list[_Event]]:
@@ -2868,38 +2875,31 @@ def _rows(table: _Table) -> list[list[_Event]]:
     return rows
 
 
-def _spread(texts: Iterable[tuple[int, str]]) -> str:
-    line = ""
-    for place, text in sorted(texts):
-        line = line.ljust(place) + text
-    return line
-
-
-def _picture(table: _Table, row: list[_Event], at: dict[Any, int], alive: set[_Column]) -> str:
+def _picture(row: list[_Event], at: dict[Any, int], alive: set[_Column]) -> str:
     """Draw the lifelines and the arrow of a row; afterwards, `alive` is who still is."""
     event, line = row[-1], list(f"{row[0].clock:>5}".ljust(at[None]))
-    here, cause = at[event.column], table.by_key.get(event.cause)
+    here, origin = at[event.column], event.origin
     alive.update(each.column for each in row)
     for column in alive:
         line[at[column]] = "|"
-    if cause and cause.column != event.column:
-        left, right = sorted((at[cause.column], here))
+    if origin and origin.column != event.column:
+        left, right = sorted((at[origin.column], here))
         line[left:right + 1] = "|" + "-" * (right - left - 1) + "|"
         line[here + (1 if here == left else -1)] = "<" if here == left else ">"
-    elif event.event == "receive" and not cause:
-        line[here - 1] = ">"
-    elif event.event == "send" and event.key not in table.causes:
+    elif event.lone and event.event == "send":
         line[here + 1:here + 3] = "->"
+    elif event.lone:
+        line[here - 1] = ">"
     for each in row:
         line[at[each.column]] = _MARKS[each.event][0]
     alive.difference_update(each.column for each in row if each.event in ("end", "crash"))
     return "".join(line)
 
 
-def _naming(table: _Table, row: list[_Event], *_: Any) -> str:
-    ends = table.by_key.get(row[-1].cause, row[-1]), row[-1]
+def _naming(row: list[_Event], *_: Any) -> str:
     """For a row that is too wide for a picture."""
-    names = " -> ".join(dict.fromkeys(table.who[event.column][-22:] for event in ends))
+    ends = row[-1].origin or row[-1], row[-1]
+    names = " -> ".join(dict.fromkeys(event.who[-22:] for event in ends))
     marks = "".join(_MARKS[event.event][0] for event in row)
     return f"{row[0].clock:>5}  {marks:<2} {names:<49}"
 
@@ -2927,25 +2927,25 @@ markerUnits="userSpaceOnUse" orient="auto"><path d="M0 1 10 5 0 9z"/></marker>""
 
 def _as_svg(table: _Table) -> str:
     """Draw a row, 24 pixels high, for each clock; a character is 7 wide."""
-    at = table.places(9, max(15, min(26, 160 // (len(table.names) or 1))), 30)
     clocks = sorted({event.clock for event in table.events})
-    x = {column: 7 * place for column, place in at.items()}
+    room = max(24, min(40, 148 // max(1, len(table.names))))  # of a column, in characters
+    x = {column: 63 + 7 * room * number for number, column in enumerate(table.names)}
     y = {clock: 120 + 24 * row + 60 * (row // 40) for row, clock in enumerate(clocks)}
-    room = dict(zip(x, map(int.__sub__, [*x.values()][1:], x.values())))
-    width, height = max(1100, x[None]), max(y.values(), default=120) + 40
+    width, height = max(1100, 63 + 7 * room * len(x)), max(y.values(), default=120) + 40
+    for event in table.events:
+        event.x, event.y = x[event.column], y[event.clock]
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">{_STYLE}',
-        *_svg_legend(), *_svg_columns(table, x, y, room, height),
+        *_svg_legend(), *_svg_columns(table, x, 7 * room, height),
         *(_svg_text("dim", 8, y[clock] + 4, str(clock)) for clock in clocks),
-        *(_svg_arrow(table, event, x, y) for event in table.events),
-        *(_svg_mark(table, event, x, y, room[event.column]) for event in table.events),
+        *map(_svg_arrow, table.events), *(_svg_mark(event, room) for event in table.events),
         f'<g id="names"><rect class="paper" y="40" width="{width}" height="52"/>',
-        *(_svg_text("node", x[column], 62, _cut(table.nodes[run], 22))
-          for run, column in table.heads.items()),
-        *(_svg_text("name", x[column], 82, _cut(name, 30))
+        *(_svg_text("node", x[column], 62, _cut(head, 22))
+          for column, head in table.heads.items()),
+        *(_svg_text("name", x[column], 82, _cut(name, room - 2))
           for column, name in table.names.items()),
-        "</g>", *(f'<use href="#names" y="{1020 * page}"/>'
-                  for page in range(1, (len(clocks) + 39) // 40)), "</svg>\n"])
+        "</g>", *(f'<use href="#names" y="{y[clock] - 120}"/>' for clock in clocks[40::40]),
+        "</svg>\n"])
 
 
 def _escaped(text: str) -> str:
@@ -2969,56 +2969,51 @@ def _svg_legend() -> Iterator[str]:
         yield f'<g transform="translate({30 + 100 * number} 20)">{sample}{text}</g>'
 
 
-def _svg_columns(table: _Table, x: dict[Any, int], y: dict[int, int], room: dict[Any, int],
+def _svg_columns(table: _Table, x: dict[_Column, int], room: int,
                  height: int) -> Iterator[str]:
     """The lifelines, on a ground that tells the nodes apart."""
-    born = {event.column: y[event.clock] for event in reversed(table.events)}
-    last = {event.column: event for event in table.events}
-    shades = {run: ("paper", "band")[number % 2] for number, run in enumerate(table.heads)}
-    for column in table.names:
-        left, ended = x[column], last[column].event in ("end", "crash")
-        stop = y[last[column].clock] if ended else height
-        yield (f'<g><title>{_escaped(table.who[column])}</title>'
-               f'<rect class="{shades[column[0]]}" x="{left - 12}" y="92" '
-               f'width="{room[column]}" height="{height}"/>'
-               f'<path class="life" d="M{left} {born[column]}V{stop}"/></g>')
+    born = {event.column: event.y for event in reversed(table.events)}
+    stop = {event.column: event.y if event.event in ("end", "crash") else height
+            for event in table.events}
+    shades = itertools.cycle(("paper", "band"))
+    for column, left in x.items():
+        if column in table.heads:
+            shade = next(shades)
+        yield (f'<g><title>{_escaped(table.who[column])}</title><rect class="{shade}" '
+               f'x="{left - 12}" y="92" width="{room}" height="{height}"/>'
+               f'<path class="life" d="M{left} {born[column]}V{stop[column]}"/></g>')
 
 
-def _svg_arrow(table: _Table, event: _Event, x: dict[Any, int], y: dict[int, int]) -> str:
-    """From the cause to the event; a short one if only one of the two is drawn."""
-    cause, right, down = table.by_key.get(event.cause), x[event.column], y[event.clock]
-    kind = "lost" if event.event == "lost" else "send"
-    if cause:
-        left, up = x[cause.column], y[cause.clock]
-        bend = f"C{left + 50} {up} {left + 50} {down} " if left == right else "L"
-        path = f"M{left} {up}{bend}{right} {down}"
-        kind = kind if kind == "lost" else "reply" if cause.kind == "reply" else cause.event
-    elif event.event == "receive":
-        path = f"M{right - 28} {down - 8}L{right} {down}"
-    elif event.event == "send" and event.key not in table.causes:
-        path = f"M{right} {down}L{right + 28} {down + 8}"
+def _svg_arrow(event: _Event) -> str:
+    """From the origin to the event; a short one if only one of the two is drawn."""
+    origin, x, y, kind = event.origin, event.x, event.y, "send"
+    if origin:
+        bend = f"C{x + 50} {origin.y} {x + 50} {y} " if origin.x == x else "L"
+        path = f"M{origin.x} {origin.y}{bend}{x} {y}"
+        kind = ("lost" if event.event == "lost" else
+                "reply" if origin.kind == "reply" else origin.event)
+    elif event.lone and event.event == "send":
+        path = f"M{x} {y}L{x + 28} {y + 8}"
+    elif event.lone:
+        path = f"M{x - 28} {y - 8}L{x} {y}"
     else:
         return ""
-    return f'<g class="arrow {kind}">{_svg_title(table, event)}<path d="{path}"/></g>'
+    return f'<g class="arrow {kind}">{_svg_title(event)}<path d="{path}"/></g>'
 
 
-def _svg_mark(table: _Table, event: _Event, x: dict[_Column, int], y: dict[int, int],
-              room: int) -> str:
-    cause, left, top = table.by_key.get(event.cause), x[event.column], y[event.clock]
-    told = cause and cause.words == event.words  # beside the send
-    words = "" if told else _cut(event.words, room // 7 - 1)
-    return (f'<g>{_svg_title(table, event)}<use href="#{event.event}" x="{left}" y="{top}"/>'
-            f'{_svg_text("words", left + 7, top - 5, words)}</g>')
+def _svg_mark(event: _Event, room: int) -> str:
+    told = event.origin and event.origin.words == event.words  # beside the send
+    words = "" if told else _cut(event.words, room - 1)
+    return (f'<g>{_svg_title(event)}<use href="#{event.event}" x="{event.x}" y="{event.y}"/>'
+            f'{_svg_text("words", event.x + 7, event.y - 5, words)}</g>')
 
 
-def _svg_title(table: _Table, event: _Event) -> str:
-    cause = table.by_key.get(event.cause)
-    events = [cause, event] if cause else [event]
+def _svg_title(event: _Event) -> str:
+    events = [event.origin, event] if event.origin else [event]
     lines = [*dict.fromkeys(each.words or each.event for each in events)]
-    lines += [f"{each.event} at {table.who[each.column]}, clock {each.clock}"
-              for each in events]
+    lines += [f"{each.event} at {each.who}, clock {each.clock}" for each in events]
     if event.to:
-        lines.append(f"to {event.to}" + ", not received here" * (event.key not in table.causes))
+        lines.append(f"to {event.to}" + ", not received here" * event.lone)
     return f"<title>{_escaped(chr(10).join(lines))}</title>"
 
 
