@@ -3060,6 +3060,7 @@ def _call_back(parent: Handle) -> None:
 
 
 def _demo(_: Any) -> None:
+    """The example that started it all, on two nodes."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as directory:
@@ -3082,6 +3083,7 @@ def _demo(_: Any) -> None:
 
 
 def _run_node(options: Any) -> None:
+    """Run a node with a Python prompt, or with a script."""
     import code
     import runpy
 
@@ -3100,8 +3102,7 @@ def _target(text: str) -> RemoteThread:
     node, _, name = text.rpartition("/")
     if not node or not name:
         raise ValueError(f"{text!r} is no target; say 127.0.0.1:9000/logger")
-    where, who = (int(part) if part.isdecimal() else part for part in (node, name))
-    return RemoteThread(where, who)
+    return RemoteThread(node, int(name) if name.isdecimal() else name)
 
 
 def _literal(text: str) -> Any:
@@ -3114,6 +3115,7 @@ def _literal(text: str) -> Any:
 
 
 def _send(options: Any) -> None:
+    """Send a message; status 1 if it was lost."""
     target = _target(options.target)
     send(_literal(options.message), target)
     send_synchronous(("ping",), RemoteThread(target.node, KERNEL), options.timeout)
@@ -3121,11 +3123,13 @@ def _send(options: Any) -> None:
 
 
 def _call(options: Any) -> None:
+    """Send a message and print the reply."""
     target = _target(options.target)
     print(repr(send_synchronous(_literal(options.message), target, options.timeout)))
 
 
 def _ps(options: Any) -> None:
+    """List the threads of a node."""
     titles = "id", "name", "registered", "unread", "age", "in"
     rows = [titles] + [(str(id), name, names, str(unread), f"{age:.0f} s", doing) for
                        id, name, names, unread, age, doing in
@@ -3136,6 +3140,7 @@ def _ps(options: Any) -> None:
 
 
 def _chart(options: Any) -> None:
+    """Draw what was traced to a directory."""
     text = chart(options.directory, options.format, first=options.first, last=options.last,
                  threads=options.threads)
     if options.output:
@@ -3152,8 +3157,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("distconc", description="Threads that send, on any node.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[Any], None], help: str, **arguments: Any) -> None:
-        sub = commands.add_parser(name, help=help, description=help)
+    def command(name: str, run: Callable[[Any], None], **arguments: Any) -> None:
+        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         sub.set_defaults(run=run)
         for argument, how in arguments.items():
             sub.add_argument(argument.replace("_", "-"), **how)
@@ -3161,17 +3166,14 @@ def main(arguments: list[str] | None = None) -> None:
     target = {"help": "where to, such as 127.0.0.1:9000/logger"}
     message = {"help": "a Python literal, such as '(\"hello\", 1)'"}
     timeout = {"type": float, "default": 10.0, "help": "seconds to wait (10)"}
-    command("demo", _demo, "the example that started it all, on two nodes")
-    command("node", _run_node, "run a node with a Python prompt, or with a script",
+    command("demo", _demo)
+    command("node", _run_node,
             address={"nargs": "?", "default": 0, "help": "9000, host:9000, a path"},
             script={"nargs": "?", "help": "a file to run; the node stays up after it"})
-    command("send", _send, "send a message; status 1 if it was lost",
-            target=target, message=message, __timeout=timeout)
-    command("call", _call, "send a message and print the reply",
-            target=target, message=message, __timeout=timeout)
-    command("ps", _ps, "list the threads of a node",
-            node={"help": "which, such as 9000 or 127.0.0.1:9000"})
-    command("chart", _chart, "draw what was traced to a directory",
+    command("send", _send, target=target, message=message, __timeout=timeout)
+    command("call", _call, target=target, message=message, __timeout=timeout)
+    command("ps", _ps, node={"help": "which, such as 9000 or 127.0.0.1:9000"})
+    command("chart", _chart,
             directory={"help": "the one given to trace(), or in DISTCONC_TRACE"},
             _o={"dest": "output", "metavar": "FILE", "help": "where to (standard output)"},
             __format={"choices": ["svg", "text", "shiviz"], "default": "svg", "help": "svg"},
