@@ -3038,27 +3038,6 @@ def _as_shiviz(table: _Table) -> str:
 ######## At the shell: demo, node, send, call, ps, chart
 
 
-def _say(*words: Any) -> None:
-    """Print in one piece, as other threads and processes print, too."""
-    sys.stdout.write(" ".join(map(str, words)) + "\n")
-    sys.stdout.flush()
-
-
-def _log_message() -> bool:
-    _say("logger:", receive())
-    return True
-
-
-def _greet() -> None:
-    request = receive_if(Synchronous)
-    _say(f"greeter: {request.sender!r} asks {request.data!r}")
-    reply_synchronous("fine", request)
-
-
-def _call_back(parent: Handle) -> None:
-    send(send_synchronous("who am I?", parent).upper(), parent)
-
-
 def _demo(_: Any) -> None:
     """The example that started it all, on two nodes."""
     import tempfile
@@ -3080,6 +3059,27 @@ def _demo(_: Any) -> None:
             reply_synchronous("my child", request)
             _say("told:", receive())
         _say("\nAll of it, time running down:\n\n" + chart(_traced_to(), "text").rstrip())
+
+
+def _say(*words: Any) -> None:
+    """Print in one piece, as other threads and processes print, too."""
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.flush()
+
+
+def _log_message() -> bool:
+    _say("logger:", receive())
+    return True
+
+
+def _greet() -> None:
+    request = receive_if(Synchronous)
+    _say(f"greeter: {request.sender!r} asks {request.data!r}")
+    reply_synchronous("fine", request)
+
+
+def _call_back(parent: Handle) -> None:
+    send(send_synchronous("who am I?", parent).upper(), parent)
 
 
 def _run_node(options: Any) -> None:
