@@ -2345,7 +2345,7 @@ class _Watch(_Await):
 def monitor(thread_or_node: Handle | NodeLike) -> Monitor:
     """Have one `Down` message sent to this thread when a thread ends or a node is lost.
 
-    Its `reason`:  None (the thread returned), the exception it died of (or a RemoteError),
+    Its `reason`: None (the thread returned), the exception it died of (or a RemoteError),
     NoSuchThread, or NodeDown.  It comes after all that the thread had sent here.  Blocks as
     `send` does, but raises nothing for what it cannot reach.  Erlang: monitor, monitor_node.
 
@@ -2473,8 +2473,8 @@ class faults:
     same messages from one thread.  `to` is the node it concerns (None: all); of several that
     concern one, the last entered counts.  `drop=1` cuts the node off, on this side: nothing
     goes there, heartbeats included, nor can it be dialled or dial this one; so each takes the
-    other for lost.  What is dropped, nobody is told; what is held up goes out when it is left,
-    which blocks until then.  Raises ValueError for what is no probability.
+    other for lost.  What is dropped, nobody is told; what is still held up goes out when the
+    fault is left, which blocks until it has.  Raises ValueError for what is no probability.
     """
 
     def __init__(self, *, to: "NodeLike | None" = None, drop: float = 0, delay: float = 0,
@@ -2491,7 +2491,7 @@ class faults:
         if self in _faults:
             raise RuntimeError("these faults are entered already")
         if self._delay:
-            self._late, self._left = SimpleQueue(), threading.Event()
+            self._late, self._over = SimpleQueue(), threading.Event()
             self._postman = _thread("postman", self._send_late, self._late)
         _faults.append(self)
         return self
@@ -2506,7 +2506,7 @@ class faults:
         with self._gate:
             if self._late:
                 self._late.put(None)
-                self._left.set()
+                self._over.set()
                 self._postman.join()
                 self._late = None
 
@@ -2529,7 +2529,7 @@ class faults:
     def _send_late(self, late: "SimpleQueue[Any]") -> None:
         while item := late.get():
             due, connection, message = item
-            self._left.wait(max(due - monotonic(), 0))
+            self._over.wait(_left(due))
             with suppress(OSError, _Ended):
                 connection.send(message)
 
