@@ -1923,6 +1923,7 @@ class Node:
                 return connection
         except BaseException:
             if connection:
+                connection.cut()  # its writer may have been started, and its reader not
                 self._forget(connection)
                 connection.release()
             sock.close()

@@ -3639,6 +3639,18 @@ class Strangers(OneChild):
         self.assertLess(monotonic() - start, 10)
         send("stop", kept)
 
+    def test_a_connection_whose_reader_cannot_be_started_leaves_no_writer_behind(self):
+        start = threading.Thread.start
+
+        def refuse(thread):
+            if thread.name == "distconc reader":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+        disconnect(self.other)
+        with mock.patch("threading.Thread.start", refuse):
+            self.assertRaises(NodeUnreachable, connect, self.other)
+        connect(self.other)
+
     def test_a_node_out_of_descriptors_does_not_spin_and_serves_as_soon_as_it_has_some(self):
         poor = self.child(connect_timeout=2)
         echoes = spawn_server(handle_synchronous, echo, node=poor, name="echo", register=True)
