@@ -481,6 +481,9 @@ class _Handle:
     def __hash__(self) -> int:
         return hash(self._key)
 
+    def __setstate__(self, state: Any) -> None:
+        raise TypeError("a handle cannot be changed, nor by a pickle")
+
 
 class Thread(_Handle):
     """A thread with a mailbox, on this node; made by `spawn`.  Factor: thread.  Erlang: pid.
@@ -636,9 +639,9 @@ def _obituary(thread: Thread, reason: BaseException | None) -> ThreadDied:
 
 def _traceback(error: BaseException, *, whole: bool = True) -> str:
     """The traceback, or its last line; safe even from an error that cannot be printed."""
-    import traceback
-
     try:
+        import traceback
+
         if whole:
             return "".join(traceback.format_exception(error))
         lines = traceback.format_exception_only(error)
@@ -1334,7 +1337,7 @@ class _Connection:
         self.peer, self.address = peer.incarnation, peer.address
         self.names = {peer.address}  # all addresses by which it is known here
         self.heartbeat = min(mine.heartbeat, peer.heartbeat)
-        self.limit = min(mine.limit, peer.limit)
+        self.limit, self._limit = min(mine.limit, peer.limit), mine.limit  # out, and in
         self.stamp = self.peer_stamp = 0  # each side's number for it; see Node._introduce
         self.started = self.ending = False  # ending: takes no more messages
         self.due = float("inf")  # when its next beat is
@@ -1421,13 +1424,15 @@ class _Connection:
         outbox = self._outbox
         while outbox:
             many = 1 if self._larges else min(len(outbox), MANY)
-            self._write([outbox.popleft() for _ in range(many)])
+            self._write([outbox[at] for at in range(many)], many)
         self._larges = False
 
-    def _write(self, messages: list[Message]) -> None:
-        """Write one frame; `_writing` is held."""
-        if _faults and _cut_off(self.names):
-            return
+    def _write(self, messages: list[Message], many: int = 0) -> None:
+        """Write one frame, and take its `many` from the outbox; `_writing` is held.
+
+        Ctrl-C before it is begun leaves all as it was.  Later, half a frame may be out, so that
+        nothing can follow it; but all before it shall still arrive.
+        """
         tail = b""
         if len(messages) == 1 and _is_large(messages[0]):
             *rest, tail = messages[0]
@@ -1435,18 +1440,21 @@ class _Connection:
         body = pickle.dumps(messages, 5)
         lengths = HEAD.pack(len(body), len(tail), b"")[:8]
         try:
-            frame = lengths + self._seal.mac(lengths, body, tail) + body
-            if len(tail) < 1 << 16:
-                self._sock.sendall(frame + tail)
-            else:
-                self._sock.sendall(frame)
-                self._sock.sendall(tail)
-        except BaseException:  # Ctrl-C, too: half a frame may be out, nothing can follow it,
-            self._say_end()  # but all before it shall still arrive
+            if not (_faults and _cut_off(self.names)):
+                frame = lengths + self._seal.mac(lengths, body, tail) + body
+                if len(tail) < 1 << 16:
+                    self._sock.sendall(frame + tail)
+                else:
+                    self._sock.sendall(frame)
+                    self._sock.sendall(tail)
+                self._wrote = monotonic()
+                self._idle = False
+                self.sent += len(messages)
+            for _ in range(many):
+                self._outbox.popleft()
+        except BaseException:
+            self._say_end()
             raise
-        self._wrote = monotonic()
-        self._idle = False
-        self.sent += len(messages)
 
     def _write_on(self) -> None:
         with suppress(OSError):
@@ -1514,12 +1522,13 @@ class _Connection:
         except EOFError:
             self.close()  # the peer has said all; so may we
         except BaseException as error:  # to load what makes no sense may even raise SystemExit
-            _log("INFO", "the connection to %s ended: %s", _text(self.address), _words(error))
             self.cut()
-        self._silent = 0  # from now on, beats count how long the writer takes
-        self._writer.join()
-        self._node._forget(self)
-        self.release()
+            _log("INFO", "the connection to %s ended: %s", _text(self.address), _words(error))
+        finally:
+            self._silent = 0  # from now on, beats count how long the writer takes
+            self._writer.join()
+            self._node._forget(self)
+            self.release()
 
     def release(self) -> None:
         """Give the descriptor back, which nobody uses any more."""
@@ -1532,7 +1541,7 @@ class _Connection:
         self._silent = 0
         head = self._read(HEAD.size)
         body_size, tail_size, mac = HEAD.unpack(head)
-        if body_size > 1 << 24 or tail_size > self._node._max_message:
+        if body_size > 1 << 24 or tail_size > self._limit:
             raise OSError(f"a frame of {body_size} + {tail_size} bytes is too large")
         body = self._read(body_size)
         tail = self._read(tail_size) if tail_size else b""
@@ -1541,22 +1550,25 @@ class _Connection:
         return self._node._load(body), tail
 
     def _read(self, size: int) -> Any:
-        if size <= 1 << 16:
+        if size <= LARGE:
             data = self._file.read(size)
             if len(data) == size:
                 return data
         else:
             data, at = memoryview(bytearray(size)), 0  # takes no memory before the bytes come
+            told = 0
             while count := self._file.readinto1(data[at:]):  # type: ignore[attr-defined]
                 at += count
-                self._silent = 0  # a large message on its way is no silence
+                if at - told > LARGE:
+                    self._silent, told = 0, at  # a message on its way is no silence; ticks are
                 if at == size:
                     return data
         raise EOFError  # in the middle of a frame: the writer was interrupted
 
     def _on_send(self, target: Target, payload: Any) -> None:
         try:
-            self._node._find(target).send(self._node._load(payload))
+            message = self._node._load(payload)  # which may take long
+            self._node._find(target).send(message)
         except BaseException as error:  # loading may raise anything, SystemExit too
             self._losses[target[1], str(self._refusal(error)), _here.cause] += 1
 
@@ -1636,9 +1648,10 @@ def _thread(part: str, run: Callable[..., None], *args: Any) -> threading.Thread
 
 
 def _log(level: str, text: str, *about: Any) -> None:
-    import logging
+    with suppress(OSError):  # out of descriptors, not even this can be imported
+        import logging
 
-    logging.getLogger("distconc").log(getattr(logging, level), text, *about)
+        logging.getLogger("distconc").log(getattr(logging, level), text, *about)
 
 
 def _hang_up(sock: socket.socket) -> None:
@@ -1653,6 +1666,7 @@ CROWD = 256  # strangers who may knock at once: for one more, the oldest has to 
 _COUNTS = ("sent", "received", "undelivered", "refused", "lost", "strangers")
 _node: "Node | None" = None
 _starting = threading.RLock()  # guards: _node
+_stamps = itertools.count(1)  # the numbers of this process's connections
 
 
 class _Dial:
@@ -1677,6 +1691,7 @@ class Node:
     def __init__(self) -> None:
         self.address: Address | None = None  # what others dial
         self.incarnation = _incarnation
+        self._runs: tuple[int, ...] = 0, _incarnation  # it is meant by these; stopped, by none
         self._bound: Address | None = None  # where it listens
         self._started = self._stopped = False
         self._lock = threading.RLock()  # guards: all tables below
@@ -1684,9 +1699,9 @@ class Node:
         self._speaking: dict[Any, _Connection] = {}  # by incarnation and address: where to send
         self._open: set[_Connection] = set()  # all, the half-made and the ending ones, too
         self._dials: dict[Address, _Dial] = {}  # under way, shared by senders
-        self._shaking: deque[socket.socket] = deque()  # those not in yet, the oldest first
+        self._knocking: deque[socket.socket] = deque()  # those not in yet, the oldest first
+        self._calling: deque[socket.socket] = deque()  # those dialled, not answered yet
         self._counts = Counter(dict.fromkeys(_COUNTS, 0))
-        self._stamps = itertools.count(1)
         self._warden: threading.Thread | None = None
         self._listener: Listener | None = None
         self._accepter: threading.Thread | None = None
@@ -1701,9 +1716,11 @@ class Node:
             raise ValueError("max_message= is bytes, above zero and below 4 GiB")
         self._advertise = None if advertise is None else _address(advertise)
         self._key, self._allow = authkey, allow
+        if allow is not None and allow != "anything":
+            self._allow = tuple(allow)
         self._heartbeat, self._connect_timeout = heartbeat, connect_timeout
         self._max_message = max_message
-        self._load = _loader("anything" if allow is None else allow)
+        self._load = _loader("anything" if allow is None else self._allow)
 
     def _listen(self, address: Address) -> None:
         self._key = _authkey(self._key, address)
@@ -1714,7 +1731,7 @@ class Node:
             self._listener = Listener(address, "AF_UNIX" if path else "AF_INET", backlog=128)
         except OSError as error:
             cure = "does a node run there? Choose another address, or 0 for a free port"
-            text = f"cannot listen at {_text(address)}: {error.strerror}; {cure}"
+            text = f"cannot listen at {_text(address)}: {error.strerror or error}; {cure}"
             raise OSError(error.errno, text) from None
         self._bound = _address(self._listener.address)
         self.address = self._advertise or self._bound
@@ -1737,22 +1754,24 @@ class Node:
         """Stop the node; see `stop_node`."""
         deadline = monotonic() + timeout
         for fault in _faults.copy():
-            fault._release()
+            fault._release(timeout / 2)
         with self._lock:
-            self._stopped, bound, self._bound = True, self._bound, None
-            for sock in self._shaking:
+            again, self._stopped, bound, self._bound = self._stopped, True, self._bound, None
+            for sock in *self._knocking, *self._calling:
                 _hang_up(sock)
             for connection in self._open:
                 connection.close()
             self._changed.notify_all()
         with _registry:
-            for name in list(_names):
+            for name in [] if again else list(_names):
                 unregister_remote_thread(name)
         if bound:
             if bound[0] == "0.0.0.0":
                 bound = "127.0.0.1", int(bound[1])
-            with suppress(OSError):  # knock at our own door: nothing else wakes `accept`
-                Client(bound).close()
+            family = socket.AF_UNIX if isinstance(bound, str) else socket.AF_INET
+            with suppress(OSError), socket.socket(family) as knock:
+                knock.settimeout(_left(deadline))  # nothing else wakes `accept`
+                knock.connect(bound)
             if self._accepter:
                 self._accepter.join(_left(deadline))
         if self._listener:
@@ -1762,6 +1781,9 @@ class Node:
                 for connection in self._open:
                     connection.cut()
                 self._changed.wait_for(lambda: not self._open, _left(deadline))
+        self._runs = ()
+        for connection in self._open.copy():  # something is being loaded there, for too long
+            self._forget(connection)
         for target in list(_losses):
             _report(target)
 
@@ -1796,7 +1818,7 @@ class Node:
 
     def _find(self, target: Target) -> Thread:
         incarnation, name_or_id = target
-        if incarnation not in (0, self.incarnation):
+        if incarnation not in self._runs:
             raise NoSuchThread(f"{name_or_id!r} was a thread of an earlier run of this node")
         thread = (_threads if incarnation else _names).get(name_or_id)  # type: ignore
         if thread is None:
@@ -1864,7 +1886,7 @@ class Node:
                 f"no node listens at {name}; is that where it was started?")
         except BaseException as why:
             dial.error = NodeUnreachable(
-                f"cannot connect to {name}: {str(why) or type(why).__name__}")
+                f"cannot connect to {name}: {str(why) or 'it hung up'}")
         with self._lock:
             if self._dials.get(address) is dial:
                 del self._dials[address]
@@ -1883,6 +1905,8 @@ class Node:
             except (OSError, RuntimeError) as error:  # out of descriptors, or of threads
                 _log("INFO", "nobody can be let in just now: %s", error)
                 with self._lock:
+                    if self._knocking:
+                        _hang_up(self._knocking.popleft())
                     self._changed.wait_for(lambda: self._stopped, 0.05)
 
     def _admit(self, stranger: Any) -> None:
@@ -1900,10 +1924,13 @@ class Node:
                              socket.SOCK_STREAM)
         connection, timer = None, threading.Timer(self._connect_timeout, _hang_up, [sock])
         timer.daemon = True
+        crowd = self._calling if dialled else self._knocking
         with self._lock:
-            self._shaking.append(sock)
-            if self._stopped or not dialled and len(self._shaking) > CROWD:
-                _hang_up(self._shaking.popleft())
+            crowd.append(sock)
+            if self._stopped:
+                _hang_up(sock)
+            elif len(self._knocking) > CROWD:
+                _hang_up(self._knocking.popleft())
         try:
             with stranger:
                 timer.start()
@@ -1931,7 +1958,7 @@ class Node:
         finally:
             timer.cancel()
             with self._lock, suppress(ValueError):
-                self._shaking.remove(sock)
+                crowd.remove(sock)
 
     def _hello(self, sock: socket.socket, dialled: Address | None) -> _Hello:
         fields = [VERSION.decode(), "dialler" if dialled else "acceptor", os.urandom(16).hex(),
@@ -1961,7 +1988,7 @@ class Node:
         for mine in (True, False) if dialled else (False, True):
             if mine:
                 with self._lock:
-                    connection.stamp = next(self._stamps)
+                    connection.stamp = next(_stamps)
                     self._open.add(connection)
                     oldest = min(c.stamp for c in self._open if c.peer == connection.peer)
                 connection._write([(connection.stamp, oldest)])
@@ -2010,7 +2037,9 @@ class Node:
         """
         peer = connection.peer
         with self._lock:
-            self._open.discard(connection)
+            if connection not in self._open:
+                return
+            self._open.remove(connection)
             self._counts.update(sent=connection.sent, received=connection.received)
             rest = [other for other in self._open if other.peer == peer]
             for other in rest if connection.started else ():
@@ -2021,8 +2050,11 @@ class Node:
                 else:
                     del self._speaking[key]
             self._changed.notify_all()
+            awaited = [each for each in list(_awaited.values()) if each.peer == peer]
+            owed = [tag for tag, debt in list(_debts.items()) if debt[1] == peer]
         if not rest:
-            _contact_lost(peer, _text(connection.address) or "a node that does not listen")
+            name = _text(connection.address) or "a node that does not listen"
+            _contact_lost(name, awaited, owed)
 
 
 def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = None,
@@ -2046,14 +2078,18 @@ def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = No
         node = Node() if _node and _node._stopped else local_node()
         if node._started:
             raise RuntimeError(f"{node!r} runs in this process already; stop_node() first")
-        node._configure(authkey, advertise, allow, heartbeat, connect_timeout, max_message)
+        before = vars(node).copy()
         try:
+            node._configure(authkey, advertise, allow, heartbeat, connect_timeout, max_message)
             if address is not None:
                 node._listen(_address(address) or "")
             node._started, _node = True, node
         except KeyboardInterrupt:  # no half of it stays open
             _node = node
             node.stop(1)
+            raise
+        except BaseException:
+            vars(node).update(before)
             raise
         return node
 
@@ -2176,6 +2212,9 @@ def _doing(thread: Thread) -> str:
     return f"{word} at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
+_children: "weakref.WeakSet[ChildNode]" = weakref.WeakSet()  # a fork lets go of them
+
+
 class ChildNode:
     """A node in a process of its own, made by `spawn_node`; it ends with its parent.
 
@@ -2184,6 +2223,7 @@ class ChildNode:
 
     def __init__(self, process: "subprocess.Popen[bytes]", address: Address) -> None:
         self._process, self.address, self.pid = process, address, process.pid
+        _children.add(self)
         self._printer = _thread("printer", _print_on, process.stdout)
 
     def is_alive(self) -> bool:
@@ -2233,9 +2273,13 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
     options.setdefault("authkey", _authkey(local_node()._key, _address(address)))
     boot = ("import sys, pickle; sys.path[:] = pickle.load(sys.stdin.buffer); "
             f"from {__name__} import _be_child; _be_child()")
-    process = subprocess.Popen([sys.executable, "-u", "-c", boot],
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               env={**os.environ, "DISTCONC_TRACE": _traced_to()})
+    held = _hold_ctrl_c(signal.SIG_BLOCK)  # the child inherits that, until it can ignore it
+    try:
+        process = subprocess.Popen([sys.executable, "-u", "-c", boot],
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   env={**os.environ, "DISTCONC_TRACE": _traced_to()})
+    finally:
+        _hold_ctrl_c(signal.SIG_SETMASK, held)
     try:
         assert process.stdin and process.stdout
         process.stdin.write(pickle.dumps(sys.path) + pickle.dumps((_address(address), options)))
@@ -2252,17 +2296,25 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
         raise
 
 
+def _hold_ctrl_c(how: int, what: Iterable[int] = (signal.SIGINT,)) -> Iterable[int]:
+    """Hold Ctrl-C up, or let it through, in this thread; not on Windows."""
+    return signal.pthread_sigmask(how, what) if hasattr(signal, "pthread_sigmask") else ()
+
+
 def _be_child() -> None:
     """Be the process of a `ChildNode`; standard input says what to do, and when to end."""
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the parent, which may go on
-    orders = sys.stdin.buffer
-    address, options = pickle.load(orders)
+    _hold_ctrl_c(signal.SIG_UNBLOCK)
+    orders, answers = sys.stdin.buffer, os.dup(1)
+    os.dup2(2, 1)  # what is printed meanwhile is no answer
     try:
+        address, options = pickle.load(orders)
         answer: Any = start_node(address, **options).address
     except Exception as error:
         answer = error
-    sys.stdout.buffer.write(pickle.dumps(answer))
-    sys.stdout.flush()
+    os.write(answers, pickle.dumps(answer))
+    os.dup2(answers, 1)
+    os.close(answers)
     orders.read(1)  # the parent's word, or its end
     stop_node()
 
@@ -2282,12 +2334,15 @@ def _after_fork() -> None:
     if _node:
         for connection in _node._open:
             connection.ending = True
-        for sock in (*(connection._sock for connection in _node._open), *_node._shaking):
+        live = (connection._sock for connection in _node._open)
+        for sock in {*live, *_node._knocking, *_node._calling}:
             os.close(sock.detach())
         if _node._listener:
             _node._listener.close()
     _incarnation, _node, _here = int.from_bytes(os.urandom(8), "big"), None, _Here()
     _reporter = None
+    for child in _children:
+        child._process.stdin.close()  # type: ignore  # or they would not end with the parent
     for thread in _threads.values():
         thread._ended = True
         _ring(thread._over)
@@ -2389,27 +2444,27 @@ def demonitor(monitor: Monitor) -> None:
 def _tell_node(peer: int, tag: str, error: DistconcError) -> bool:
     """Tell another node that what it awaits has failed; False if there is no contact."""
     cause, kind, trace, payload = error.__cause__, "", "", b""
+    connection = local_node()._speaking.get(peer)
     if isinstance(error, RemoteError):
         kind = error.type
     elif isinstance(error, ThreadDied) and isinstance(cause, RemoteError):
         kind, trace = cause.type, str(cause)
-        with suppress(SerializationError):  # then its name and traceback stand in for it
+        with suppress(SerializationError, SystemExit):  # then its name and traceback must do
             payload = serialize(error.reason)
-        payload = payload if len(payload) <= 1 << 16 else b""
+        if connection is None or len(payload) > min(connection.limit, 1 << 16):
+            payload = b""
     message = FAILED, tag, type(error).__name__, str(error), kind, trace, payload
     return local_node()._post(peer, message)
 
 
-def _contact_lost(peer: int, name: str) -> None:
+def _contact_lost(name: str, awaited: list[_Await], owed: list[str]) -> None:
     """Settle what awaited this node; what is owed to it, nobody awaits any more."""
     text = f"contact with {name} was lost"
     with _because(None if local_node()._stopped else _record(None, "down", why=text)):
-        for awaited in list(_awaited.values()):
-            if awaited.peer == peer:
-                _settle(awaited.tag, NodeDown(text))
-    for tag, (_, creditor, _) in list(_debts.items()):
-        if creditor == peer:
-            _strike(tag)
+        for each in awaited:
+            _settle(each.tag, NodeDown(text))
+    for tag in owed:
+        _strike(tag)
 
 
 _losses: dict[str, tuple[int, str, float]] = {}  # by target: how many since, why; the last line
@@ -2502,13 +2557,13 @@ class faults:
         with suppress(ValueError):  # a fork has cleared them
             _faults.remove(self)
 
-    def _release(self) -> None:
+    def _release(self, timeout: float | None = None) -> None:
         """Have what is held up sent now; who sends meanwhile waits, so that order is kept."""
         with self._gate:
             if self._late:
                 self._late.put(None)
                 self._over.set()
-                self._postman.join()
+                self._postman.join(timeout)
                 self._late = None
 
     def _send(self, connection: _Connection, message: Message) -> None:

@@ -333,7 +333,7 @@ class MailboxTests(Case):
         box = Mailbox()
         box.put("another")
         for timeout in 0, 0.05:
-            self.assertRaises(TimeoutError, box.get_if, box.put, timeout)  # finds none, adds one
+            self.assertRaises(TimeoutError, box.get_if, box.put, timeout)  # looks, adds one
 
     def test_get_all_that_is_interrupted_puts_back_what_it_took(self):
         box, take, takes = Mailbox(), Mailbox._get, iter(range(3))
@@ -1333,6 +1333,10 @@ def hold():
     receive_if(str)
 
 
+def fail_with_all():
+    raise ValueError("x" * receive().data)
+
+
 def stats_here():
     return local_node().stats()
 
@@ -1440,8 +1444,23 @@ def exit_now():
     raise SystemExit("at loading")
 
 
+def load_late():
+    """Tell the test that loading has begun; return when that lets it."""
+    LOADING.put("begun")
+    GO_ON.get(timeout=T)
+    return "late"
+
+
 def raise_mute():
     raise Mute
+
+
+def send_late(target):
+    receive()
+    send(Does(load_late), target)
+
+
+LOADING, GO_ON = queue.SimpleQueue(), queue.SimpleQueue()
 
 
 ######## What the tests share
@@ -2342,6 +2361,40 @@ class TwoNodes(OneChild):
         self.assertEqual(ask(self.other, owed_by, middle.id), 0)
         send("end", middle)
 
+    def test_what_is_awaited_anew_survives_the_news_of_an_earlier_loss(self):
+        server = spawn(receive, node=self.other)
+        watch = monitor(server)
+        lose, slow = distconc._contact_lost, threading.Event()
+        self.addCleanup(slow.set)
+
+        def lose_slowly(*what):
+            slow.wait(T)
+            lose(*what)
+            send("lost", me)
+
+        me = current_thread()
+        with mock.patch.object(distconc, "_contact_lost", lose_slowly):
+            disconnect(self.other)
+            again = monitor(server)
+            slow.set()
+            receive_if(lambda message: message == "lost", T)
+        down = receive(T)
+        self.assertEqual((down.monitor, type(down.reason)), (watch, NodeDown))
+        send("end", server)
+        self.assertEqual(receive(T), Down(again, server, None))
+
+    def test_a_failure_too_large_for_the_caller_is_told_without_its_reason(self):
+        stop_node()
+        start_node(max_message=10_000)
+        server = spawn(fail_with_all, node=self.other)
+        watch = monitor(self.other)
+        with self.assertRaises(ThreadDied) as caught:
+            send_synchronous(20_000, server, T)
+        self.assertIsInstance(caught.exception.reason, RemoteError)
+        self.assertEqual(caught.exception.reason.type, "ValueError")
+        demonitor(watch)
+        self.assertIsNone(receive(0, None))
+
     def test_a_server_that_dies_fails_the_call_with_its_traceback(self):
         server = spawn(fail_when_called, KeyError("why"), node=self.other)
         with self.assertRaises(ThreadDied) as caught:
@@ -2844,6 +2897,16 @@ class Plain(Net):
             for _ in range(20_000):
                 peer.write(frame)
 
+    def test_no_pickle_changes_a_handle(self):
+        load = distconc._loader([])
+        made = RemoteThread(9000, "x")
+        plain = pickle.dumps(made, 4)
+        for name in b"_route", b"_key", b"_id":
+            patched = plain[:-1] + b"N}\x8c" + bytes([len(name)]) + name + b"K\x01s\x86b."
+            with self.assertRaises(TypeError):
+                load(patched)
+        self.assertEqual(load(plain), made)
+
     def test_allow_takes_classes_and_functions_only(self):
         stop_node()
         for item in "os.system", 7, Point(), None, os:
@@ -2912,6 +2975,58 @@ class Plain(Net):
             send(bytes(2000), RemoteThread(free_port(), "nobody"))
         with self.assertRaises(NodeUnreachable):
             send(bytes(900), RemoteThread(free_port(), "nobody"))
+
+    def test_what_a_stopped_node_still_reads_comes_after_nothing_that_is_new(self):
+        child = self.child()
+        mine = RemoteThread(self.node, "mine")
+        register_remote_thread(current_thread(), "mine")
+        send("go", spawn(send_late, mine, node=child))
+        LOADING.get(timeout=T)
+        stop_node(0.1)
+        start_node(mine.node)
+        register_remote_thread(current_thread(), "mine")
+        spawn(send, "new", mine, node=child)
+        GO_ON.put("now")
+        self.assertEqual(receive(T), "new")
+        self.assertEqual(ask(child, nodes), [mine.node])
+        self.assertIsNone(receive(0, None))
+
+    def test_stopping_an_old_node_again_leaves_the_new_one_alone(self):
+        with self.node:
+            stop_node()
+            new = start_node()
+            register_remote_thread(current_thread(), "mine")
+        self.assertIs(get_remote_thread("mine"), current_thread())
+        connect(self.child())
+        self.assertIs(local_node(), new)
+
+    def test_stop_node_ends_in_time_though_a_fault_holds_messages_up(self):
+        child = self.child()
+        target = self.collector(child)
+        connect(child)
+        freeze(child)
+        self.addCleanup(os.kill, child.pid, signal.SIGCONT)
+        with distconc.faults(delay=0.1):
+            for _ in range(30):
+                send(bytes(1_000_000), target)
+            start = monotonic()
+            stop_node(1)
+            self.assertLess(monotonic() - start, 2)
+            os.kill(child.pid, signal.SIGCONT)
+
+    def test_a_start_that_fails_changes_nothing(self):
+        child = self.child()
+        spawn_server(handle_synchronous, echo, node=child, name="echo", register=True)
+        done = script("""if True:
+            for bad in dict(max_message=100), dict(authkey="another key, not ours"), {
+                    "allow": [1]}, dict(heartbeat=0, connect_timeout=1e-6):
+                try:
+                    start_node(sys.argv[1], **bad)
+                except (OSError, TypeError, ValueError):
+                    send_synchronous(("size", bytes(1000)), RemoteThread(sys.argv[2], "echo"))
+            print("well")
+            """, self.node, child)
+        self.assertEqual(done.out, "well\n", done.err)
 
     def test_a_handle_that_was_used_follows_its_name_to_this_node_and_away_again(self):
         port = free_port()
@@ -3181,6 +3296,32 @@ os.waitpid(pid, 0)
             "well", "['x', 'from the fork', 'from the parent']", "child stopped in time: True",
             "restarted"], result.err)
 
+    def test_a_child_ends_with_its_parent_though_that_has_forked(self):
+        start = monotonic()
+        result = script("""if True:
+            import signal
+            child = spawn_node()
+            if os.fork() == 0:
+                os.close(1), os.close(2)
+                signal.alarm(30)
+                signal.pause()
+            print(child.pid, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+            """, PYTHONWARNINGS="ignore")
+        self.assertTrue(result.out.strip().isdecimal(), result.err)
+        self.assertLess(monotonic() - start, 20)  # when the child, too, had let go of stderr
+
+    def test_a_child_may_print_while_it_starts(self):
+        with open(os.path.join(self.dir, "noisy.py"), "w") as file:
+            file.write("print('noise')\ndef work(): pass\n")
+        done = script("""if True:
+            sys.path.insert(0, sys.argv[1])
+            from noisy import work
+            with spawn_node(allow=[work]) as child:
+                print(type(child).__name__)
+            """, self.dir)
+        self.assertEqual((done.out, done.err), ("noise\nChildNode\n", "noise\n"))
+
     def test_an_unread_failure_of_a_linked_thread_is_shown_at_the_end_of_the_process(self):
         result = script("spawn_linked(int, 'x', name='child').join()")
         self.assertEqual(result.status, 0)
@@ -3379,6 +3520,23 @@ os.waitpid(pid, 0)
         must = [item for item in expected if item[1] == 4 or outcomes[item[0]] == "sent\n"]
         self.assertEqual([item for item in must if item not in got], [])
 
+    def test_ctrl_c_before_a_frame_is_begun_leaves_what_waits_as_it_was(self):
+        target = self.collector(self.child())
+        connect(target.node)
+        connection, = self.node._open
+        with connection._writing:  # so that nobody writes
+            connection._inside = True
+            for number in range(100):
+                send(number, target)
+            connection._inside = False
+            with mock.patch.object(distconc, "HEAD") as head:
+                head.pack.side_effect = KeyboardInterrupt
+                with self.assertRaises(KeyboardInterrupt):
+                    send("interrupted", target)
+        send("next", target)
+        self.assertEqual(self.got(target), [*range(100), "interrupted", "next"])
+        self.assertEqual(self.node._open, {connection})
+
     def test_ctrl_c_within_a_send_costs_nothing_that_was_accepted_before(self):
         child = self.child()
         kept = spawn(keep_sizes, node=child, name="kept", register=True)
@@ -3415,6 +3573,22 @@ os.waitpid(pid, 0)
         lost = self.node.stats()["lost"]
         reply_synchronous("too late", request)
         self.assertEqual(self.node.stats()["lost"], lost + 1)
+
+    def test_a_crowd_of_strangers_cuts_no_dial_of_ours(self):
+        self.addCleanup(setattr, distconc, "CROWD", distconc.CROWD)
+        distconc.CROWD = 2
+        with socket.create_server(("127.0.0.1", 0)) as silent, ExitStack() as stack:
+            here = spawn(connect, silent.getsockname())
+            dialled = stack.enter_context(silent.accept()[0])
+            strangers = [stack.enter_context(socket.create_connection(self.node.address, T))
+                         for _ in range(6)]
+            for stranger in strangers[:4]:  # the oldest have to go
+                read_to_end(stranger, T)
+            dialled.settimeout(0.2)
+            self.assertRaises(TimeoutError, dialled.recv, 1)
+            dialled.shutdown(socket.SHUT_RDWR)
+            with mock.patch("threading.excepthook", lambda info: None):
+                self.assertTrue(here.join(T))
 
     def test_the_wrong_key_is_refused_both_ways(self):
         other = self.child(authkey=b"another key, not ours")
@@ -3913,6 +4087,19 @@ class InTheMiddle(Net):
         got = self.got(self.target)
         self.assertGreater(lost, 10)
         self.assertEqual(got, sorted(set(got)))
+
+    def test_a_message_that_comes_in_slowly_is_no_silence(self):
+        def slowly(inward, count, frame):
+            for at in range(0, len(frame), 5_000):
+                yield frame[at:at + 5_000]
+                threading.Event().wait(0.15 if len(frame) > 5_000 else 0)
+
+        self.twist, watch = slowly, monitor(self.victim)
+        start = monotonic()
+        self.assertEqual(send_synchronous(bytes(60_000), self.echo, T), bytes(60_000))
+        self.assertGreater(monotonic() - start, 3)  # each way longer than the heartbeat
+        demonitor(watch)
+        self.assertIsNone(receive(0, None))
 
     def test_a_proxy_that_swallows_all_is_noticed_within_the_heartbeat(self):
         for direction in True, False:
