@@ -93,7 +93,7 @@ import types
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener, answer_challenge, deliver_challenge
@@ -2323,8 +2323,8 @@ def _print_on(source: Any) -> None:
     """Print what a child prints to this `sys.stdout`, be it a notebook's or a test's."""
     with source:
         for line in source:
-            sys.stdout.write(line.decode(errors="replace"))
-            sys.stdout.flush()
+            with suppress(OSError, ValueError):  # this process's own output may be closed
+                print(line.decode(errors="replace"), end="", flush=True)
 
 
 def _after_fork() -> None:
@@ -2539,13 +2539,14 @@ class faults:
             raise ValueError("drop= and duplicate= are from 0 to 1, delay= is seconds")
         self._to = None if to is None else _address(to)
         self._drop, self._delay, self._duplicate = drop, delay, duplicate
-        self._random = random.Random(seed)
+        self._seed = seed
         self._gate = threading.RLock()  # guards: whether messages are still held up, or go on
         self._late: SimpleQueue[Any] | None = None  # when it is due, where to, and what
 
     def __enter__(self) -> "faults":
         if self in _faults:
             raise RuntimeError("these faults are entered already")
+        self._random = random.Random(self._seed)
         if self._delay:
             self._late, self._over = SimpleQueue(), threading.Event()
             self._postman = _thread("postman", self._send_late, self._late)
@@ -2553,9 +2554,11 @@ class faults:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._release()
-        with suppress(ValueError):  # a fork has cleared them
-            _faults.remove(self)
+        try:
+            self._release()
+        finally:
+            with suppress(ValueError):  # a fork has cleared them
+                _faults.remove(self)
 
     def _release(self, timeout: float | None = None) -> None:
         """Have what is held up sent now; who sends meanwhile waits, so that order is kept."""
@@ -2636,8 +2639,8 @@ class _Trace:
     """The file of one process: a JSON object for each event."""
 
     def __init__(self, directory: "str | os.PathLike[str]") -> None:
-        self.directory = os.path.abspath(directory)
-        os.makedirs(directory, exist_ok=True)
+        self.directory = os.path.abspath(os.fsdecode(directory))
+        os.makedirs(self.directory, exist_ok=True)
         path = os.path.join(self.directory, f"{_incarnation:016x}.jsonl")
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
@@ -2688,12 +2691,18 @@ class _because:
         _here.cause = self._before
 
 
-def _sending(message: Any, thread: Handle, kind: str = "send") -> _because:
+@contextmanager
+def _sending(message: Any, thread: Handle, kind: str = "send") -> Iterator[None]:
     """Record that this thread sends `message`, and have that be the cause of its arrival."""
     kind = "reply" if message.__class__ is Reply else kind
     to = thread.name if isinstance(thread, Thread) else f"{_text(thread.node)}/{thread.id}"
     sent = _record(current_thread(), "send", message=_shown(message), to=to, kind=kind)
-    return _because(sent)
+    try:
+        with _because(sent):
+            yield
+    except Exception as error:
+        _record(current_thread(), "lost", sent, why=_words(error))
+        raise
 
 
 def _stamped(message: Message, cause: Stamp | None = None) -> Message:
@@ -2746,7 +2755,7 @@ if os.environ.get("DISTCONC_TRACE") and __name__ != "__main__":
 
 
 def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: int | None = None,
-          last: int | None = None, threads: Iterable[str] | None = None) -> str:
+          last: int | None = None, threads: str | Iterable[str] | None = None) -> str:
     """Return the traces in `directory` as one space-time diagram.
 
     A column is a thread; time runs down, in the order of the Lamport clocks, so no arrow points
@@ -2761,7 +2770,7 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
     formats = {"svg": _as_svg, "text": _as_text, "shiviz": _as_shiviz}
     if format not in formats:
         raise ValueError(f"{format!r} is no format of a chart; there are {', '.join(formats)}")
-    wanted = None if threads is None else set(threads)
+    wanted = {threads} if isinstance(threads, str) else None if threads is None else {*threads}
     past = sorted(_read_traces(directory),
                   key=lambda event: (event.clock, event.time, event.process, event.thread))
     events = [event for event in past
@@ -3007,7 +3016,7 @@ def _as_svg(table: _Table) -> str:
 def _escaped(text: str) -> str:
     from html import escape
 
-    return escape(text)
+    return escape(text).encode("ascii", "xmlcharrefreplace").decode()  # for any encoding
 
 
 def _svg_text(kind: str, x: int, y: int, text: str) -> str:
@@ -3119,8 +3128,7 @@ def _demo(_: Any) -> None:
 
 def _say(*words: Any) -> None:
     """Print in one piece, as other threads and processes print, too."""
-    sys.stdout.write(" ".join(map(str, words)) + "\n")
-    sys.stdout.flush()
+    print(" ".join(map(str, words)) + "\n", end="", flush=True)
 
 
 def _log_message() -> bool:
@@ -3141,17 +3149,33 @@ def _call_back(parent: Handle) -> None:
 def _run_node(options: Any) -> None:
     """Run a node with a Python prompt, or with a script."""
     import code
-    import runpy
 
+    if os.path.isfile(str(options.address)):
+        raise ValueError(f"{options.address} is a file; say: node ADDRESS {options.address}")
+    main = types.ModuleType("__main__")
+    former, sys.modules["__main__"] = sys.modules["__main__"], main  # kept, for it still runs
     with start_node(options.address) as node:
         print(f"node {node}, pid {os.getpid()}", flush=True)
         if options.script:
-            runpy.run_path(options.script, run_name="__main__")
+            _run_script(options.script, main)
             threading.Event().wait()
-        names = sys.modules["__main__"].__dict__
-        names.update({name: globals()[name] for name in __all__})
+        main.__dict__.update({name: globals()[name] for name in __all__})
         banner = "All names of distconc are here; Ctrl-D ends the node."
-        code.interact(banner, local=names, exitmsg="")
+        code.interact(banner, local=main.__dict__, exitmsg="")
+
+
+def _run_script(path: str, main: types.ModuleType) -> None:
+    """Run a file as Python would, as the module `main`; end the process if it fails."""
+    with open(path, "rb") as file:
+        source = file.read()
+    sys.argv, main.__file__ = [path], path
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    try:
+        exec(compile(source, path, "exec"), main.__dict__)
+    except Exception as error:
+        error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.exit(1)
 
 
 def _target(text: str) -> RemoteThread:
@@ -3163,11 +3187,13 @@ def _target(text: str) -> RemoteThread:
 
 def _literal(text: str) -> Any:
     import ast
+    import shlex
 
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        raise ValueError(f"{text} is no Python literal; a string is '\"{text}\"'") from None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        text, string = _cut(text, 60), shlex.quote(repr(_cut(text, 60)))
+        raise ValueError(f"{text} is no Python literal; a string is {string}") from None
 
 
 def _send(options: Any) -> None:
@@ -3192,7 +3218,7 @@ def _ps(options: Any) -> None:
                        _ask_node(_address(options.node), "ps")]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
+        print("  ".join(map(str.ljust, map(_plain, row), widths)).rstrip())
 
 
 def _chart(options: Any) -> None:
@@ -3203,14 +3229,32 @@ def _chart(options: Any) -> None:
         with open(options.output, "w", encoding="utf-8") as file:
             file.write(text)
     else:
-        sys.stdout.write(text)
+        print(text, end="")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Do what the shell command `arguments` says."""
-    import argparse
+    try:
+        _obey(arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (DistconcError, AuthenticationError, OSError, ValueError) as error:
+        sys.exit(f"distconc: {_plain(str(error))}")
 
-    parser = argparse.ArgumentParser("distconc", description="Threads that send, on any node.")
+
+def _obey(arguments: list[str] | None) -> None:
+    import argparse
+    import logging
+
+    for stream in sys.stdout, sys.stderr:  # any text can be printed there, or to nowhere
+        with suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    logging.basicConfig(format="distconc: %(message)s")
+    parser = argparse.ArgumentParser(
+        "distconc", description="Threads that send, on any node.",
+        epilog="In the environment: DISTCONC_AUTHKEY, the key; DISTCONC_COOKIE, the file that "
+               "has it otherwise; DISTCONC_TRACE, a directory to write traces to.")
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[Any], None], **arguments: Any) -> None:
@@ -3225,7 +3269,7 @@ def main(arguments: list[str] | None = None) -> None:
     command("demo", _demo)
     command("node", _run_node,
             address={"nargs": "?", "default": 0, "help": "9000, host:9000, a path"},
-            script={"nargs": "?", "help": "a file to run; the node stays up after it"})
+            script={"nargs": "?", "help": "a file to run there; the node stays up after it"})
     command("send", _send, target=target, message=message, __timeout=timeout)
     command("call", _call, target=target, message=message, __timeout=timeout)
     command("ps", _ps, node={"help": "which, such as 9000 or 127.0.0.1:9000"})
@@ -3238,18 +3282,13 @@ def main(arguments: list[str] | None = None) -> None:
             __thread={"dest": "threads", "action": "append", "metavar": "NAME",
                       "help": "only threads of this name, or node/name; may be repeated"})
     options = parser.parse_args(arguments)
-    import logging
-
-    logging.basicConfig(format="distconc: %(message)s")
-    try:
-        options.run(options)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (DistconcError, AuthenticationError, OSError, ValueError) as error:
-        sys.exit(f"distconc: {error}")
+    options.run(options)
 
 
 if __name__ == "__main__":
-    import distconc  # this file by its name: its classes are those that messages name
+    try:
+        import distconc  # this file by its name: its classes are those that messages name
+    except OSError as error:
+        sys.exit(f"distconc: DISTCONC_TRACE: {error}")
 
     distconc.main()

@@ -4144,6 +4144,17 @@ class Faults(OneChild):
         self.assertEqual(self.through(drop=0.3, seed=5), some)
         self.assertNotEqual(self.through(drop=0.3, seed=6), some)
 
+    def test_a_fault_entered_again_does_the_same_again(self):
+        fault, got = faults(drop=0.3, seed=5), []
+        for _ in range(2):
+            target = spawn(keep_all, "end", current_thread(), node=self.other)
+            with fault:
+                for number in range(50):
+                    send(number, target)
+            send("end", target)
+            got.append(receive(T))
+        self.assertEqual(*got)
+
     def test_duplicate_sends_some_twice_and_loses_none(self):
         some = self.through(duplicate=0.3, seed=5)
         self.assertEqual(sorted(set(some)), list(range(200)))
@@ -4344,6 +4355,19 @@ class Traces(OneChild):
             if "cause" in record:
                 self.assertIn(tuple(record["cause"]), events)
                 self.assertLess(record["cause"][2], record["clock"])
+
+    def test_a_send_that_raised_is_recorded_as_lost(self):
+        trace(self.traces)
+        for bad in threading.Lock(), 1:
+            with self.assertRaises((SerializationError, NodeUnreachable)):
+                send(bad, RemoteThread(free_port(), "nobody"))
+        trace(None)
+        found = records(self.traces)
+        sends = [(r["process"], r["thread"], r["clock"]) for r in found if r["event"] == "send"]
+        lost = [r for r in found if r["event"] == "lost"]
+        self.assertEqual([tuple(r["cause"]) for r in lost], sends)
+        for record, why in zip(lost, ("SerializationError", "NodeUnreachable")):
+            self.assertIn(why, record["why"])
 
     def test_each_receive_names_its_send_and_is_later(self):
         node, me = self.child(), current_thread()
@@ -4994,6 +5018,12 @@ class Shell(Net):
                 (["key"], shell("call", target, "1", DISTCONC_AUTHKEY="wrong")),
                 (["literal"], shell("send", target, "hello")),
                 (["literal"], shell("call", target, "open('x')")),
+                (["literal", "it'\"'\"'s"], shell("send", target, "it's")),
+                (["literal"], shell("send", target, "{[]: 1}")),
+                (["literal"], shell("send", target, "1+" * 5_000 + "1")),
+                (["x\\ny"], shell("send", f"{self.node}/x\ny", "1")),
+                (["node ADDRESS"], shell("node", MODULE)),
+                (["DISTCONC_TRACE"], shell("demo", DISTCONC_TRACE="/dev/null")),
                 (["127.0.0.1:9000/logger"], shell("send", "nonsense", "1")),
                 ([], shell("send", "a:b:c/x", "1")), ([], shell("send", ":99999/x", "1")),
                 (["seconds"], shell("call", f"{self.node}/mute", "1", "--timeout", "0.2")),
@@ -5012,6 +5042,7 @@ class Shell(Net):
                 self.assertEqual(result.status, 2)
                 self.assertNotIn("Traceback", result.err)
                 self.assertIn("usage", result.err)
+        self.assertEqual(shell("--version").out, f"{distconc.__version__}\n")
         for words in [], ["demo"], ["node"], ["send"], ["call"], ["ps"], ["chart"]:
             with self.subTest(words):
                 result = shell(*words, "--help")
@@ -5040,15 +5071,51 @@ class Shell(Net):
         out, err = process.communicate(timeout=T)
         self.assertEqual((process.returncode, err), (130, ""))
 
+    def test_a_script_is_run_as_python_would(self):
+        for name, text in ("beside.py", "word = 'beside'\n"), ("script.py", """if True:
+                import beside, pickle, sys
+                class Point: pass
+                print(beside.word, sys.argv, pickle.loads(pickle.dumps(Point())).__class__)
+                def fail(): raise ValueError("in the script")
+                fail()
+                """):
+            with open(os.path.join(self.dir, name), "w") as file:
+                file.write(textwrap.dedent(text))
+        result = shell("node", 0, os.path.join(self.dir, "script.py"))
+        self.assertEqual(result.status, 1)
+        self.assertEqual(result.out.splitlines()[1:], [
+            f"beside ['{self.dir}/script.py'] <class '__main__.Point'>"])
+        lines = result.err.splitlines()
+        self.assertEqual((lines[0][:9], lines[-1]), ("Traceback", "ValueError: in the script"))
+        self.assertNotIn("distconc", result.err)
+
+    def test_any_text_can_be_printed_and_drawn_in_any_encoding(self):
+        spawn_server(handle_synchronous, echo, name="é", register=True)
+        self.here(hold, name="X\n\x1b[31mred")
+        for encoding in "ascii", "latin-1":
+            args = {"PYTHONIOENCODING": encoding, "DISTCONC_TRACE": self.dir}
+            called = subprocess.run([sys.executable, MODULE, "call", f"{self.node}/é", "'é€'"],
+                                    env=environment(**args), capture_output=True)
+            self.assertEqual((called.returncode, called.stderr), (0, b""))
+            self.assertEqual(ast.literal_eval(called.stdout.decode(encoding)), "é€")
+            listed = subprocess.run([sys.executable, MODULE, "ps", str(self.node)],
+                                    env=environment(**args), capture_output=True)
+            self.assertEqual(listed.stdout.count(b"\n"), 1 + len(threads()))
+            drawn = subprocess.run([sys.executable, MODULE, "chart", self.dir],
+                                   env=environment(**args), capture_output=True)
+            self.assertIn("é€", "".join(ElementTree.fromstring(drawn.stdout).itertext()))
+        unregister_remote_thread("é")
+        distconc._names["X\n\x1b[31mred"].send("end")
+
     def test_a_node_has_a_prompt_with_all_names(self):
         process = self.start("node", stdin=subprocess.PIPE)
         out, err = process.communicate(
             "t = spawn_server(handle_synchronous, str.upper, name='upper', register=True)\n"
             "print(send_synchronous('up', RemoteThread(local_node(), 'upper'), 20))\n"
-            "1 / 0\nprint(NoSuchThread.__name__, monitor.__name__)\n", timeout=T)
+            "1 / 0\nprint(NoSuchThread.__name__, monitor.__name__, len(dir()) < 65)\n", timeout=T)
         self.assertEqual(process.returncode, 0)
         self.assertIn("UP", out)
-        self.assertIn("NoSuchThread monitor", out)
+        self.assertIn("NoSuchThread monitor True", out)
         self.assertIn("ZeroDivisionError", err)
 
     def assert_ctrl_c(self, process):
@@ -5444,6 +5511,9 @@ def check_exercise(arguments):
         for exercise in all_.values():
             title = textwrap.shorten(exercise.title, 96 - width, placeholder=" ...")
             print(f"{exercise.name:{width}}{title}")
+    elif options.exercise.endswith(".py"):
+        print(f"which exercise? make check EXERCISE=... FILE={options.exercise}")
+        return 2
     elif options.exercise not in all_:
         near = difflib.get_close_matches(options.exercise, all_, cutoff=0.4) or all_
         print(f"there is no exercise {options.exercise}; there is", ", ".join(near))
