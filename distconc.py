@@ -61,11 +61,12 @@ in its direction, from 0, in 8 bytes; the direction's key is HMAC-SHA256(authkey
 writer + SHA-256(dialler's hello) + SHA-256(acceptor's hello)).  A body is a pickled list of
 tuples; if the last ends in None, the tail is meant.  An empty list is a tick: who has nothing
 else to say owes five in the smaller of the two heartbeats.  To end is to shut down one's
-writing half, and to read the other's to its end.  The first frame each way, the dialler's
-first, holds a pair: the number that the writer gives this connection, counting from 1, and that
-of the oldest between the two that it still counts.  The others hold messages (a target is a
-pair of incarnation, or 0 for any, and id or name; id 0 is the node, which does a call's
-("ping",), ("ps",) or ("spawn", func, args, name, register, link); a payload is a pickle):
+writing half (in the middle of a frame, that was none), and to read the other's to its end.  The
+first frame each way, the dialler's first, holds a pair: the number that the writer gives this
+connection, counting from 1, and that of the oldest between the two that it still counts.  The
+others hold messages (a target is a pair of incarnation, or 0 for any, and id or name; id 0 is
+the node, which does a call's ("ping",), ("ps",) or ("spawn", func, args, name, register, link);
+a payload is a pickle):
 
     0 SEND    target, payload
     1 ASK     target, caller's id, tag, payload        a call; or, with caller 0, a monitor
@@ -1911,54 +1912,60 @@ class Node:
 
     def _admit(self, stranger: Any) -> None:
         try:
-            with stranger:
-                self._shake(stranger, self._key, None)
+            self._shake(stranger, self._key, None)
         except Exception as error:
             self._count("strangers")
             _log("INFO", "a stranger was not let in: %s: %s", type(error).__name__, error)
 
     def _shake(self, stranger: Any, key: Any, dialled: Address | None) -> _Connection:
         """Shake hands, within the time; return the connection, started."""
-        tcp = not isinstance(dialled or self._bound, str)
-        sock = socket.fromfd(stranger.fileno(), socket.AF_INET if tcp else socket.AF_UNIX,
-                             socket.SOCK_STREAM)
-        connection, timer = None, threading.Timer(self._connect_timeout, _hang_up, [sock])
-        timer.daemon = True
         crowd = self._calling if dialled else self._knocking
-        with self._lock:
-            crowd.append(sock)
-            if self._stopped:
-                _hang_up(sock)
-            elif len(self._knocking) > CROWD:
-                _hang_up(self._knocking.popleft())
-        try:
-            with stranger:
+        tcp = not isinstance(dialled or self._bound, str)
+        with stranger:
+            sock = socket.fromfd(stranger.fileno(), socket.AF_INET if tcp else socket.AF_UNIX,
+                                 socket.SOCK_STREAM)
+            timer = threading.Timer(self._connect_timeout, _hang_up, [sock])
+            timer.daemon = True
+            with self._lock:
+                crowd.append(sock)
+                if self._stopped:
+                    _hang_up(sock)
+                elif len(self._knocking) > CROWD:
+                    _hang_up(self._knocking.popleft())
+            try:
                 timer.start()
                 if tcp:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 for step in (answer_challenge, deliver_challenge)[:: 1 if dialled else -1]:
                     step(stranger, key)
-                mine = self._hello(sock, dialled)
-                stranger.send_bytes(mine.line)
-                peer = _Hello(stranger.recv_bytes(4096))
-                self._check_hello(mine, peer, sock)
-                pair = (mine, peer) if dialled else (peer, mine)
-                seals = _Seal(key, mine.role, *pair), _Seal(key, peer.role, *pair)
-                connection = _Connection(self, sock, mine, peer, seals)
-                connection.names |= {dialled} - {None}
-                self._introduce(connection, dialled)
-                return connection
+                return self._meet(stranger, sock, key, dialled)
+            except BaseException:
+                sock.close()
+                raise
+            finally:
+                timer.cancel()
+                with self._lock, suppress(ValueError):
+                    crowd.remove(sock)
+
+    def _meet(self, stranger: Any, sock: socket.socket, key: bytes,
+              dialled: Address | None) -> _Connection:
+        """Exchange hellos, by which all is sealed; return the connection, started."""
+        mine = self._hello(sock, dialled)
+        stranger.send_bytes(mine.line)
+        peer = _Hello(stranger.recv_bytes(4096))
+        self._check_hello(mine, peer, sock)
+        pair = (mine, peer) if dialled else (peer, mine)
+        seals = _Seal(key, mine.role, *pair), _Seal(key, peer.role, *pair)
+        connection = _Connection(self, sock, mine, peer, seals)
+        connection.names |= {dialled} - {None}
+        try:
+            self._introduce(connection, dialled)
         except BaseException:
-            if connection:
-                connection.cut()  # its writer may have been started, and its reader not
-                self._forget(connection)
-                connection.release()
-            sock.close()
+            connection.cut()  # its writer may have been started, and its reader not
+            self._forget(connection)
+            connection.release()
             raise
-        finally:
-            timer.cancel()
-            with self._lock, suppress(ValueError):
-                crowd.remove(sock)
+        return connection
 
     def _hello(self, sock: socket.socket, dialled: Address | None) -> _Hello:
         fields = [VERSION.decode(), "dialler" if dialled else "acceptor", os.urandom(16).hex(),
