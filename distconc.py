@@ -1441,6 +1441,8 @@ class _Connection:
         body = pickle.dumps(messages, 5)
         lengths = HEAD.pack(len(body), len(tail), b"")[:8]
         try:
+            for _ in range(many):
+                self._outbox.popleft()
             if not (_faults and _cut_off(self.names)):
                 frame = lengths + self._seal.mac(lengths, body, tail) + body
                 if len(tail) < 1 << 16:
@@ -1451,8 +1453,6 @@ class _Connection:
                 self._wrote = monotonic()
                 self._idle = False
                 self.sent += len(messages)
-            for _ in range(many):
-                self._outbox.popleft()
         except BaseException:
             self._say_end()
             raise
