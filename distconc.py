@@ -3159,8 +3159,7 @@ def _run_node(options: Any) -> None:
 
     if os.path.isfile(str(options.address)):
         raise ValueError(f"{options.address} is a file; say: node ADDRESS {options.address}")
-    main = types.ModuleType("__main__")
-    former, sys.modules["__main__"] = sys.modules["__main__"], main  # kept, for it still runs
+    main = sys.modules["__main__"] = types.ModuleType("__main__")  # none of what runs it
     with start_node(options.address) as node:
         print(f"node {node}, pid {os.getpid()}", flush=True)
         if options.script:
