@@ -236,6 +236,7 @@ def _ring(bell: threading.Lock) -> None:
 
 
 _NOTHING: Any = object()  # what a mailbox gives instead of a message, and no default given
+_TAKEN: list[Any] = []  # a cell whose message was taken equals it
 
 
 class Mailbox:
@@ -251,7 +252,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._cells: deque[list[Any]] = deque()  # oldest first, some of them empty
-        self._waiters: dict[threading.Lock, weakref.ref[deque[list[Any]]]] = {}  # bell: news
+        self._waiters: dict[threading.Lock, deque[list[Any]]] = {}  # by bell: what is new
 
     def put(self, message: Any) -> None:
         """Add `message` as the newest.  Never blocks, not even in a signal handler.
@@ -263,13 +264,9 @@ class Mailbox:
     def _add(self, cell: list[Any]) -> None:
         self._cells.append(cell)
         if self._waiters:
-            for bell, ref in self._waiters.copy().items():
-                news = ref()
-                if news is None:  # Ctrl-C kept `_find` from taking it back
-                    self._waiters.pop(bell, None)
-                else:
-                    news.append(cell)
-                    _ring(bell)
+            for bell, news in self._waiters.copy().items():
+                news.append(cell)
+                _ring(bell)
 
     def get(self, timeout: float | None = None) -> Any:
         """Remove and return the oldest message.
@@ -286,18 +283,15 @@ class Mailbox:
         cells = self._cells
         while cells:
             try:
+                if not cells[0]:
+                    cells.remove(_TAKEN)
                 cell = cells[0]
-                if cell:
-                    message = cell[0]
-                    del cell[0]
-                    return message
-                try:
-                    cells.remove([])  # sweeps the first empty cell, this one or another
-                except ValueError:
-                    pass  # another thread swept it first
-            except IndexError:
-                pass  # another thread took it first
-        return self._get_if(lambda message: True, timeout)
+                message = cell[0]
+                del cell[0]
+                return message
+            except (IndexError, ValueError):
+                pass  # another thread took it first, or swept first
+        return self._get_if(None, timeout)
 
     def get_if(self, pred: Predicate, timeout: float | None = None) -> Any:
         """Remove and return the oldest message for which `pred` is true; the others stay.
@@ -314,7 +308,7 @@ class Mailbox:
             raise TimeoutError("no such message came within the time-out")
         return message
 
-    def _get_if(self, accepts: Callable[[Any], Any], timeout: float | None) -> Any:
+    def _get_if(self, accepts: Callable[[Any], Any] | None, timeout: float | None) -> Any:
         deadline = _deadline(timeout)
         while (cell := self._find(accepts, deadline)) is not None:
             try:
@@ -325,31 +319,32 @@ class Mailbox:
                 pass  # another thread took it first
         return _NOTHING
 
-    def _find(self, accepts: Callable[[Any], Any], deadline: float | None) -> list[Any] | None:
+    def _find(self, accepts: Callable[[Any], Any] | None, deadline: float | None
+              ) -> list[Any] | None:
         """Wait for a cell whose message fits, not yet taken; None if none comes in time."""
         news, bell = deque[list[Any]](), _bell()
-        self._waiters[bell] = weakref.ref(news)  # before looking: nothing may slip in unseen
+        self._waiters[bell] = news  # before looking: nothing may slip in unseen
         try:
-            if self._cells:
+            if self._cells and not self._cells[0]:
                 with suppress(ValueError):
-                    self._cells.remove([])  # each call leaves one empty at most, and sweeps one
+                    self._cells.remove(_TAKEN)  # each call leaves one at most, and sweeps one
             here = list(self._cells)
             for cell in here:
                 for message in cell:  # none, if it has been taken
-                    if accepts(message):
+                    if accepts is None or accepts(message):
                         return cell
             seen = set(map(id, here))  # a put that was under way is both here and in the news
             while True:
                 for _ in range(len(news)):  # no more: others may put faster than we look
                     cell = news.popleft()
                     for message in () if id(cell) in seen else cell:
-                        if accepts(message):
+                        if accepts is None or accepts(message):
                             return cell
                 left = _left(deadline)
                 if not left or not bell.acquire(True, left):
                     return None
         finally:
-            self._waiters.pop(bell, None)
+            del self._waiters[bell]
 
     def get_all(self, timeout: float | None = None) -> list[Any]:
         """Wait for a message, then remove and return all there are, oldest first.
@@ -399,7 +394,7 @@ class _Await:
         self.tag = os.urandom(8).hex()  # not to be guessed, so that nobody can forge an outcome
         _awaited[self.tag] = self
 
-    def settle(self, outcome: "Reply | DistconcError") -> bool:
+    def settle(self, error: DistconcError | None, reply: Any = None) -> bool:
         """Take the outcome; must not block.  True if it is of use to somebody."""
         raise NotImplementedError
 
@@ -411,10 +406,10 @@ class _Await:
             _strike(self.tag)
 
 
-def _settle(tag: str, outcome: "Reply | DistconcError") -> bool:
+def _settle(tag: str, error: DistconcError | None, reply: Any = None) -> bool:
     with _settling:
         awaited = _awaited.pop(tag, None)
-        return awaited is not None and awaited.settle(outcome)
+        return awaited is not None and awaited.settle(error, reply)
 
 
 def _strike(tag: str) -> None:
@@ -431,8 +426,8 @@ class _Call(_Await):
         self.answered = _bell()
         super().__init__()
 
-    def settle(self, outcome: "Reply | DistconcError") -> bool:
-        self.outcome, self.cause = outcome, _here.cause
+    def settle(self, error: DistconcError | None, reply: Any = None) -> bool:
+        self.error, self.reply, self.cause = error, reply, _here.cause
         self.answered.release()
         return True
 
@@ -447,9 +442,8 @@ class _Link(_Await):
         self.parent = parent
         super().__init__()
 
-    def settle(self, outcome: "Reply | DistconcError") -> bool:
-        if not isinstance(outcome, Reply):
-            self.failure = outcome.reason if isinstance(outcome, ThreadDied) else outcome
+    def settle(self, error: DistconcError | None, reply: Any = None) -> bool:
+        self.failure = error.reason if isinstance(error, ThreadDied) else error
         self.deliver()
         return self.parent.is_alive()
 
@@ -531,7 +525,7 @@ class Thread(_Handle):
             # a forged tag may be anything
             if isinstance(message.tag, str) and (awaited := _awaited.get(message.tag)):
                 awaited.excuse()
-                _settle(message.tag, message)
+                _settle(message.tag, None, message.data)
         elif self._ended:
             _undelivered(repr(self), "it has ended")
         else:
@@ -850,14 +844,13 @@ def _instead(default: Any, what: str, timeout: float | None) -> Any:
 ######## Synchronous sends: Synchronous, Reply, send_, reply_, handle_synchronous
 
 
+_set = object.__setattr__
+
+
 class _Value:
     """An immutable message, made, matched, compared and pickled by its attributes."""
 
     __slots__: tuple[str, ...] = ()
-
-    def __init__(self, *values: Any) -> None:
-        for name, value in zip(self.__slots__, values):
-            object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: Any = None) -> None:
         raise AttributeError(f"a {type(self).__name__} cannot be changed")
@@ -889,7 +882,9 @@ class Synchronous(_Value):
     def __init__(self, data: Any, sender: Handle, tag: str) -> None:
         if not isinstance(sender, _Handle) or not isinstance(tag, str):
             raise TypeError(f"Synchronous(data, sender, tag): not {sender!r}, {tag!r}")
-        super().__init__(data, sender, tag)
+        _set(self, "data", data)
+        _set(self, "sender", sender)
+        _set(self, "tag", tag)
 
 
 class Reply(_Value):
@@ -900,7 +895,8 @@ class Reply(_Value):
     tag: str
 
     def __init__(self, data: Any, tag: str) -> None:
-        super().__init__(data, tag)
+        _set(self, "data", data)
+        _set(self, "tag", tag)
 
 
 def send_synchronous(message: Any, thread: Handle, timeout: float | None = None) -> Any:
@@ -915,18 +911,21 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     if not isinstance(thread, _Handle):
         raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")
     deadline, call, caller = _deadline(timeout), _Call(), current_thread()
+    traced = _trace and _here.cause is None
     try:
-        traced = _trace and _here.cause is None
-        with _sending(message, thread, "call") if traced else nullcontext():
+        if traced:
+            with _sending(message, thread, "call"):
+                thread._ask(call, caller, message)
+        else:
             thread._ask(call, caller, message)
         if not call.answered.acquire(True, _left(deadline)):
             _record(caller, "timeout", what="call")
             raise TimeoutError(f"no reply within {timeout} seconds; the call may still run")
         if traced:
-            _record(caller, "receive", call.cause, message=_shown(call.outcome))
-        if isinstance(call.outcome, Reply):
-            return call.outcome.data
-        raise call.outcome
+            _record(caller, "receive", call.cause, message=_shown(call.error or call.reply))
+        if call.error is not None:
+            raise call.error
+        return call.reply
     finally:
         if call.tag in _awaited:  # no outcome, and none is wanted any more
             _awaited.pop(call.tag, None)
@@ -1150,7 +1149,7 @@ class RemoteThread(_Handle):
         if _trace and _here.cause is None:
             with _sending(message, self):
                 self.send(message)
-        elif self._is_here():
+        elif (self._route is None or self._route.ending) and self._is_here():
             try:
                 get_remote_thread(self._id).send(message)
             except NoSuchThread as error:
@@ -1163,7 +1162,7 @@ class RemoteThread(_Handle):
             self._deliver((SEND, self._target, serialize(message)))
 
     def _ask(self, awaited: _Await, caller: Thread | None = None, message: Any = None) -> None:
-        if self._is_here():
+        if (self._route is None or self._route.ending) and self._is_here():
             get_remote_thread(self._id)._ask(awaited, caller, message)
         else:
             id, payload = (caller.id, serialize(message)) if caller else (0, b"")
@@ -1193,8 +1192,6 @@ class RemoteThread(_Handle):
         raise NodeDown(f"two connections to {_text(self._node)} ended before they took it")
 
     def _is_here(self) -> bool:
-        if self._route and not self._route.ending:
-            return False
         if self._target[0]:
             return bool(self._target[0] == _incarnation)
         return local_node()._is_called(self._node)
@@ -1272,6 +1269,7 @@ def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
 SEND, ASK, REPLY, FAILED, FORGET, LOST, STAMP = range(7)  # the kinds of messages; see the head
 KERNEL = 0  # the id of the thread that does what one node asks of another
 HEAD = struct.Struct(">II16s")  # the body's length, the tail's, and the MAC
+LENGTHS = struct.Struct(">II")  # what the MAC is of, with body and tail
 LARGE = 2048  # bytes: to copy more into a frame with others costs more than a frame of its own
 VERSION = b"distconc 1"
 
@@ -1325,12 +1323,12 @@ class _Ended(Exception):
 class _Connection:
     """One connection to another node, on which both speak.
 
-    Who sends writes, if the last write was a while ago or something was read since.  What
-    follows a write at once is one of many: it goes into the outbox, for the writer thread,
-    which runs when the sender pauses or the interpreter switches, and then writes dozens in
-    one frame.  The reader thread never writes, so that two nodes that flood each other go on
-    reading.  Both are started by `start`.  Whatever ends the connection, the reader notices,
-    and cleans up.
+    What is sent goes into the outbox.  Who sends also writes it, if the last write was a while
+    ago or something was read since.  What follows a write at once is one of many, and left to
+    the writer thread: that runs when the sender pauses or the interpreter switches, and writes
+    dozens in one frame.  The reader thread never writes, so that two nodes that flood each
+    other go on reading.  Both are started by `start`.  Whatever ends the connection, the reader
+    notices, and cleans up.
     """
 
     def __init__(self, node: "Node", sock: socket.socket, mine: _Hello, peer: _Hello,
@@ -1343,17 +1341,18 @@ class _Connection:
         self.started = self.ending = False  # ending: takes no more messages
         self.due = float("inf")  # when its next beat is
         self._node, self._sock = node, sock
-        self._file = sock.makefile("rb", 1 << 16)
-        self._writing = threading.RLock()  # guards: the seal, the output, emptying the outbox
-        self._inside = False  # its holder is at work, so that a signal's handler has to wait
-        self._larges = False  # the outbox may hold what wants a frame of its own
+        self._got, self._at = b"", 0  # what was received, and how much of that was read
+        self._writing = threading.Lock()  # guards: the seal, the output, emptying the outbox
+        self._holder = 0  # the thread that has it: a signal's handler there must not wait for it
         self._seal, self._check = seals
         self._outbox: deque[Message] = deque()
+        self._shut = False  # the end has been said; guarded by _writing
         self._bell = _bell()  # wakes the writer
         self._wrote = 0.0  # when a frame was written; 0 after a read: an answer may be due
         self._idle = True  # nothing was written since the last beat
         self._silent = -1  # beats since something was read; below 0 while the reader is busy
         self.sent = self.received = 0  # messages; the first guarded by _writing
+        self._callers: dict[int, RemoteThread] = {}  # threads over there that call, by id
         self._losses: Counter[tuple[Any, ...]] = Counter()  # of the frame being read
         self._on = (self._on_send, self._on_ask, self._on_reply, self._on_failed, _strike,
                     self._on_lost, self._on_stamp)
@@ -1369,80 +1368,62 @@ class _Connection:
         Raises _Ended if the connection ended before it took it, OSError if while it was
         written.
         """
-        large, written = len(message[-1]) > LARGE, False
-        wait = large or len(self._outbox) > FULL
-        if wait or monotonic() - self._wrote > BURST:
-            for mine in map(self._writing.acquire, (wait,)):  # so Ctrl-C cannot precede `try`
-                try:
-                    written = mine and self._write_now(message)
-                finally:
-                    if mine:
-                        self._writing.release()
-        if not written:
-            if large:
-                self._larges = True
-            self.post(message)
-            if self.ending and not self._is_nested():
-                self._writer.join()
-                with suppress(ValueError):  # the writer's last round still took it
-                    self._outbox.remove(message)
-                    raise _Ended
-
-    def _write_now(self, message: Message) -> bool:
-        """Write what waits, then `message`; `_writing` is held.  False if it has to wait."""
-        if self._inside:
-            return False
         if self.ending:
             raise _Ended
-        self._inside = True
-        try:
-            if len(message[-1]) > LARGE:
-                self._flush()
-                self._write([message])
-            else:
-                self._outbox.append(message)
-                self._flush()
-        finally:
-            self._inside = False
-        return True
-
-    def _is_nested(self) -> bool:
-        """Whether this thread is writing: then this is a signal's handler, or a finalizer."""
-        mine = self._writing.acquire(False)
-        try:
-            return mine and self._inside
-        finally:
-            if mine:
-                self._writing.release()
+        outbox = self._outbox
+        outbox.append(message)
+        wait = len(message[-1]) > LARGE or len(outbox) > FULL
+        if wait or monotonic() - self._wrote > BURST:
+            self.write(wait)
+        if outbox:
+            _ring(self._bell)
+        if self.ending and self._holder != threading.get_ident():
+            self._writer.join()
+            with suppress(ValueError):  # the writer's last round still took it
+                outbox.remove(message)
+                raise _Ended
 
     def post(self, message: Message) -> None:
         """Have `message` written soon.  Never blocks: for readers, and threads that end."""
         self._outbox.append(message)
         _ring(self._bell)
 
-    def _flush(self) -> None:
-        """Write what is in the outbox; `_writing` is held, and `_inside` is set."""
-        outbox = self._outbox
-        while outbox:
-            many = 1 if self._larges else min(len(outbox), MANY)
-            self._write([outbox[at] for at in range(many)], many)
-        self._larges = False
+    def write(self, wait: bool = True) -> None:
+        """Write what is in the outbox; unless `wait`, leave it to the thread that does so now.
 
-    def _write(self, messages: list[Message], many: int = 0) -> None:
-        """Write one frame, and take its `many` from the outbox; `_writing` is held.
+        If nothing was written for long, a tick is.
+        """
+        me = threading.get_ident()
+        for mine in map(self._writing.acquire, (wait and self._holder != me,)):
+            try:  # by this `for`, Ctrl-C cannot come before it
+                if mine:
+                    self._holder = me
+                    while (self._outbox or self._idle) and not self._shut:
+                        self._write_frame()
+            finally:
+                if mine:
+                    self._holder = 0
+                    self._writing.release()
+
+    def _write_frame(self) -> None:
+        """Write one frame of what is in the outbox, be that nothing; `_writing` is held.
 
         Ctrl-C before it is begun leaves all as it was.  Later, half a frame may be out, so that
         nothing can follow it; but all before it shall still arrive.
         """
-        tail = b""
-        if len(messages) == 1 and _is_large(messages[0]):
-            *rest, tail = messages[0]
-            messages = [(*rest, None)]
-        body = pickle.dumps(messages, 5)
-        lengths = HEAD.pack(len(body), len(tail), b"")[:8]
+        outbox, tail = self._outbox, b""
+        framed = messages = [outbox[at] for at in range(min(len(outbox), MANY))]
+        if messages and _is_large(messages[-1]):
+            if len(messages) > 1:
+                messages.pop()  # for the next frame
+            else:
+                *rest, tail = messages[0]
+                framed = [(*rest, None)]
+        body = pickle.dumps(framed, 5)
+        lengths = LENGTHS.pack(len(body), len(tail))
         try:
-            for _ in range(many):
-                self._outbox.popleft()
+            for _ in messages:
+                outbox.popleft()
             if not (_faults and _cut_off(self.names)):
                 frame = lengths + self._seal.mac(lengths, body, tail) + body
                 if len(tail) < 1 << 16:
@@ -1451,8 +1432,8 @@ class _Connection:
                     self._sock.sendall(frame)
                     self._sock.sendall(tail)
                 self._wrote = monotonic()
-                self._idle = False
                 self.sent += len(messages)
+            self._idle = False
         except BaseException:
             self._say_end()
             raise
@@ -1461,26 +1442,17 @@ class _Connection:
         with suppress(OSError):
             while not self.ending:
                 self._bell.acquire()
-                self._write_waiting()
-            self._write_waiting()
-        self._say_end()
+                self.write()
+            self.write()
+        with self._writing:
+            self._say_end()
 
     def _say_end(self) -> None:
         """Nothing follows what was written; the peer reads that, and then ends it, too."""
+        self._shut = True
         with suppress(OSError):  # the peer was first
             self._sock.shutdown(socket.SHUT_WR)
         self.close()
-
-    def _write_waiting(self) -> None:
-        """Write what waits, or a tick if nothing was written for long."""
-        with self._writing:
-            self._inside = True
-            try:
-                self._flush()
-                if self._idle:
-                    self._write([])
-            finally:
-                self._inside = False
 
     def close(self) -> None:
         """Take no more, write what waits, then say the end.  Never blocks."""
@@ -1507,11 +1479,8 @@ class _Connection:
         _here.cause = UNKNOWN
         try:
             while True:
-                messages, tail = self.read()
-                self._silent = -1
-                self._wrote = 0.0
-                if tail:
-                    messages[-1] = (*messages[-1][:-1], tail)
+                messages = self.read()
+                self._silent, self._wrote = -1, 0.0
                 for message in messages:
                     on[message[0]](*message[1:])
                 while self._losses:
@@ -1534,11 +1503,10 @@ class _Connection:
     def release(self) -> None:
         """Give the descriptor back, which nobody uses any more."""
         with self._writing:
-            self._file.close()
             self._sock.close()
 
-    def read(self) -> tuple[list[Message], Any]:
-        """Wait for a frame, check its seal before all else, return its messages and tail."""
+    def read(self) -> list[Message]:
+        """Wait for a frame, check its seal before all else, return its messages."""
         self._silent = 0
         head = self._read(HEAD.size)
         body_size, tail_size, mac = HEAD.unpack(head)
@@ -1548,23 +1516,41 @@ class _Connection:
         tail = self._read(tail_size) if tail_size else b""
         if not hmac.compare_digest(mac, self._check.mac(head[:8], body, tail)):
             raise OSError("a frame was altered, repeated, lost or moved on its way")
-        return self._node._load(body), tail
+        messages: list[Message] = self._node._load(body)
+        if tail:
+            messages[-1] = (*messages[-1][:-1], tail)
+        return messages
 
     def _read(self, size: int) -> Any:
-        if size <= LARGE:
-            data = self._file.read(size)
-            if len(data) == size:
-                return data
-        else:
-            data, at = memoryview(bytearray(size)), 0  # takes no memory before the bytes come
-            told = 0
-            while count := self._file.readinto1(data[at:]):  # type: ignore[attr-defined]
-                at += count
-                if at - told > LARGE:
-                    self._silent, told = 0, at  # a message on its way is no silence; ticks are
-                if at == size:
-                    return data
-        raise EOFError  # in the middle of a frame: the writer was interrupted
+        """Return the next `size` bytes, as bytes, or if they are many as a bytearray."""
+        at = self._at
+        self._at = end = at + size
+        if end > len(self._got):
+            rest, self._at = self._got[at:], size
+            if size > 1 << 15:
+                self._got = b""
+                return self._fill(bytearray(size), rest)
+            while len(rest) < size:
+                more = self._sock.recv(1 << 16)
+                if not more:
+                    raise EOFError  # perhaps in the middle of a frame: the writer was interrupted
+                rest += more
+            self._got, at, end = rest, 0, size
+        return self._got[at:end]
+
+    def _fill(self, data: bytearray, start: bytes) -> bytearray:
+        """Receive `data`, whose memory is taken as the bytes come; some are here already."""
+        data[:len(start)] = start
+        view, at, told = memoryview(data), len(start), 0
+        self._at = 0
+        while at < len(data):
+            count = self._sock.recv_into(view[at:])
+            if not count:
+                raise EOFError
+            at += count
+            if at - told > LARGE:
+                self._silent, told = 0, at  # a message on its way is no silence; ticks are
+        return data
 
     def _on_send(self, target: Target, payload: Any) -> None:
         try:
@@ -1581,12 +1567,20 @@ class _Connection:
             _tell_node(self.peer, tag, self._refusal(error))
             return
         if thread._owe(tag, self.peer) and caller:
-            request = Synchronous(data, RemoteThread(self.address, caller, self.peer), tag)
+            request = Synchronous(data, self._caller(caller), tag)
             if target[1] == KERNEL:
                 with suppress(RuntimeError):  # no thread can be started; who asked is told
                     thread._start(_kernel, request, _here.cause)
             else:
                 thread.send(request)
+
+    def _caller(self, id: int) -> RemoteThread:
+        handle = self._callers.get(id)
+        if handle is None:
+            if len(self._callers) > 1000:
+                self._callers.clear()
+            handle = self._callers[id] = RemoteThread(self.address, id, self.peer)
+        return handle
 
     def _refusal(self, error: BaseException) -> DistconcError:
         """Count a message that cannot be delivered; return what its sender is told."""
@@ -1605,7 +1599,7 @@ class _Connection:
         if awaited and awaited.peer != self.peer:  # the called passed it on: its debt is paid
             awaited.excuse()
         try:
-            _settle(tag, Reply(self._node._load(payload), tag))
+            _settle(tag, None, self._node._load(payload))
         except BaseException as error:
             text = f"the reply cannot be read here: {_words(error)}"
             _settle(tag, RemoteError(type(error).__name__, text))
@@ -1998,9 +1992,10 @@ class Node:
                     connection.stamp = next(_stamps)
                     self._open.add(connection)
                     oldest = min(c.stamp for c in self._open if c.peer == connection.peer)
-                connection._write([(connection.stamp, oldest)])
+                connection.post((connection.stamp, oldest))
+                connection.write()
             else:
-                [(connection.peer_stamp, oldest)], _ = connection.read()
+                [(connection.peer_stamp, oldest)] = connection.read()
                 self._outlive(connection, oldest)
         with self._lock:
             if self._stopped:
@@ -2376,7 +2371,8 @@ class Monitor(_Value):
     tag: str
 
     def __init__(self, target: Any, tag: str) -> None:
-        super().__init__(target, tag)
+        _set(self, "target", target)
+        _set(self, "tag", tag)
 
 
 class Down(_Value):
@@ -2388,7 +2384,9 @@ class Down(_Value):
     reason: BaseException | None
 
     def __init__(self, monitor: Monitor, target: Any, reason: BaseException | None) -> None:
-        super().__init__(monitor, target, reason)
+        _set(self, "monitor", monitor)
+        _set(self, "target", target)
+        _set(self, "reason", reason)
 
 
 class _Watch(_Await):
@@ -2399,8 +2397,8 @@ class _Watch(_Await):
         super().__init__()
         self.monitor = Monitor(target, self.tag)
 
-    def settle(self, outcome: Reply | DistconcError) -> bool:
-        reason: Any = outcome.reason if isinstance(outcome, ThreadDied) else outcome
+    def settle(self, error: DistconcError | None, reply: Any = None) -> bool:
+        reason = error.reason if isinstance(error, ThreadDied) else error
         self.watcher._put(Down(self.monitor, self.monitor.target, reason))
         return True
 
