@@ -297,8 +297,7 @@ class Mailbox:
         """Remove and return the oldest message for which `pred` is true; the others stay.
 
         A class, or a tuple of classes, stands for its `isinstance`.  `pred` runs in this thread
-        with no lock held, once for each message (unless another thread snatches the one
-        found).  Blocks at most `timeout` seconds (None: for ever; 0 or less: not at all).
+        with no lock held, once for each message.  Blocks at most `timeout` seconds (None: for ever; 0 or less: not at all).
         Raises TimeoutError, or what `pred` raises, leaving the mailbox as it was.
 
         Factor: mailbox-get?, mailbox-get-timeout?.
@@ -309,40 +308,30 @@ class Mailbox:
         return message
 
     def _get_if(self, accepts: Callable[[Any], Any] | None, timeout: float | None) -> Any:
-        deadline = _deadline(timeout)
-        while (cell := self._find(accepts, deadline)) is not None:
-            try:
-                message = cell[0]
-                del cell[0]
-                return message
-            except IndexError:
-                pass  # another thread took it first
-        return _NOTHING
-
-    def _find(self, accepts: Callable[[Any], Any] | None, deadline: float | None
-              ) -> list[Any] | None:
-        """Wait for a cell whose message fits, not yet taken; None if none comes in time."""
-        news, bell = deque[list[Any]](), _bell()
+        deadline, bell = _deadline(timeout), _bell()
+        news: deque[list[Any]] = deque()
         self._waiters[bell] = news  # before looking: nothing may slip in unseen
         try:
-            if self._cells and not self._cells[0]:
+            if self._cells:
                 with suppress(ValueError):
                     self._cells.remove(_TAKEN)  # each call leaves one at most, and sweeps one
-            here = list(self._cells)
-            for cell in here:
-                for message in cell:  # none, if it has been taken
-                    if accepts is None or accepts(message):
-                        return cell
-            seen = set(map(id, here))  # a put that was under way is both here and in the news
+            here = cells = list(self._cells)
+            seen: set[int] = set()
             while True:
-                for _ in range(len(news)):  # no more: others may put faster than we look
-                    cell = news.popleft()
-                    for message in () if id(cell) in seen else cell:
+                for cell in cells:
+                    for message in () if id(cell) in seen else cell:  # none, if it was taken
                         if accepts is None or accepts(message):
-                            return cell
+                            try:
+                                message = cell[0]
+                                del cell[0]
+                                return message
+                            except IndexError:
+                                pass  # another thread took it first
                 left = _left(deadline)
                 if not left or not bell.acquire(True, left):
-                    return None
+                    return _NOTHING
+                cells = [news.popleft() for _ in range(len(news))]
+                seen = seen or set(map(id, here))  # a put under way may be both there and here
         finally:
             del self._waiters[bell]
 
@@ -518,9 +507,16 @@ class Thread(_Handle):
 
     def send(self, message: Any) -> None:
         """Put `message` itself into the thread's mailbox.  Never blocks; see `send`."""
+        if _trace or self._ended or message.__class__ is Reply:
+            self._send(message)
+        else:
+            self._mailbox._add([message])
+
+    def _send(self, message: Any) -> None:
+        """Send in the ways less trodden: traced, to the dead, a reply."""
         if _trace and _here.cause is None:
             with _sending(message, self):
-                self.send(message)
+                self._send(message)
         elif message.__class__ is Reply:
             # a forged tag may be anything
             if isinstance(message.tag, str) and (awaited := _awaited.get(message.tag)):
@@ -800,10 +796,10 @@ def receive(timeout: float | None = None, default: Any = _NOTHING) -> Any:
 
     Factor: receive, receive-timeout.
     """
-    message = current_thread()._mailbox._get(timeout)
+    message = (_here.thread or current_thread())._mailbox._get(timeout)
     if message is _NOTHING:
         return _instead(default, "receive", timeout)
-    if message.__class__ is LinkedError:
+    if isinstance(message, LinkedError):
         raise message
     return message  # with no call since it was taken, hence no place for Ctrl-C to strike
 
@@ -819,15 +815,15 @@ def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _NO
 
     Factor: receive-if, receive-if-timeout.  Erlang: selective receive.
     """
-    accepts, mailbox = _accepts(pred), current_thread()._mailbox
-
-    def fits(message: Any) -> Any:
-        return message.__class__ is LinkedError or accepts(message)
-
-    message = mailbox._get_if(fits, timeout)
+    if isinstance(pred, (type, tuple, types.UnionType)):
+        fits = _accepts((LinkedError, pred))
+    else:
+        accepts = _accepts(pred)
+        fits = lambda message: isinstance(message, LinkedError) or accepts(message)  # noqa: E731
+    message = current_thread()._mailbox._get_if(fits, timeout)
     if message is _NOTHING:
         return _instead(default, "receive_if", timeout)
-    if message.__class__ is LinkedError:
+    if isinstance(message, LinkedError):
         raise message
     return message
 
@@ -1146,10 +1142,23 @@ class RemoteThread(_Handle):
 
     def send(self, message: Any) -> None:
         """Send a copy of `message` to the thread; see `send`."""
+        route = self._route
+        if not route or route.ending or _trace or _faults or message.__class__ is Reply:
+            self._send(message)
+            return
+        try:
+            payload = pickle.dumps(message, 5)
+        except Exception:
+            payload = serialize(message)  # which says what is wrong
+        if len(payload) > route.small or not route.send((SEND, self._target, payload)):
+            self._deliver((SEND, self._target, payload))
+
+    def _send(self, message: Any) -> None:
+        """Send in the ways less trodden: the first time, traced, to this node itself, a reply."""
         if _trace and _here.cause is None:
             with _sending(message, self):
-                self.send(message)
-        elif (self._route is None or self._route.ending) and self._is_here():
+                self._send(message)
+        elif self._is_here():
             try:
                 get_remote_thread(self._id).send(message)
             except NoSuchThread as error:
@@ -1162,7 +1171,7 @@ class RemoteThread(_Handle):
             self._deliver((SEND, self._target, serialize(message)))
 
     def _ask(self, awaited: _Await, caller: Thread | None = None, message: Any = None) -> None:
-        if (self._route is None or self._route.ending) and self._is_here():
+        if self._is_here():
             get_remote_thread(self._id)._ask(awaited, caller, message)
         else:
             id, payload = (caller.id, serialize(message)) if caller else (0, b"")
@@ -1182,16 +1191,17 @@ class RemoteThread(_Handle):
                 _check_size(size, route.limit)
             if awaited:
                 awaited.peer = route.peer
+            fault = _faults and _fault(route.names)
             try:
-                fault = _faults and _fault(route.names)
-                return fault._send(route, message) if fault else route.send(message)
-            except _Ended:
-                pass
+                if fault._send(route, message) if fault else route.send(message):
+                    return
             except OSError as error:
                 raise NodeDown(f"contact was lost while sending to {self} ({error})") from error
         raise NodeDown(f"two connections to {_text(self._node)} ended before they took it")
 
     def _is_here(self) -> bool:
+        if self._route and not self._route.ending:
+            return False
         if self._target[0]:
             return bool(self._target[0] == _incarnation)
         return local_node()._is_called(self._node)
@@ -1269,7 +1279,7 @@ def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
 SEND, ASK, REPLY, FAILED, FORGET, LOST, STAMP = range(7)  # the kinds of messages; see the head
 KERNEL = 0  # the id of the thread that does what one node asks of another
 HEAD = struct.Struct(">II16s")  # the body's length, the tail's, and the MAC
-LENGTHS = struct.Struct(">II")  # what the MAC is of, with body and tail
+COUNTED = struct.Struct(">QII")  # the frame's number and lengths, as the MAC has them
 LARGE = 2048  # bytes: to copy more into a frame with others costs more than a frame of its own
 VERSION = b"distconc 1"
 
@@ -1298,13 +1308,12 @@ class _Seal:
         self._keyed = hashlib.sha256(hmac.digest(key, writer + b"".join(hellos), "sha256"))
         self._count = 0
 
-    def mac(self, lengths: bytes, body: bytes, tail: Any) -> bytes:
+    def mac(self, body_size: int, tail_size: int, *parts: Any) -> bytes:
         """Return the MAC of the next frame."""
         digest = self._keyed.copy()
-        digest.update(self._count.to_bytes(8, "big") + lengths)
-        digest.update(body)
-        if tail:
-            digest.update(tail)
+        digest.update(COUNTED.pack(self._count, body_size, tail_size))
+        for part in parts:
+            digest.update(part)
         self._count += 1
         return digest.digest()[:16]
 
@@ -1314,10 +1323,6 @@ class _Seal:
 MANY = 60  # messages in a frame: with more, those of 1 kB would leave the CPU's cache
 FULL = 4000  # messages in an outbox: who sends more waits for the network
 BURST = 50e-6  # seconds: what is sent so soon after a write is one of many
-
-
-class _Ended(Exception):
-    """The connection ended before it took the message."""
 
 
 class _Connection:
@@ -1337,11 +1342,13 @@ class _Connection:
         self.names = {peer.address}  # all addresses by which it is known here
         self.heartbeat = min(mine.heartbeat, peer.heartbeat)
         self.limit, self._limit = min(mine.limit, peer.limit), mine.limit  # out, and in
+        self.small = min(self.limit, LARGE)
         self.stamp = self.peer_stamp = 0  # each side's number for it; see Node._introduce
         self.started = self.ending = False  # ending: takes no more messages
         self.due = float("inf")  # when its next beat is
         self._node, self._sock = node, sock
-        self._got, self._at = b"", 0  # what was received, and how much of that was read
+        self._buffer = memoryview(bytearray(1 << 16))  # what was received
+        self._at = self._end = 0  # where in it the next frame begins, and where it ends
         self._writing = threading.Lock()  # guards: the seal, the output, emptying the outbox
         self._holder = 0  # the thread that has it: a signal's handler there must not wait for it
         self._seal, self._check = seals
@@ -1362,26 +1369,30 @@ class _Connection:
         self._writer = _thread("writer", self._write_on)
         _thread("reader", self._read_on)
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Message) -> bool:
         """Have `message`, whose last item is the payload, written; wait while too much waits.
 
-        Raises _Ended if the connection ended before it took it, OSError if while it was
-        written.
+        False if the connection ended before it took it; raises OSError if while it was written.
         """
         if self.ending:
-            raise _Ended
-        outbox = self._outbox
-        outbox.append(message)
-        wait = len(message[-1]) > LARGE or len(outbox) > FULL
+            return False
+        self._outbox.append(message)
+        wait = len(message[-1]) > LARGE or len(self._outbox) > FULL
         if wait or monotonic() - self._wrote > BURST:
             self.write(wait)
-        if outbox:
+        if self._bell.locked() and self._outbox:
             _ring(self._bell)
-        if self.ending and self._holder != threading.get_ident():
-            self._writer.join()
-            with suppress(ValueError):  # the writer's last round still took it
-                outbox.remove(message)
-                raise _Ended
+        return not self.ending or self._has_taken(message)
+
+    def _has_taken(self, message: Message) -> bool:
+        """Whether the last round of the writer, which is near, takes this, too."""
+        if self._holder == threading.get_ident():
+            return True  # a signal's handler, which cannot wait
+        self._writer.join()
+        with suppress(ValueError):
+            self._outbox.remove(message)
+            return False
+        return True
 
     def post(self, message: Message) -> None:
         """Have `message` written soon.  Never blocks: for readers, and threads that end."""
@@ -1420,12 +1431,12 @@ class _Connection:
                 *rest, tail = messages[0]
                 framed = [(*rest, None)]
         body = pickle.dumps(framed, 5)
-        lengths = LENGTHS.pack(len(body), len(tail))
         try:
             for _ in messages:
                 outbox.popleft()
             if not (_faults and _cut_off(self.names)):
-                frame = lengths + self._seal.mac(lengths, body, tail) + body
+                mac = self._seal.mac(len(body), len(tail), body, tail)
+                frame = HEAD.pack(len(body), len(tail), mac) + body
                 if len(tail) < 1 << 16:
                     self._sock.sendall(frame + tail)
                 else:
@@ -1508,56 +1519,55 @@ class _Connection:
     def read(self) -> list[Message]:
         """Wait for a frame, check its seal before all else, return its messages."""
         self._silent = 0
-        head = self._read(HEAD.size)
-        body_size, tail_size, mac = HEAD.unpack(head)
+        body_size, tail_size, mac = HEAD.unpack(self._read(HEAD.size))
         if body_size > 1 << 24 or tail_size > self._limit:
             raise OSError(f"a frame of {body_size} + {tail_size} bytes is too large")
-        body = self._read(body_size)
-        tail = self._read(tail_size) if tail_size else b""
-        if not hmac.compare_digest(mac, self._check.mac(head[:8], body, tail)):
+        data = self._read(body_size + tail_size)
+        if not hmac.compare_digest(mac, self._check.mac(body_size, tail_size, data)):
             raise OSError("a frame was altered, repeated, lost or moved on its way")
-        messages: list[Message] = self._node._load(body)
-        if tail:
-            messages[-1] = (*messages[-1][:-1], tail)
+        messages: list[Message] = self._node._load(data[:body_size])
+        if tail_size:
+            messages[-1] = (*messages[-1][:-1], data[body_size:])
         return messages
 
-    def _read(self, size: int) -> Any:
-        """Return the next `size` bytes, as bytes, or if they are many as a bytearray."""
-        at = self._at
-        self._at = end = at + size
-        if end > len(self._got):
-            rest, self._at = self._got[at:], size
-            if size > 1 << 15:
-                self._got = b""
-                return self._fill(bytearray(size), rest)
-            while len(rest) < size:
-                more = self._sock.recv(1 << 16)
-                if not more:
-                    raise EOFError  # perhaps in the middle of a frame: the writer was interrupted
-                rest += more
-            self._got, at, end = rest, 0, size
-        return self._got[at:end]
+    def _read(self, size: int) -> memoryview:
+        """Return the next `size` bytes, which stand until the next call."""
+        if size > len(self._buffer):
+            return self._read_large(size)
+        if self._at + size > self._end:
+            rest = self._end - self._at
+            self._buffer[:rest] = self._buffer[self._at:self._end]
+            self._at, self._end = 0, rest
+            while self._end < size:
+                self._end += self._receive(self._buffer[self._end:])
+        self._at += size
+        return self._buffer[self._at - size:self._at]
 
-    def _fill(self, data: bytearray, start: bytes) -> bytearray:
-        """Receive `data`, whose memory is taken as the bytes come; some are here already."""
-        data[:len(start)] = start
-        view, at, told = memoryview(data), len(start), 0
-        self._at = 0
-        while at < len(data):
-            count = self._sock.recv_into(view[at:])
-            if not count:
-                raise EOFError
-            at += count
+    def _read_large(self, size: int) -> memoryview:
+        data = memoryview(bytearray(size))  # which takes no memory before the bytes come
+        at = told = self._end - self._at
+        data[:at] = self._buffer[self._at:self._end]
+        self._at = self._end = 0
+        while at < size:
+            at += self._receive(data[at:])
             if at - told > LARGE:
                 self._silent, told = 0, at  # a message on its way is no silence; ticks are
         return data
 
+    def _receive(self, space: memoryview) -> int:
+        count = self._sock.recv_into(space)
+        if not count:
+            raise EOFError  # perhaps in the middle of a frame: then its writer was interrupted
+        return count
+
     def _on_send(self, target: Target, payload: Any) -> None:
         try:
             message = self._node._load(payload)  # which may take long
-            self._node._find(target).send(message)
+            thread = self._node._find(target)
         except BaseException as error:  # loading may raise anything, SystemExit too
             self._losses[target[1], str(self._refusal(error)), _here.cause] += 1
+            return
+        thread.send(message)
 
     def _on_ask(self, target: Target, caller: int, tag: str, payload: Any) -> None:
         try:
@@ -2574,14 +2584,14 @@ class faults:
                 self._postman.join(timeout)
                 self._late = None
 
-    def _send(self, connection: _Connection, message: Message) -> None:
+    def _send(self, connection: _Connection, message: Message) -> bool:
         drop, duplicate, delay = (self._random.random() for _ in range(3))
         if drop < self._drop:
             _record(None, "lost", _here.cause, why="dropped by faults")
-            return
-        for _ in range(1 + (duplicate < self._duplicate)):
-            if not self._hold(delay * self._delay, connection, message):
-                connection.send(message)
+            return True
+        taken = [self._hold(delay * self._delay, connection, message) or connection.send(message)
+                 for _ in range(1 + (duplicate < self._duplicate))]
+        return any(taken)
 
     def _hold(self, delay: float, connection: _Connection, message: Message) -> bool:
         """Hold a message up, behind those that are, if this fault does so."""
@@ -2594,7 +2604,7 @@ class faults:
         while item := late.get():
             due, connection, message = item
             self._over.wait(_left(due))
-            with suppress(OSError, _Ended):
+            with suppress(OSError):
                 connection.send(message)
 
 
