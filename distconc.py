@@ -1348,6 +1348,7 @@ class _Connection:
         self.due = float("inf")  # when its next beat is
         self._node, self._sock = node, sock
         self._buffer = memoryview(bytearray(1 << 16))  # what was received
+        self._news = 0  # bytes received since that counted as a sign of life
         self._at = self._end = 0  # where in it the next frame begins, and where it ends
         self._writing = threading.Lock()  # guards: the seal, the output, emptying the outbox
         self._holder = 0  # the thread that has it: a signal's handler there must not wait for it
@@ -1545,19 +1546,20 @@ class _Connection:
 
     def _read_large(self, size: int) -> memoryview:
         data = memoryview(bytearray(size))  # which takes no memory before the bytes come
-        at = told = self._end - self._at
+        at = self._end - self._at
         data[:at] = self._buffer[self._at:self._end]
         self._at = self._end = 0
         while at < size:
             at += self._receive(data[at:])
-            if at - told > LARGE:
-                self._silent, told = 0, at  # a message on its way is no silence; ticks are
         return data
 
     def _receive(self, space: memoryview) -> int:
         count = self._sock.recv_into(space)
         if not count:
             raise EOFError  # perhaps in the middle of a frame: then its writer was interrupted
+        self._news += count
+        if self._news > LARGE:
+            self._silent = self._news = 0  # a message on its way is no silence
         return count
 
     def _on_send(self, target: Target, payload: Any) -> None:

@@ -3524,17 +3524,13 @@ os.waitpid(pid, 0)
         target = self.collector(self.child())
         connect(target.node)
         connection, = self.node._open
-        with connection._writing:  # so that nobody writes
-            connection._inside = True
+        with connection._writing:  # so that nobody else writes
             for number in range(100):
                 send(number, target)
-            connection._inside = False
-            with mock.patch.object(distconc, "HEAD") as head:
-                head.pack.side_effect = KeyboardInterrupt
-                with self.assertRaises(KeyboardInterrupt):
-                    send("interrupted", target)
+            with mock.patch.object(distconc, "_is_large", side_effect=KeyboardInterrupt):
+                self.assertRaises(KeyboardInterrupt, connection._write_frame)
         send("next", target)
-        self.assertEqual(self.got(target), [*range(100), "interrupted", "next"])
+        self.assertEqual(self.got(target), [*range(100), "next"])
         self.assertEqual(self.node._open, {connection})
 
     def test_ctrl_c_within_a_send_costs_nothing_that_was_accepted_before(self):
