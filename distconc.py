@@ -2773,8 +2773,7 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
     What is damaged is left out, and logged.  Raises FileNotFoundError if no trace is there;
     ValueError for another format, and if nothing is left to draw.
     """
-    formats: dict[str, Callable[[list[_Event], list[_Event]], str]] = {
-        "svg": _as_svg, "text": _as_text, "shiviz": _as_shiviz}
+    formats = {"svg": _as_svg, "text": _as_text, "shiviz": _as_shiviz}
     if format not in formats:
         raise ValueError(f"{format!r} is no format of a chart; there are {', '.join(formats)}")
     wanted = {threads} if isinstance(threads, str) else {*(threads or ())}
@@ -2797,13 +2796,13 @@ _MARKS = {  # event: its mark in text, what that is, what it tells, its mark in 
     "down": ("!", "node lost", "{why}", "M3-9-5 1H0L-3 9 5-2H0z"),
     "timeout": ("?", "time-out", "{what} timed out", "M-5-7H5L-5 7H5z"),
 }
-_Event = types.SimpleNamespace  # a line of a trace; _read_traces and _rows tell it more
+_Event = types.SimpleNamespace  # a line of a trace; _name_columns and _rows tell it more
 _Row = list[_Event]
 _Column = tuple[int, int, str, str]  # the node's place, thread's id; what both are called
 
 
 def _read_traces(directory: "str | os.PathLike[str]") -> list[_Event]:
-    """Return all events, by their clocks.  A node is called by its last address."""
+    """Return all events, by their clocks."""
     from pathlib import Path
 
     paths = sorted(path for path in Path(directory).glob("*.jsonl") if path.is_file())
@@ -2820,17 +2819,8 @@ def _read_traces(directory: "str | os.PathLike[str]") -> list[_Event]:
                 bad += 1
         if bad:
             _log("WARNING", "%s: %d of its lines are no events, and left out", path, bad)
-    by_age = sorted(found.values(), key=lambda event: event.time)
-    homes = {event.process: event.node for event in by_age if event.node}
-    names = {event.key[:2]: event.name for event in by_age}
-    places, owners = dict[str, int](), dict[str, dict[Any, int]]()
-    for event in by_age:
-        event.node = homes.get(event.process, f"process {event.process[:4]}")
-        node = _distinct(event.node, " run ", event.process, owners)
-        event.who = _distinct(f"{node}/{names[event.key[:2]]}", " ", event.key[:2], owners)
-        place = places.setdefault(event.process, len(places))
-        event.column = place, event.key[1], node, event.who[len(node) + 1:]
-    return sorted(by_age, key=lambda event: (event.clock, event.time, event.key))
+    _name_columns(sorted(found.values(), key=lambda event: event.time))
+    return sorted(found.values(), key=lambda event: (event.clock, event.time, event.key))
 
 
 def _read_event(line: bytes) -> _Event:
@@ -2855,6 +2845,19 @@ def _plain(text: str) -> str:
     """`text` in one line, fit for XML: what is not printable is escaped, as in a repr."""
     return text if text.isprintable() else "".join(
         each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def _name_columns(by_age: list[_Event]) -> None:
+    """Give each event its column.  The last address of a node is the one to know it by."""
+    homes = {event.process: event.node for event in by_age if event.node}
+    names = {event.key[:2]: event.name for event in by_age}
+    places, owners = dict[str, int](), dict[str, dict[Any, int]]()
+    for event in by_age:
+        event.node = homes.get(event.process, f"process {event.process[:4]}")
+        node = _distinct(event.node, " run ", event.process, owners)
+        event.who = _distinct(f"{node}/{names[event.key[:2]]}", " ", event.key[:2], owners)
+        place = places.setdefault(event.process, len(places))
+        event.column = place, event.key[1], node, event.who[len(node) + 1:]
 
 
 def _distinct(name: str, what: str, owner: Any, owners: dict[str, dict[Any, int]]) -> str:
@@ -2965,15 +2968,16 @@ path { fill: none; stroke: #888; stroke-width: 1.3 } #lost, .lost .arrow { strok
 #send, #receive { fill: #2f7de1; stroke: none } #crash, #down { fill: #e5484d; stroke: none }
 .arrow { marker-end: url(#tip) } .send .arrow, .receive .arrow { stroke: #2f7de1 }
 .start .arrow { stroke-dasharray: 2 3 } .lost .arrow { marker-end: none }
-g:hover .arrow { stroke-width: 3 } #tip path { fill: context-stroke; stroke: none }
+#lost, g:hover .arrow { stroke-width: 3 } #tip path { fill: context-stroke; stroke: none }
 </style><defs><marker id="tip" viewBox="0 0 10 10" refX="14" refY="5" markerWidth="9"
-markerHeight="9" markerUnits="userSpaceOnUse" orient="auto"><path d="M0 1 10 5 0 9z"/></marker>"""
+markerHeight="9" markerUnits="userSpaceOnUse" orient="auto"><path d="M0 1 10 5 0 9z"/>
+</marker>"""
 
 
 def _as_svg(shown: list[_Event], _: Any) -> str:
     """Draw the rows that the text has, with arrows that slope; a character is 8 pixels wide."""
     heads, at = _headings(shown, 24)
-    born, gone = dict[_Column, int](), dict[_Column, int]()
+    lives: dict[_Column, list[_Event]] = {}
     lines, height = list[str](), 0
     for number, row in enumerate(_rows(shown)):
         if number % 40 == 0:
@@ -2982,16 +2986,15 @@ def _as_svg(shown: list[_Event], _: Any) -> str:
         height += 26
         for event in row:
             event.x, event.y = 8 * at[event.column], height + 10 * (event is not row[0])
-            born.setdefault(event.column, event.y)
-            if event.event in ("end", "crash"):
-                gone[event.column] = event.y
+            lives.setdefault(event.column, []).append(event)
         lines.append(_svg_row(row, at, len(heads[1])))
-    lives = (f'<path d="M{8 * begin} {born[column]}V{gone.get(column, height)}"/>'
-             for column, begin in at.items())
+    for life in lives.values():
+        stop = life[-1].y if life[-1].event in ("end", "crash") else height
+        lines.insert(0, f'<path d="M{life[0].x} {life[0].y}V{stop}"/>')
     shapes = (f'<path id="{event}" d="{_MARKS[event][3]}"/>' for event in _MARKS)
     size = f'width="{8 * len(heads[1]) + 640}" height="{height + 30}"'
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{_STYLE}', *shapes,
-                      "</defs>", *lives, *lines, "</svg>\n"])
+                      "</defs>", *lines, "</svg>\n"])
 
 
 def _svg_row(row: _Row, at: dict[_Column, int], width: int) -> str:
@@ -3002,9 +3005,10 @@ def _svg_row(row: _Row, at: dict[_Column, int], width: int) -> str:
         start, stop = _arrow(event, at)
         arrow = f'<path class="arrow" d="M{8 * start} {ends[0].y}L{8 * stop} {event.y}"/>'
     marks = (f'<use href="#{each.event}" x="{each.x}" y="{each.y}"/>' for each in row)
-    title = [_told(row)] * (_told(row) != "")
+    told = _told(row)
+    title = [told] if told else []
     title += [f"{each.event} at {each.who}, clock {each.clock}" for each in ends]
-    line = f"{row[0].clock:>5}".ljust(width) + _cut(_told(row), 80)
+    line = f"{row[0].clock:>5}".ljust(width) + _cut(told, 80)
     return (f'<g class="{event.event}"><title>{_escaped(chr(10).join(title))}</title>'
             f'{arrow}{"".join(marks)}{_svg_line(row[0].y + 4, line)}</g>')
 
@@ -3035,7 +3039,7 @@ def _as_shiviz(shown: list[_Event], past: list[_Event]) -> str:
     return lines
 
 
-######## At the shell: demo, node, send, call, ps, chart; each is a function, its usage that one's
+######## At the shell: demo, node, send, call, ps, chart
 
 
 def _demo() -> None:
@@ -3073,10 +3077,7 @@ def _call_back(parent: Handle) -> None:
 
 
 def _run_node(address: str | int = 0, script: str = "") -> None:
-    """Run a node with a Python prompt, or with a script.
-
-    ADDRESS is such as 9000, host:9000, or a path; the node stays up after SCRIPT.
-    """
+    """Run a node with a Python prompt, or with a script."""
     import code
 
     if os.path.isfile(str(address)):
@@ -3106,26 +3107,17 @@ def _run_script(path: str, main: types.ModuleType) -> None:
         sys.exit(1)
 
 
-def _send(target: str, message: str, *, timeout: float = 10.0) -> None:
-    """Send a message; status 1 if it was lost.
-
-    TARGET is such as 127.0.0.1:9000/logger; MESSAGE is a Python literal, such as
-    '("hello", 1)'; TIMEOUT is in seconds, 10 if none is given.
-    """
+def _send(target: str, message: str, timeout: float = 10.0) -> None:
+    """Send a message; status 1 if it was lost."""
     thread = _target(target)
     send(_literal(message), thread)
     send_synchronous(("ping",), RemoteThread(thread.node, KERNEL), timeout)
     sys.exit(local_node().stats()["lost"] and 1)
 
 
-def _call(target: str, message: str, *, timeout: float = 10.0) -> None:
-    """Send a message and print the reply.
-
-    TARGET is such as 127.0.0.1:9000/logger; MESSAGE is a Python literal, such as
-    '("hello", 1)'; TIMEOUT is in seconds, 10 if none is given.
-    """
-    thread = _target(target)
-    print(repr(send_synchronous(_literal(message), thread, timeout)))
+def _call(target: str, message: str, timeout: float = 10.0) -> None:
+    """Send a message and print the reply."""
+    print(repr(send_synchronous(_literal(message), _target(target), timeout)))
 
 
 def _target(text: str) -> RemoteThread:
@@ -3147,7 +3139,7 @@ def _literal(text: str) -> Any:
 
 
 def _ps(node: str) -> None:
-    """List the threads of a node, such as 9000 or 127.0.0.1:9000."""
+    """List the threads of a node."""
     rows = [("id", "name", "registered", "unread", "age", "in")]
     for id, name, names, unread, age, doing in _ask_node(_address(node), "ps"):
         rows.append((str(id), name, names, str(unread), f"{age:.0f} s", doing))
@@ -3156,63 +3148,61 @@ def _ps(node: str) -> None:
         print("  ".join(map(str.ljust, map(_plain, row), widths)).rstrip())
 
 
-def _chart(directory: str, *, o: str = "", format: str = "svg", from_: int = 0,
-           to: float = float("inf"), thread: list[str] | None = None) -> None:
-    """Draw what was traced to a directory, that of trace() or DISTCONC_TRACE.
-
-    To the file O, or else to standard output; FORMAT is svg, text, or shiviz.  FROM and TO
-    are Lamport clocks; THREAD is a name, or node/name, and may be given again.
-    """
-    drawing = chart(directory, format, first=from_, last=to, threads=thread)
-    with open(o, "w", encoding="utf-8") if o else nullcontext(sys.stdout) as file:
+def _chart(directory: str, output: str = "", **how: Any) -> None:
+    """Draw what was traced to a directory."""
+    drawing = chart(directory, **how)
+    with open(output, "w", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
         file.write(drawing)
+
+
+_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "demo": (_demo, ""), "node": (_run_node, "address script"), "ps": (_ps, "node"),
+    "send": (_send, "target message --timeout"), "call": (_call, "target message --timeout"),
+    "chart": (_chart, "directory -o --format --from --to --thread")}
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "address": {"nargs": "?", "help": "9000, host:9000, a path"},
+    "script": {"nargs": "?", "help": "a file to run there; the node stays up after it"},
+    "node": {"help": "which, such as 9000 or 127.0.0.1:9000"},
+    "target": {"help": "where to, such as 127.0.0.1:9000/logger"},
+    "message": {"help": "a Python literal, such as '(\"hello\", 1)'"},
+    "--timeout": {"type": float, "help": "seconds to wait (10)"},
+    "directory": {"help": "the one given to trace(), or in DISTCONC_TRACE"},
+    "-o": {"dest": "output", "metavar": "FILE", "help": "where to (standard output)"},
+    "--format": {"choices": ["svg", "text", "shiviz"], "help": "svg"},
+    "--from": {"dest": "first", "type": int, "metavar": "CLOCK", "help": "the first"},
+    "--to": {"dest": "last", "type": int, "metavar": "CLOCK", "help": "the last"},
+    "--thread": {"dest": "threads", "action": "append", "metavar": "NAME",
+                 "help": "only threads of this name, or node/name; may be repeated"}}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Do what the shell command `arguments` says."""
+    import argparse
     import logging
 
     for stream in sys.stdout, sys.stderr:  # any text can be printed there, or to nowhere
         with suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     logging.basicConfig(format="distconc: %(message)s")
-    options = _options(arguments)
-    try:
-        options.pop("run")(**options)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (DistconcError, AuthenticationError, OSError, ValueError) as error:
-        sys.exit(f"distconc: {_plain(str(error))}")
-
-
-def _options(arguments: list[str] | None) -> dict[str, Any]:
-    import argparse
-    import inspect
-
     parser = argparse.ArgumentParser(
         "distconc", description="Threads that send, on any node.",
         epilog="In the environment: DISTCONC_AUTHKEY, the key; DISTCONC_COOKIE, the file that "
                "has it otherwise; DISTCONC_TRACE, a directory to write traces to.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    runs: dict[str, Callable[..., None]] = {"demo": _demo, "node": _run_node, "send": _send,
-                                            "call": _call, "ps": _ps, "chart": _chart}
-    for command, run in runs.items():
-        about = inspect.getdoc(run) or ""
-        sub = commands.add_parser(command, description=about, help=about.splitlines()[0])
+    for command, (run, flags) in _COMMANDS.items():  # a default is that of the function
+        sub = commands.add_parser(command, help=run.__doc__, description=run.__doc__,
+                                  argument_default=argparse.SUPPRESS)
         sub.set_defaults(run=run)
-        for name, each in inspect.signature(run).parameters.items():
-            if each.kind is not each.KEYWORD_ONLY:
-                sub.add_argument(name, nargs=None if each.default is each.empty else "?",
-                                 default=each.default)
-                continue
-            word = name.rstrip("_")  # from_ is --from, o is -o
-            how: dict[str, Any] = {"type": type(each.default)}
-            if each.default is None:
-                how = {"action": "append"}
-            sub.add_argument("--"[:len(word)] + word, dest=name, metavar=word.upper(),
-                             default=each.default, **how)
-    return vars(parser.parse_args(arguments))
+        for flag in flags.split():
+            sub.add_argument(flag, **_ARGUMENTS[flag])
+    options = vars(parser.parse_args(arguments))
+    try:
+        options.pop("run")(**options)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (DistconcError, AuthenticationError, OSError, ValueError) as error:
+        sys.exit(f"distconc: {_plain(str(error))}")
 
 
 if __name__ == "__main__":
