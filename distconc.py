@@ -2768,18 +2768,17 @@ if os.environ.get("DISTCONC_TRACE") and __name__ != "__main__":
     trace(os.environ["DISTCONC_TRACE"])
 
 
-######## Charts: chart, what it reads, the table it makes of that, and three ways to draw it
+######## Charts: chart, the traces it reads, and three ways to draw them
 
 
-def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: int | None = None,
-          last: int | None = None, threads: str | Iterable[str] | None = None) -> str:
+def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: int = 0,
+          last: float = float("inf"), threads: str | Iterable[str] | None = None) -> str:
     """Return the traces in `directory` as one space-time diagram.
 
-    A column is a thread; time runs down, in the order of the Lamport clocks, so no arrow points
-    up.  `format` is "svg" (a page for any browser: point at what you want to know more of),
-    "text" (80 columns) or "shiviz" (vector clocks, for the tool of that name).  `first` and
-    `last` narrow it to these clocks, `threads` to those called so, such as "logger" or
-    "127.0.0.1:9000/logger".
+    A column is a thread; time runs down, so no arrow points up.  `format` is "svg" (a page for
+    any browser: point at what you want to know more of), "text" (80 columns) or "shiviz"
+    (vector clocks, for the tool of that name).  `first` and `last` narrow it to these Lamport
+    clocks, `threads` to those called so, such as "logger" or "127.0.0.1:9000/logger".
 
     What is damaged is left out, and logged.  Raises FileNotFoundError if no trace is there;
     ValueError for another format, and if nothing is left to draw.
@@ -2787,18 +2786,16 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
     formats = {"svg": _as_svg, "text": _as_text, "shiviz": _as_shiviz}
     if format not in formats:
         raise ValueError(f"{format!r} is no format of a chart; there are {', '.join(formats)}")
-    wanted = {threads} if isinstance(threads, str) else None if threads is None else {*threads}
-    past = sorted(_read_traces(directory),
-                  key=lambda event: (event.clock, event.time, event.process, event.thread))
-    events = [event for event in past
-              if (first or 0) <= event.clock and (last is None or event.clock <= last)
-              and (wanted is None or wanted & {event.name, f"{event.node}/{event.name}"})]
-    if past and not events:
+    wanted = {threads} if isinstance(threads, str) else {*(threads or ())}
+    past = _read_traces(directory)
+    shown = [event for event in past if first <= event.clock <= last and (
+        not wanted or wanted & {event.name, f"{event.node}/{event.name}"})]
+    if past and not shown:
         raise ValueError("nothing is left to draw: no event is of such a clock and thread")
-    return formats[format](_Table(past, events))
+    return formats[format](shown, past)
 
 
-_MARKS = {  # event: its mark in text, what that is, what happens, the mark in SVG
+_MARKS = {  # event: its mark in text, what that is, what it tells, its mark in SVG
     "start": ("o", "start", "", "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z"),
     "spawn": ("+", "spawn", "spawns {child}", "M-5 0H5M0-5V5"),
     "send": ("*", "message", "{message}", "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z"),
@@ -2809,47 +2806,48 @@ _MARKS = {  # event: its mark in text, what that is, what happens, the mark in S
     "down": ("!", "node lost", "{why}", "M3-9-5 1H0L-3 9 5-2H0z"),
     "timeout": ("?", "time-out", "{what} timed out", "M-5-7H5L-5 7H5z"),
 }
-_TEXTS = "process node name event message to kind child error why what".split()
-_Event = types.SimpleNamespace  # a line of a trace; _read_event and _Table tell it more
-_Column = tuple[str, int]  # process and thread
+_Event = types.SimpleNamespace  # a line of a trace; _name_columns and _rows tell it more
+_Row = list[_Event]
+_Column = tuple[int, int, str, str]  # the node's place, thread's id; what both are called
 
 
-def _read_traces(directory: "str | os.PathLike[str]") -> Iterable[_Event]:
+def _read_traces(directory: "str | os.PathLike[str]") -> list[_Event]:
+    """Return all events, by their clocks."""
     from pathlib import Path
 
     paths = sorted(path for path in Path(directory).glob("*.jsonl") if path.is_file())
     if not paths:
         raise FileNotFoundError(f"there are no traces (*.jsonl) in {os.fspath(directory)!r}")
-    found: dict[Any, _Event] = {}
+    found: dict[Stamp, _Event] = {}
     for path in paths:
         bad = 0
         for line in path.read_bytes().splitlines():
             try:
                 event = _read_event(line)
                 bad += found.setdefault(event.key, event) is not event
-            except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            except Exception:  # of as many kinds as there are ways to damage a file
                 bad += 1
         if bad:
             _log("WARNING", "%s: %d of its lines are no events, and left out", path, bad)
-    homes = {event.process: event.node for event in found.values() if event.node}
-    for event in found.values():  # a node's last address is the one to know it by
-        event.node = homes.get(event.process, f"process {event.process[:4]}")
-    return found.values()
+    _name_columns(sorted(found.values(), key=lambda event: event.time))
+    return sorted(found.values(), key=lambda event: (event.clock, event.time, event.key))
 
 
 def _read_event(line: bytes) -> _Event:
-    """Raises this or that for what is no event.  A cause is older: so there are no cycles."""
+    """Raise some exception for what is no event.  A cause is older: so there are no cycles."""
     import json
 
-    given = dict.fromkeys(_TEXTS, "") | {"cause": ("", 0, -1)} | json.loads(line)
-    given |= {field: _plain(given[field]) for field in _TEXTS}
-    event = _Event(**given)
-    event.column, event.cause = (event.process, event.thread), tuple(event.cause)
-    event.key = *event.column, event.clock
-    if not ([type(each) for each in event.key + event.cause] == [str, int, int, str, int, int]
-            and -1 <= event.cause[2] < event.clock < 1 << 64 and 0 <= event.time):
+    given = json.loads(line)
+    text = {field: _plain(value) for field, value in given.items() if isinstance(value, str)}
+    process, thread, clock = given.get("cause", ("", 0, -1))
+    event = _Event(
+        process=text["process"], node=text["node"], name=text["name"], event=text["event"],
+        words=_MARKS[text["event"]][2].format_map(text), to=text.get("to", ""),
+        clock=int(given["clock"]), time=float(given["time"]),
+        cause=(str(process), int(thread), int(clock)))
+    event.key = event.process, int(given["thread"]), event.clock
+    if not (-1 <= event.cause[2] < event.clock < 1 << 64 and 0 <= event.time):
         raise ValueError(given)
-    event.words = _MARKS[event.event][2].format_map(given)
     return event
 
 
@@ -2859,94 +2857,41 @@ def _plain(text: str) -> str:
         each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
-class _Table:
-    """The events to draw, in Lamport order, and the columns, from left to right.
-
-    `names` has the heading of each column, `heads` that of each process, above its leftmost
-    column, the oldest address first.  `who` names any thread in full; `past` has the events
-    that are not to be drawn, too.  An event gets its `who`, the `origin` that it is drawn with,
-    and is `lone` if it is a message of which only one end is drawn.
-    """
-
-    def __init__(self, past: list[_Event], events: list[_Event]) -> None:
-        self.past, self.events = past, events
-        by_age = sorted(past, key=lambda event: event.time)
-        nodes = {event.process: event.node for event in by_age}
-        order = list(nodes.values())
-        runs = sorted(nodes, key=lambda process: order.index(nodes[process]))
-        titles = dict(zip(runs, _distinct([nodes[process] for process in runs], " run ")))
-        names = {event.column: event.name for event in by_age}
-        columns = sorted(names, key=lambda column: (runs.index(column[0]), column[1]))
-        self.who = dict(zip(columns, _distinct([
-            f"{titles[process]}/{names[process, id]}" for process, id in columns], " ")))
-        drawn = {event.column for event in events}
-        self.names = {column: who[len(titles[column[0]]) + 1:]
-                      for column, who in self.who.items() if column in drawn}
-        by_process = itertools.groupby(self.names, lambda column: column[0])
-        self.heads = {next(group): titles[process] for process, group in by_process}
-        causes = {event.cause for event in events}
-        by_key = {event.key: event for event in events}
-        for event in events:
-            event.who, event.origin = self.who[event.column], by_key.get(event.cause)
-            half = {"receive": not event.origin, "send": event.key not in causes}
-            event.lone = half.get(event.event, False)
+def _name_columns(by_age: list[_Event]) -> None:
+    """Give each event its column.  The last address of a node is the one to know it by."""
+    homes = {event.process: event.node for event in by_age if event.node}
+    names = {event.key[:2]: event.name for event in by_age}
+    places, owners = dict[str, int](), dict[str, dict[Any, int]]()
+    for event in by_age:
+        event.node = homes.get(event.process, f"process {event.process[:4]}")
+        node = _distinct(event.node, " run ", event.process, owners)
+        event.who = _distinct(f"{node}/{names[event.key[:2]]}", " ", event.key[:2], owners)
+        place = places.setdefault(event.process, len(places))
+        event.column = place, event.key[1], node, event.who[len(node) + 1:]
 
 
-def _distinct(names: list[str], what: str) -> list[str]:
-    """Number those that come again: a, b, a 2."""
-    numbers = {name: itertools.count(2) for name in names}
-    distinct: dict[str, None] = {}
-    for name in names:
-        each = name
-        while each in distinct:
-            each = f"{name}{what}{next(numbers[name])}"
-        distinct[each] = None
-    return list(distinct)
+def _distinct(name: str, what: str, owner: Any, owners: dict[str, dict[Any, int]]) -> str:
+    """Number those who share a name: a, b, a 2."""
+    number = owners.setdefault(name, {}).setdefault(owner, len(owners[name]) + 1)
+    return name if number == 1 else f"{name}{what}{number}"
 
 
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[:most - 2] + ".."
 
 
-def _as_text(table: _Table) -> str:
-    """Draw what fits into 80 characters, and beside it what happens; else name the threads."""
-    for most in 16, 12, 10, 8, 6:
-        heads, at = _headings(table, most)
-        if fits := at[None] <= 60:
-            break
-    lines, alive = list[str](), set[_Column]()
-    for number, row in enumerate(_rows(table)):
-        lines += heads if fits and number % 40 == 0 else []
-        lines.append((_picture if fits else _naming)(row, at, alive))
-        lines[-1] += "; ".join(dict.fromkeys(event.words for event in row if event.words))
-        if row[-1].event == "send":
-            lines[-1] += f" to {row[-1].to}"
-    marks = dict.fromkeys(f"{mark} {what}" for mark, what, _, _ in _MARKS.values())
-    lines += ["", "  ".join(marks), "*-> not received here   >* from what is not seen here", ""]
-    return "\n".join(_cut(line, 80).rstrip() for line in lines).lstrip("\n")
-
-
-def _headings(table: _Table, most: int) -> tuple[list[str], dict[Any, int]]:
-    """The lines above a picture, and where columns begin; for None, where the last ends."""
-    nodes = names = " " * 7
-    at = dict[Any, int]()
-    for column, name in table.names.items():
-        if column in table.heads:
-            names = names.ljust(len(nodes))  # right of the heading before
-            nodes = nodes.ljust(len(names)) + _cut(table.heads[column], 22) + "  "
-        at[column] = len(names)
-        names += _cut(name, most).ljust(3) + "  "
-    at[None] = max(len(nodes), len(names))
-    return ["", nodes, names], at
-
-
-def _rows(table: _Table) -> list[list[_Event]]:
+def _rows(shown: list[_Event]) -> list[_Row]:
     """An event is put into the row of its cause, if its thread does nothing in between.
 
-    So rows are in an order that causes allow, and mostly a message takes one.
+    So rows are in an order that causes allow, and mostly a message takes one.  Tell events
+    their `origin`, and whether they are `lone`: a message of which only one end is shown.
     """
-    rows, row_of, latest = list[list[_Event]](), dict[Any, int](), dict[_Column, int]()
-    for event in table.events:
+    rows, row_of, latest = list[_Row](), dict[Stamp, int](), dict[_Column, int]()
+    by_key = {event.key: event for event in shown}
+    for event in shown:
+        event.origin, event.lone = by_key.get(event.cause), event.event in ("send", "receive")
+        if event.origin:
+            event.lone = event.origin.lone = False
         at = row_of.pop(event.cause, -1)
         if at > latest.get(event.column, -1):
             rows[at].append(event)
@@ -2957,28 +2902,67 @@ def _rows(table: _Table) -> list[list[_Event]]:
     return rows
 
 
-def _picture(row: list[_Event], at: dict[Any, int], alive: set[_Column]) -> str:
+def _headings(shown: list[_Event], most: int) -> tuple[list[str], dict[_Column, int]]:
+    """The lines above a picture, as wide as it, and where its columns begin."""
+    nodes = names = " " * 7
+    at = dict[_Column, int]()
+    columns = sorted({event.column for event in shown})
+    for node, threads in itertools.groupby(columns, lambda column: column[2]):
+        names = names.ljust(len(nodes))  # right of the heading before
+        nodes = nodes.ljust(len(names)) + _cut(node, 22) + "  "
+        for column in threads:
+            at[column] = len(names)
+            names += _cut(column[3], most).ljust(3) + "  "
+    return ["", nodes.ljust(len(names)), names.ljust(len(nodes))], at
+
+
+def _arrow(event: _Event, at: dict[_Column, int]) -> tuple[int, int]:
+    """From where to where it goes; a short one if only one end of a message is shown."""
+    here = at[event.column]
+    if event.lone:
+        return (here, here + 3) if event.event == "send" else (here - 2, here)
+    return at[(event.origin or event).column], here
+
+
+def _told(row: _Row) -> str:
+    told = "; ".join(dict.fromkeys(event.words for event in row if event.words))
+    return f"{told} to {row[-1].to}" if row[-1].event == "send" else told
+
+
+def _as_text(shown: list[_Event], _: Any) -> str:
+    """Draw what fits into 80 characters, and beside it what happens; else name the threads."""
+    for most in 16, 12, 10, 8, 6:
+        heads, at = _headings(shown, most)
+        if fits := len(heads[1]) <= 60:
+            break
+    lines, alive = list[str](), set[_Column]()
+    for number, row in enumerate(_rows(shown)):
+        lines += heads if fits and number % 40 == 0 else []
+        line = f"{row[0].clock:>5}".ljust(len(heads[1]))
+        lines.append((_picture(line, row, at, alive) if fits else _naming(row)) + _told(row))
+    marks = dict.fromkeys(f"{mark} {what}" for mark, what, _, _ in _MARKS.values())
+    lines += ["", "  ".join(marks), "*-> not received here   >* from what is not seen here", ""]
+    return "\n".join(_cut(line, 80).rstrip() for line in lines).lstrip("\n")
+
+
+def _picture(blank: str, row: _Row, at: dict[_Column, int], alive: set[_Column]) -> str:
     """Draw the lifelines and the arrow of a row; afterwards, `alive` is who still is."""
-    event, line = row[-1], list(f"{row[0].clock:>5}".ljust(at[None]))
-    here, origin = at[event.column], event.origin
+    event, line = row[-1], list(blank)
     alive.update(each.column for each in row)
-    for column in alive:
+    for column in alive | {(event.origin or event).column}:
         line[at[column]] = "|"
-    if origin and origin.column != event.column:
-        left, right = sorted((at[origin.column], here))
-        line[left:right + 1] = "|" + "-" * (right - left - 1) + "|"
-        line[here + (1 if here == left else -1)] = "<" if here == left else ">"
-    elif event.lone and event.event == "send":
-        line[here + 1:here + 3] = "->"
-    elif event.lone:
-        line[here - 1] = ">"
+    start, stop = _arrow(event, at)
+    if start < stop:
+        line[start + 1:stop] = ">".rjust(stop - start - 1, "-")
+    elif stop < start:
+        line[stop + 1:start] = "<".ljust(start - stop - 1, "-")
     for each in row:
         line[at[each.column]] = _MARKS[each.event][0]
     alive.difference_update(each.column for each in row if each.event in ("end", "crash"))
     return "".join(line)
 
 
-def _naming(row: list[_Event], *_: Any) -> str:
+def _naming(row: _Row) -> str:
     """For a row that is too wide for a picture."""
     ends = row[-1].origin or row[-1], row[-1]
     names = " -> ".join(dict.fromkeys(event.who[-22:] for event in ends))
@@ -2987,47 +2971,60 @@ def _naming(row: list[_Event], *_: Any) -> str:
 
 
 _STYLE = """<style>
-svg { --paper: #fff; --band: #f1f4f9; --ink: #1f2328; --dim: #68737f; --line: #b4bdc9;
-      --go: #0b5fd0; --bad: #c9252d; background: var(--paper);
-      font: 11px ui-monospace, Menlo, Consolas, monospace }
-@media (prefers-color-scheme: dark) { svg { --paper: #0d1117; --band: #171d27; --ink: #e6edf3;
-      --dim: #8b98a8; --line: #4a5564; --go: #6cb0ff; --bad: #ff7b72 } }
-text { fill: var(--ink) } .dim { fill: var(--dim) } .node { font-size: 12px; font-weight: bold }
-.words { stroke: var(--paper); stroke-width: 3; stroke-linejoin: round; paint-order: stroke }
-.paper { fill: var(--paper) } .band { fill: var(--band) } .life { stroke: var(--line) }
-.mark { fill: var(--paper); stroke: var(--ink); stroke-width: 1.7 }
-#send, #receive { fill: var(--go); stroke: none } #tip { fill: var(--go); fill: context-stroke }
-#crash, #down { fill: var(--bad); stroke: none } #lost { stroke: var(--bad); stroke-width: 2.5 }
-.arrow path { fill: none; stroke: var(--go); stroke-width: 1.3; marker-end: url(#tip) }
-.arrow:hover path { stroke-width: 3 } .reply path { stroke-dasharray: 7 3 }
-.spawn path, .end path, .crash path, .down path {
-    stroke: var(--dim); stroke-dasharray: 2 3 }
-.lost path { stroke: var(--bad); marker-end: none }
-</style><marker id="tip" viewBox="0 0 10 10" refX="14" refY="5" markerWidth="9" markerHeight="9"
-markerUnits="userSpaceOnUse" orient="auto"><path d="M0 1 10 5 0 9z"/></marker>"""
+svg { color-scheme: light dark; background: Canvas; font: 13.3px ui-monospace, monospace }
+text { fill: CanvasText; white-space: pre } svg > text { font-weight: bold }
+path { fill: none; stroke: #888; stroke-width: 1.3 } #lost, .lost .arrow { stroke: #e5484d }
+#start, #end, #spawn, #timeout { fill: Canvas; stroke: CanvasText; stroke-width: 2 }
+#send, #receive { fill: #2f7de1; stroke: none } #crash, #down { fill: #e5484d; stroke: none }
+.arrow { marker-end: url(#tip) } .send .arrow, .receive .arrow { stroke: #2f7de1 }
+.start .arrow { stroke-dasharray: 2 3 } .lost .arrow { marker-end: none }
+#lost, g:hover .arrow { stroke-width: 3 } #tip path { fill: context-stroke; stroke: none }
+</style><defs><marker id="tip" viewBox="0 0 10 10" refX="14" refY="5" markerWidth="9"
+markerHeight="9" markerUnits="userSpaceOnUse" orient="auto"><path d="M0 1 10 5 0 9z"/>
+</marker>"""
 
 
-def _as_svg(table: _Table) -> str:
-    """Draw a row, 24 pixels high, for each clock; a character is 7 wide."""
-    clocks = sorted({event.clock for event in table.events})
-    room = max(24, min(40, 148 // max(1, len(table.names))))  # of a column, in characters
-    x = {column: 63 + 7 * room * number for number, column in enumerate(table.names)}
-    y = {clock: 120 + 24 * row + 60 * (row // 40) for row, clock in enumerate(clocks)}
-    width, height = max(1100, 63 + 7 * room * len(x)), max(y.values(), default=120) + 40
-    for event in table.events:
-        event.x, event.y = x[event.column], y[event.clock]
-    return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">{_STYLE}',
-        *_svg_legend(), *_svg_columns(table, x, 7 * room, height),
-        *(_svg_text("dim", 8, y[clock] + 4, str(clock)) for clock in clocks),
-        *map(_svg_arrow, table.events), *(_svg_mark(event, room) for event in table.events),
-        f'<g id="names"><rect class="paper" y="40" width="{width}" height="52"/>',
-        *(_svg_text("node", x[column], 62, _cut(head, 22))
-          for column, head in table.heads.items()),
-        *(_svg_text("name", x[column], 82, _cut(name, room - 2))
-          for column, name in table.names.items()),
-        "</g>", *(f'<use href="#names" y="{y[clock] - 120}"/>' for clock in clocks[40::40]),
-        "</svg>\n"])
+def _as_svg(shown: list[_Event], _: Any) -> str:
+    """Draw the rows that the text has, with arrows that slope; a character is 8 pixels wide."""
+    heads, at = _headings(shown, 24)
+    lives: dict[_Column, list[_Event]] = {}
+    lines, height = list[str](), 0
+    for number, row in enumerate(_rows(shown)):
+        if number % 40 == 0:
+            lines += [_svg_line(height + 40, heads[1]), _svg_line(height + 60, heads[2])]
+            height += 60
+        height += 26
+        for event in row:
+            event.x, event.y = 8 * at[event.column], height + 10 * (event is not row[0])
+            lives.setdefault(event.column, []).append(event)
+        lines.append(_svg_row(row, at, len(heads[1])))
+    for life in lives.values():
+        stop = life[-1].y if life[-1].event in ("end", "crash") else height
+        lines.insert(0, f'<path d="M{life[0].x} {life[0].y}V{stop}"/>')
+    shapes = (f'<path id="{event}" d="{_MARKS[event][3]}"/>' for event in _MARKS)
+    size = f'width="{8 * len(heads[1]) + 640}" height="{height + 30}"'
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{_STYLE}', *shapes,
+                      "</defs>", *lines, "</svg>\n"])
+
+
+def _svg_row(row: _Row, at: dict[_Column, int], width: int) -> str:
+    """The arrow, the marks and the words of a row, which tells all to who points at it."""
+    event, arrow = row[-1], ""
+    ends = [event.origin, event] if event.origin else [event]
+    if event.origin or event.lone:
+        start, stop = _arrow(event, at)
+        arrow = f'<path class="arrow" d="M{8 * start} {ends[0].y}L{8 * stop} {event.y}"/>'
+    marks = (f'<use href="#{each.event}" x="{each.x}" y="{each.y}"/>' for each in row)
+    told = _told(row)
+    title = [told] if told else []
+    title += [f"{each.event} at {each.who}, clock {each.clock}" for each in ends]
+    line = f"{row[0].clock:>5}".ljust(width) + _cut(told, 80)
+    return (f'<g class="{event.event}"><title>{_escaped(chr(10).join(title))}</title>'
+            f'{arrow}{"".join(marks)}{_svg_line(row[0].y + 4, line)}</g>')
+
+
+def _svg_line(y: int, line: str) -> str:
+    return f'<text y="{y}" textLength="{8 * len(line)}">{_escaped(line)}</text>'
 
 
 def _escaped(text: str) -> str:
@@ -3036,144 +3033,70 @@ def _escaped(text: str) -> str:
     return escape(text).encode("ascii", "xmlcharrefreplace").decode()  # for any encoding
 
 
-def _svg_text(kind: str, x: int, y: int, text: str) -> str:
-    return f'<text class="{kind}" x="{x}" y="{y}">{_escaped(text)}</text>'
-
-
-def _svg_legend() -> Iterator[str]:
-    shapes = [f'<path id="{event}" class="mark" d="{_MARKS[event][3]}"/>' for event in _MARKS]
-    yield f'<defs>{"".join(shapes)}</defs>'
-    samples = {what: f'<use href="#{event}"/>' for event, (_, what, _, _) in _MARKS.items()}
-    for what, kind in ("message", "send"), ("reply", "reply"), ("spawn, news of an end", "end"):
-        samples[what] = f'<g class="arrow {kind}"><path d="M-22 0h30"/></g>'
-    for number, (what, sample) in enumerate(samples.items()):
-        text = _svg_text("name", 13, 4, what)
-        yield f'<g transform="translate({30 + 100 * number} 20)">{sample}{text}</g>'
-
-
-def _svg_columns(table: _Table, x: dict[_Column, int], room: int,
-                 height: int) -> Iterator[str]:
-    """The lifelines, on a ground that tells the nodes apart."""
-    born = {event.column: event.y for event in reversed(table.events)}
-    stop = {event.column: event.y if event.event in ("end", "crash") else height
-            for event in table.events}
-    shades = itertools.cycle(("paper", "band"))
-    for column, left in x.items():
-        if column in table.heads:
-            shade = next(shades)
-        yield (f'<g><title>{_escaped(table.who[column])}</title><rect class="{shade}" '
-               f'x="{left - 12}" y="92" width="{room}" height="{height}"/>'
-               f'<path class="life" d="M{left} {born[column]}V{stop[column]}"/></g>')
-
-
-def _svg_arrow(event: _Event) -> str:
-    """From the origin to the event; a short one if only one of the two is drawn."""
-    origin, x, y, kind = event.origin, event.x, event.y, "send"
-    if origin:
-        bend = f"C{x + 50} {origin.y} {x + 50} {y} " if origin.x == x else "L"
-        path = f"M{origin.x} {origin.y}{bend}{x} {y}"
-        kind = ("lost" if event.event == "lost" else
-                "reply" if origin.kind == "reply" else origin.event)
-    elif event.lone and event.event == "send":
-        path = f"M{x} {y}L{x + 28} {y + 8}"
-    elif event.lone:
-        path = f"M{x - 28} {y - 8}L{x} {y}"
-    else:
-        return ""
-    return f'<g class="arrow {kind}">{_svg_title(event)}<path d="{path}"/></g>'
-
-
-def _svg_mark(event: _Event, room: int) -> str:
-    told = event.origin and event.origin.words == event.words  # beside the send
-    words = "" if told else _cut(event.words, room - 1)
-    return (f'<g>{_svg_title(event)}<use href="#{event.event}" x="{event.x}" y="{event.y}"/>'
-            f'{_svg_text("words", event.x + 7, event.y - 5, words)}</g>')
-
-
-def _svg_title(event: _Event) -> str:
-    events = [event.origin, event] if event.origin else [event]
-    lines = [*dict.fromkeys(each.words or each.event for each in events)]
-    lines += [f"{each.event} at {each.who}, clock {each.clock}" for each in events]
-    if event.to:
-        lines.append(f"to {event.to}" + ", not received here" * event.lone)
-    return f"<title>{_escaped(chr(10).join(lines))}</title>"
-
-
-def _as_shiviz(table: _Table) -> str:
+def _as_shiviz(shown: list[_Event], past: list[_Event]) -> str:
     """Each event with how many events of each thread it may depend on: its vector clock."""
     import json
 
-    hosts = dict(zip(table.who, _distinct([
-        who.replace(" ", "_") for who in table.who.values()], "_")))
-    known: dict[Any, Counter[str]] = {}  # by event; by thread, its latest
-    drawn, lines = {event.key for event in table.events}, list[str]()
-    for event in table.past:  # what is not drawn hands on what it knows, too
-        host = hosts[event.column]
-        clock = known.get(event.column, Counter()) | known.get(event.cause, Counter())
+    known: dict[Stamp, Counter[str]] = {}  # by event; by thread, its latest
+    drawn, lines, owners = {event.key for event in shown}, "", dict[str, dict[Any, int]]()
+    for event in past:  # what is not drawn hands on what it knows, too
+        host = _distinct(event.who.replace(" ", "_"), "_", event.column, owners)
+        clock = known.get(event.key[:2], Counter()) | known.get(event.cause, Counter())
         if event.key in drawn:
             clock[host] += 1
-            lines += [f"{host} {json.dumps(clock)}", event.words or event.event]
-        known[event.key] = known[event.column] = clock
-    return "".join(f"{line}\n" for line in lines)
+            lines += f"{host} {json.dumps(clock)}\n{event.words or event.event}\n"
+        known[event.key] = known[event.key[:2]] = clock
+    return lines
 
 
 ######## At the shell: demo, node, send, call, ps, chart
 
 
-def _demo(_: Any) -> None:
-    """The example that started it all, on two nodes."""
+def _demo() -> None:
+    """Run the example that started it all, on two nodes."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as directory:
         if not _trace:
             trace(directory)
         with start_node() as node, spawn_node() as child:
-            _say(f"node {node} has pid {os.getpid()}, its child {child} has pid {child.pid}")
+            print(f"node {node} has pid {os.getpid()}, its child {child} has pid {child.pid}")
             spawn_server(_log_message, node=child, name="logger", register=True)
             logger = RemoteThread(child, "logger")
             send("hello", logger)
-            greeter = spawn(_greet, name="greeter", node=child)
-            _say("a call:", send_synchronous("how are you?", greeter))
+            greeter = spawn(handle_synchronous, _greet, name="greeter", node=child)
+            print("a call:", send_synchronous("how are you?", greeter), flush=True)
             send(current_thread(), logger)
             spawn(_call_back, current_thread(), name="caller", node=child)
-            request = receive()
-            _say(f"called by {request.sender!r}: {request.data!r}")
-            reply_synchronous("my child", request)
-            _say("told:", receive())
-        _say("\nAll of it, time running down:\n\n" + chart(_traced_to(), "text").rstrip())
-
-
-def _say(*words: Any) -> None:
-    """Print in one piece, as other threads and processes print, too."""
-    print(" ".join(map(str, words)) + "\n", end="", flush=True)
+            handle_synchronous(lambda question: "my child")
+            print("told:", receive())
+        print("\nAll of it, time running down:\n\n" + chart(_traced_to(), "text").rstrip())
 
 
 def _log_message() -> bool:
-    _say("logger:", receive())
+    print("logger:", receive(), flush=True)
     return True
 
 
-def _greet() -> None:
-    request = receive_if(Synchronous)
-    _say(f"greeter: {request.sender!r} asks {request.data!r}")
-    reply_synchronous("fine", request)
+def _greet(question: str) -> str:
+    return "fine"
 
 
 def _call_back(parent: Handle) -> None:
     send(send_synchronous("who am I?", parent).upper(), parent)
 
 
-def _run_node(options: Any) -> None:
+def _run_node(address: str | int = 0, script: str = "") -> None:
     """Run a node with a Python prompt, or with a script."""
     import code
 
-    if os.path.isfile(str(options.address)):
-        raise ValueError(f"{options.address} is a file; say: node ADDRESS {options.address}")
+    if os.path.isfile(str(address)):
+        raise ValueError(f"{address} is a file; say: node ADDRESS {address}")
     main = sys.modules["__main__"] = types.ModuleType("__main__")  # none of what runs it
-    with start_node(options.address) as node:
+    with start_node(address) as node:
         print(f"node {node}, pid {os.getpid()}", flush=True)
-        if options.script:
-            _run_script(options.script, main)
+        if script:
+            _run_script(script, main)
             threading.Event().wait()
         main.__dict__.update({name: globals()[name] for name in __all__})
         banner = "All names of distconc are here; Ctrl-D ends the node."
@@ -3194,6 +3117,19 @@ def _run_script(path: str, main: types.ModuleType) -> None:
         sys.exit(1)
 
 
+def _send(target: str, message: str, timeout: float = 10.0) -> None:
+    """Send a message; status 1 if it was lost."""
+    thread = _target(target)
+    send(_literal(message), thread)
+    send_synchronous(("ping",), RemoteThread(thread.node, KERNEL), timeout)
+    sys.exit(local_node().stats()["lost"] and 1)
+
+
+def _call(target: str, message: str, timeout: float = 10.0) -> None:
+    """Send a message and print the reply."""
+    print(repr(send_synchronous(_literal(message), _target(target), timeout)))
+
+
 def _target(text: str) -> RemoteThread:
     node, _, name = text.rpartition("/")
     if not node or not name:
@@ -3212,53 +3148,45 @@ def _literal(text: str) -> Any:
         raise ValueError(f"{text} is no Python literal; a string is {string}") from None
 
 
-def _send(options: Any) -> None:
-    """Send a message; status 1 if it was lost."""
-    target = _target(options.target)
-    send(_literal(options.message), target)
-    send_synchronous(("ping",), RemoteThread(target.node, KERNEL), options.timeout)
-    sys.exit(local_node().stats()["lost"] and 1)
-
-
-def _call(options: Any) -> None:
-    """Send a message and print the reply."""
-    target = _target(options.target)
-    print(repr(send_synchronous(_literal(options.message), target, options.timeout)))
-
-
-def _ps(options: Any) -> None:
+def _ps(node: str) -> None:
     """List the threads of a node."""
-    titles = "id", "name", "registered", "unread", "age", "in"
-    rows = [titles] + [(str(id), name, names, str(unread), f"{age:.0f} s", doing) for
-                       id, name, names, unread, age, doing in
-                       _ask_node(_address(options.node), "ps")]
+    rows = [("id", "name", "registered", "unread", "age", "in")]
+    for id, name, names, unread, age, doing in _ask_node(_address(node), "ps"):
+        rows.append((str(id), name, names, str(unread), f"{age:.0f} s", doing))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(map(str.ljust, map(_plain, row), widths)).rstrip())
 
 
-def _chart(options: Any) -> None:
+def _chart(directory: str, output: str = "", **how: Any) -> None:
     """Draw what was traced to a directory."""
-    text = chart(options.directory, options.format, first=options.first, last=options.last,
-                 threads=options.threads)
-    if options.output:
-        with open(options.output, "w", encoding="utf-8") as file:
-            file.write(text)
-    else:
-        print(text, end="")
+    drawing = chart(directory, **how)
+    with open(output, "w", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
+        file.write(drawing)
+
+
+_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "demo": (_demo, ""), "node": (_run_node, "address script"), "ps": (_ps, "node"),
+    "send": (_send, "target message --timeout"), "call": (_call, "target message --timeout"),
+    "chart": (_chart, "directory -o --format --from --to --thread")}
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "address": {"nargs": "?", "help": "9000, host:9000, a path"},
+    "script": {"nargs": "?", "help": "a file to run there; the node stays up after it"},
+    "node": {"help": "which, such as 9000 or 127.0.0.1:9000"},
+    "target": {"help": "where to, such as 127.0.0.1:9000/logger"},
+    "message": {"help": "a Python literal, such as '(\"hello\", 1)'"},
+    "--timeout": {"type": float, "help": "seconds to wait (10)"},
+    "directory": {"help": "the one given to trace(), or in DISTCONC_TRACE"},
+    "-o": {"dest": "output", "metavar": "FILE", "help": "where to (standard output)"},
+    "--format": {"choices": ["svg", "text", "shiviz"], "help": "svg"},
+    "--from": {"dest": "first", "type": int, "metavar": "CLOCK", "help": "the first"},
+    "--to": {"dest": "last", "type": int, "metavar": "CLOCK", "help": "the last"},
+    "--thread": {"dest": "threads", "action": "append", "metavar": "NAME",
+                 "help": "only threads of this name, or node/name; may be repeated"}}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Do what the shell command `arguments` says."""
-    try:
-        _obey(arguments)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (DistconcError, AuthenticationError, OSError, ValueError) as error:
-        sys.exit(f"distconc: {_plain(str(error))}")
-
-
-def _obey(arguments: list[str] | None) -> None:
     import argparse
     import logging
 
@@ -3272,33 +3200,19 @@ def _obey(arguments: list[str] | None) -> None:
                "has it otherwise; DISTCONC_TRACE, a directory to write traces to.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[Any], None], **arguments: Any) -> None:
-        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+    for command, (run, flags) in _COMMANDS.items():  # a default is that of the function
+        sub = commands.add_parser(command, help=run.__doc__, description=run.__doc__,
+                                  argument_default=argparse.SUPPRESS)
         sub.set_defaults(run=run)
-        for argument, how in arguments.items():
-            sub.add_argument(argument.replace("_", "-"), **how)
-
-    target = {"help": "where to, such as 127.0.0.1:9000/logger"}
-    message = {"help": "a Python literal, such as '(\"hello\", 1)'"}
-    timeout = {"type": float, "default": 10.0, "help": "seconds to wait (10)"}
-    command("demo", _demo)
-    command("node", _run_node,
-            address={"nargs": "?", "default": 0, "help": "9000, host:9000, a path"},
-            script={"nargs": "?", "help": "a file to run there; the node stays up after it"})
-    command("send", _send, target=target, message=message, __timeout=timeout)
-    command("call", _call, target=target, message=message, __timeout=timeout)
-    command("ps", _ps, node={"help": "which, such as 9000 or 127.0.0.1:9000"})
-    command("chart", _chart,
-            directory={"help": "the one given to trace(), or in DISTCONC_TRACE"},
-            _o={"dest": "output", "metavar": "FILE", "help": "where to (standard output)"},
-            __format={"choices": ["svg", "text", "shiviz"], "default": "svg", "help": "svg"},
-            __from={"dest": "first", "type": int, "metavar": "CLOCK", "help": "the first"},
-            __to={"dest": "last", "type": int, "metavar": "CLOCK", "help": "the last"},
-            __thread={"dest": "threads", "action": "append", "metavar": "NAME",
-                      "help": "only threads of this name, or node/name; may be repeated"})
-    options = parser.parse_args(arguments)
-    options.run(options)
+        for flag in flags.split():
+            sub.add_argument(flag, **_ARGUMENTS[flag])
+    options = vars(parser.parse_args(arguments))
+    try:
+        options.pop("run")(**options)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (DistconcError, AuthenticationError, OSError, ValueError) as error:
+        sys.exit(f"distconc: {_plain(str(error))}")
 
 
 if __name__ == "__main__":
