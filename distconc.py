@@ -84,7 +84,6 @@ import itertools
 import os
 import pickle
 import random
-import signal
 import socket
 import stat
 import struct
@@ -297,8 +296,9 @@ class Mailbox:
         """Remove and return the oldest message for which `pred` is true; the others stay.
 
         A class, or a tuple of classes, stands for its `isinstance`.  `pred` runs in this thread
-        with no lock held, once for each message.  Blocks at most `timeout` seconds (None: for ever; 0 or less: not at all).
-        Raises TimeoutError, or what `pred` raises, leaving the mailbox as it was.
+        with no lock held, once for each message.  Blocks at most `timeout` seconds (None: for
+        ever; 0 or less: not at all).  Raises TimeoutError, or what `pred` raises, leaving the
+        mailbox as it was.
 
         Factor: mailbox-get?, mailbox-get-timeout?.
         """
@@ -819,7 +819,7 @@ def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _NO
         fits = _accepts((LinkedError, pred))
     else:
         accepts = _accepts(pred)
-        fits = lambda message: isinstance(message, LinkedError) or accepts(message)  # noqa: E731
+        fits = lambda each: isinstance(each, LinkedError) or accepts(each)  # noqa: E731
     message = current_thread()._mailbox._get_if(fits, timeout)
     if message is _NOTHING:
         return _instead(default, "receive_if", timeout)
@@ -1154,7 +1154,7 @@ class RemoteThread(_Handle):
             self._deliver((SEND, self._target, payload))
 
     def _send(self, message: Any) -> None:
-        """Send in the ways less trodden: the first time, traced, to this node itself, a reply."""
+        """Send in the ways less trodden: at first, traced, to this node itself, a reply."""
         if _trace and _here.cause is None:
             with _sending(message, self):
                 self._send(message)
@@ -1192,11 +1192,8 @@ class RemoteThread(_Handle):
             if awaited:
                 awaited.peer = route.peer
             fault = _faults and _fault(route.names)
-            try:
-                if fault._send(route, message) if fault else route.send(message):
-                    return
-            except OSError as error:
-                raise NodeDown(f"contact was lost while sending to {self} ({error})") from error
+            if fault._send(route, message) if fault else route.send(message):
+                return
         raise NodeDown(f"two connections to {_text(self._node)} ended before they took it")
 
     def _is_here(self) -> bool:
@@ -1351,7 +1348,7 @@ class _Connection:
         self._news = 0  # bytes received since that counted as a sign of life
         self._at = self._end = 0  # where in it the next frame begins, and where it ends
         self._writing = threading.Lock()  # guards: the seal, the output, emptying the outbox
-        self._holder = 0  # the thread that has it: a signal's handler there must not wait for it
+        self._holder = 0  # the thread that has it; a signal's handler there must not wait
         self._seal, self._check = seals
         self._outbox: deque[Message] = deque()
         self._shut = False  # the end has been said; guarded by _writing
@@ -1373,14 +1370,18 @@ class _Connection:
     def send(self, message: Message) -> bool:
         """Have `message`, whose last item is the payload, written; wait while too much waits.
 
-        False if the connection ended before it took it; raises OSError if while it was written.
+        False if the connection ended before it took it; raises NodeDown if meanwhile.
         """
         if self.ending:
             return False
         self._outbox.append(message)
         wait = len(message[-1]) > LARGE or len(self._outbox) > FULL
         if wait or monotonic() - self._wrote > BURST:
-            self.write(wait)
+            try:
+                self.write(wait)
+            except OSError as error:
+                text = f"contact with {_text(self.address)} was lost while sending: {error}"
+                raise NodeDown(text) from error
         if self._bell.locked() and self._outbox:
             _ring(self._bell)
         return not self.ending or self._has_taken(message)
@@ -1641,7 +1642,7 @@ class _Connection:
             self._on[kind](*rest)
 
     def _on_lost(self, name_or_id: int | str, why: str, times: int) -> None:
-        _log_lost(f"{name_or_id!r} at {_text(self.address) or 'its node'}", why, times)
+        _lose(f"{name_or_id!r} at {_text(self.address) or 'its node'}", why, times)
 
 
 def _is_large(message: Message) -> bool:
@@ -1791,8 +1792,7 @@ class Node:
         self._runs = ()
         for connection in self._open.copy():  # something is being loaded there, for too long
             self._forget(connection)
-        for target in list(_losses):
-            _report(target)
+        _report_losses()
 
     def __enter__(self) -> "Node":
         return self
@@ -2287,13 +2287,10 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
     options.setdefault("authkey", _authkey(local_node()._key, _address(address)))
     boot = ("import sys, pickle; sys.path[:] = pickle.load(sys.stdin.buffer); "
             f"from {__name__} import _be_child; _be_child()")
-    held = _hold_ctrl_c(signal.SIG_BLOCK)  # the child inherits that, until it can ignore it
-    try:
-        process = subprocess.Popen([sys.executable, "-u", "-c", boot],
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   env={**os.environ, "DISTCONC_TRACE": _traced_to()})
-    finally:
-        _hold_ctrl_c(signal.SIG_SETMASK, held)
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", boot], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={**os.environ, "DISTCONC_TRACE": _traced_to()},
+        start_new_session=True)  # Ctrl-C at the terminal is for the parent, which may go on
     try:
         assert process.stdin and process.stdout
         process.stdin.write(pickle.dumps(sys.path) + pickle.dumps((_address(address), options)))
@@ -2310,15 +2307,8 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
         raise
 
 
-def _hold_ctrl_c(how: int, what: Iterable[int] = (signal.SIGINT,)) -> Iterable[int]:
-    """Hold Ctrl-C up, or let it through, in this thread; not on Windows."""
-    return signal.pthread_sigmask(how, what) if hasattr(signal, "pthread_sigmask") else ()
-
-
 def _be_child() -> None:
     """Be the process of a `ChildNode`; standard input says what to do, and when to end."""
-    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the parent, which may go on
-    _hold_ctrl_c(signal.SIG_UNBLOCK)
     orders, answers = sys.stdin.buffer, os.dup(1)
     os.dup2(2, 1)  # what is printed meanwhile is no answer
     try:
@@ -2484,53 +2474,46 @@ def _contact_lost(name: str, awaited: list[_Await], owed: list[str]) -> None:
         _strike(tag)
 
 
-_losses: dict[str, tuple[int, str, float]] = {}  # by target: how many since, why; the last line
-_reporter: threading.Thread | None = None  # looks through them, while there are any
+_losses: dict[str, tuple[int, str]] = {}  # by target: how many since its last line, and why
+_reporter: threading.Thread | None = None  # logs them, while there are any
 _losing = threading.RLock()  # guards: _losses, _reporter
 
 
 def _undelivered(target: str, why: str) -> None:
     local_node()._count("undelivered")
-    _log_lost(target, why)
+    _lose(target, why)
 
 
-def _log_lost(target: str, why: str, times: int = 1) -> None:
-    """Log lost messages: at most one line a second for a target, whose counts add up to all."""
+def _lose(target: str, why: str, times: int = 1) -> None:
+    """Have lost messages logged: a line a second for a target, whose counts add up to all."""
+    global _reporter
     local_node()._count("lost", times)
     _record(None, "lost", _here.cause, why=f"{times} to {target}: {why}")
     with _losing:
-        before, _, last = _losses.get(target, (0, why, 0.0))
-        _losses[target] = before + times, why, last or monotonic()
-    if not last:
-        _report(target)
-
-
-def _report(target: str) -> None:
-    """Log what was lost since the last line about that target; forget it if nothing was."""
-    global _reporter
-    with _losing:
-        times, why, _ = _losses.pop(target, (0, "", 0.0))
-        if not times:
-            return
-        _losses[target] = 0, why, monotonic()
+        _losses[target] = _losses.get(target, (0, ""))[0] + times, why
         if _reporter is None:
-            with suppress(RuntimeError):  # at exit, no thread starts any more
+            with suppress(RuntimeError):  # at exit no thread starts any more: `stop` reports
                 _reporter = _thread("reporter", _report_on)
-    _log("WARNING", "lost %d message%s to %s: %s", times, "s" * (times > 1), target, why)
 
 
 def _report_on() -> None:
-    """Twice a second, report on each target whose last line is a second old."""
     global _reporter
     while True:
-        sleep(0.5)
+        _report_losses()
+        sleep(1)
         with _losing:
             if not _losses:
                 _reporter = None
                 return
-            due = [target for target, loss in _losses.items() if loss[2] < monotonic() - 1]
-        for target in due:
-            _report(target)
+
+
+def _report_losses() -> None:
+    """Log what was lost since this was called last."""
+    with _losing:
+        lost = _losses.copy()
+        _losses.clear()
+    for target, (times, why) in lost.items():
+        _log("WARNING", "lost %d message%s to %s: %s", times, "s" * (times > 1), target, why)
 
 
 ######## Faults: a network that can be broken
@@ -2591,9 +2574,9 @@ class faults:
         if drop < self._drop:
             _record(None, "lost", _here.cause, why="dropped by faults")
             return True
-        taken = [self._hold(delay * self._delay, connection, message) or connection.send(message)
-                 for _ in range(1 + (duplicate < self._duplicate))]
-        return any(taken)
+        due = delay * self._delay
+        return any([self._hold(due, connection, message) or connection.send(message)
+                    for _ in range(1 + (duplicate < self._duplicate))])
 
     def _hold(self, delay: float, connection: _Connection, message: Message) -> bool:
         """Hold a message up, behind those that are, if this fault does so."""
