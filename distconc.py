@@ -44,10 +44,11 @@ awaits it.
     a call, link or monitor                                  Thread: Mailbox ── receive ──> ...
     that is settled once                                     _debts[tag]: who hears of its end
 
-The locks, in the order taken: `_settling` (outcomes), `_starting` (which node this is),
-`Node._lock` (its tables), `_registry` (names and ends of threads), `_losing` (the log of
-losses), the `_gate` of `faults`, each connection's `_writing`, `_clocking` (the trace).  Only
-`_gate` and `_writing` are held while waiting for the network.  Mailboxes need none.
+The locks.  `_lock` guards all tables: what is awaited and owed, threads and their names, a
+node's connections, what was lost, the clocks of a trace.  It is held for moments only, or
+given up while waiting (`Node._changed`).  Those that may be held for long are taken before it,
+never under it: `_starting` by `start_node`, the `_gate` of `faults`, and then a connection's
+`_writing`, by who waits for the network.  Mailboxes need none.
 
 The wire.  After the stock challenge of `multiprocessing.connection` with the key (the dialler
 answers first, then challenges), each side sends with `send_bytes` one hello, its fields joined
@@ -186,7 +187,9 @@ class RemoteError(DistconcError):
 
 
 ################ Part one: one process ################
-######## Waiting: deadlines, and locks that serve as bells
+######## Waiting: the lock, deadlines, and locks that serve as bells
+
+_lock = threading.RLock()  # guards: all tables of this module; see its head
 
 
 def _deadline(timeout: float | None) -> float | None:
@@ -367,7 +370,6 @@ def _accepts(pred: Predicate) -> Callable[[Any], Any]:
 
 _awaited: dict[str, "_Await"] = {}  # by tag: what this process waits for
 _debts: dict[str, "tuple[Thread, int, bool]"] = {}  # by tag: who owes it, to which node, linked
-_settling = threading.RLock()  # guards: to take from _awaited and to tell who waits is one step
 
 
 class _Await:
@@ -396,7 +398,7 @@ class _Await:
 
 
 def _settle(tag: str, error: DistconcError | None, reply: Any = None) -> bool:
-    with _settling:
+    with _lock:
         awaited = _awaited.pop(tag, None)
         return awaited is not None and awaited.settle(error, reply)
 
@@ -438,7 +440,7 @@ class _Link(_Await):
 
     def deliver(self) -> None:
         """Send the failure, once both that and the child are known."""
-        with _settling:
+        with _lock:
             if self.failure is not None and self.child:
                 self.parent._put(LinkedError(self.failure, self.child))
                 self.failure = None
@@ -450,7 +452,6 @@ _incarnation = int.from_bytes(os.urandom(8), "big")  # of this process; never 0 
 _ids = itertools.count(1)
 _threads: dict[int, "Thread"] = {}  # the living, by id
 _names: dict[str, "Thread"] = {}  # the registered, by name
-_registry = threading.RLock()  # guards: a thread's end and the change of its names is one step
 
 
 class _Handle:
@@ -486,8 +487,8 @@ class Thread(_Handle):
         self._key = (_incarnation, self.id)
         self._mailbox = Mailbox()
         self._owes: set[str] = set()  # the tags of its debts: who hears of its end
-        self._names: tuple[str, ...] = ()  # registered; guarded by _registry
-        self._ended = False  # guarded by _registry
+        self._names: tuple[str, ...] = ()  # registered; guarded by _lock
+        self._ended = False  # guarded by _lock
         self._over = _bell()  # rung at the end, for all
 
     @property
@@ -586,7 +587,7 @@ class Thread(_Handle):
     def _end(self, reason: BaseException | None) -> bool:
         crash = _trace and reason is not None and _record(self, "crash", error=_words(reason))
         with _because(crash or _record(self, "end")):
-            with _registry:
+            with _lock:
                 self._ended = True
                 _threads.pop(self.id, None)
                 for name in self._names:
@@ -815,11 +816,11 @@ def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _NO
 
     Factor: receive-if, receive-if-timeout.  Erlang: selective receive.
     """
-    if isinstance(pred, (type, tuple, types.UnionType)):
-        fits = _accepts((LinkedError, pred))
-    else:
-        accepts = _accepts(pred)
-        fits = lambda each: isinstance(each, LinkedError) or accepts(each)  # noqa: E731
+    accepts = _accepts(pred)
+
+    def fits(message: Any) -> Any:
+        return isinstance(message, LinkedError) or accepts(message)
+
     message = current_thread()._mailbox._get_if(fits, timeout)
     if message is _NOTHING:
         return _instead(default, "receive_if", timeout)
@@ -1225,7 +1226,7 @@ def register_remote_thread(thread: Thread, name: str | None = None) -> None:
     name = thread.name if name is None and isinstance(thread, Thread) else name
     if not isinstance(thread, Thread) or not isinstance(name, str):
         raise TypeError(f"only a thread of this node can get a name: not {thread!r} {name!r}")
-    with _registry:
+    with _lock:
         if thread._ended:
             raise NoSuchThread(f"{thread!r} cannot be registered any more")
         if name in _names:
@@ -1239,7 +1240,7 @@ def unregister_remote_thread(name: str) -> None:
 
     Factor: unregister-remote-thread.  Erlang: unregister.
     """
-    with _registry:
+    with _lock:
         if name not in _names:
             raise _no_such_thread(name)
         thread = _names.pop(name)
@@ -1672,8 +1673,8 @@ def _hang_up(sock: socket.socket) -> None:
 
 CROWD = 256  # strangers who may knock at once: for one more, the oldest has to go
 _COUNTS = ("sent", "received", "undelivered", "refused", "lost", "strangers")
-_node: "Node | None" = None
-_starting = threading.RLock()  # guards: _node
+_node: "Node | None" = None  # guarded by _lock
+_starting = threading.RLock()  # guards: one start_node at a time, which may ask a name server
 _stamps = itertools.count(1)  # the numbers of this process's connections
 
 
@@ -1702,8 +1703,7 @@ class Node:
         self._runs: tuple[int, ...] = 0, _incarnation  # it is meant by these; stopped, by none
         self._bound: Address | None = None  # where it listens
         self._started = self._stopped = False
-        self._lock = threading.RLock()  # guards: all tables below
-        self._changed = threading.Condition(self._lock)  # a connection came or went
+        self._changed = threading.Condition(_lock)  # a connection came or went
         self._speaking: dict[Any, _Connection] = {}  # by incarnation and address: where to send
         self._open: set[_Connection] = set()  # all, the half-made and the ending ones, too
         self._dials: dict[Address, _Dial] = {}  # under way, shared by senders
@@ -1752,7 +1752,7 @@ class Node:
         meant, or it could not be read) and `refused` by `allow` of those received; `lost` of
         those sent, as the other nodes say; `strangers` who did not get in.  Never blocks.
         """
-        with self._lock:
+        with _lock:
             counts = self._counts.copy()
             for connection in self._open:
                 counts.update(sent=connection.sent, received=connection.received)
@@ -1763,14 +1763,14 @@ class Node:
         deadline = monotonic() + timeout
         for fault in _faults.copy():
             fault._release(timeout / 2)
-        with self._lock:
+        with _lock:
             again, self._stopped, bound, self._bound = self._stopped, True, self._bound, None
             for sock in *self._knocking, *self._calling:
                 _hang_up(sock)
             for connection in self._open:
                 connection.close()
             self._changed.notify_all()
-        with _registry:
+        with _lock:
             for name in [] if again else list(_names):
                 unregister_remote_thread(name)
         if bound:
@@ -1784,7 +1784,7 @@ class Node:
                 self._accepter.join(_left(deadline))
         if self._listener:
             self._listener.close()
-        with self._lock:
+        with _lock:
             if not self._changed.wait_for(lambda: not self._open, _left(deadline) * 0.9):
                 for connection in self._open:
                     connection.cut()
@@ -1813,7 +1813,7 @@ class Node:
         return address is not None and address in (self.address, self._bound)
 
     def _count(self, name: str, times: int = 1) -> None:
-        with self._lock:
+        with _lock:
             self._counts[name] += times
 
     def _check_allowed(self, func: Any) -> None:
@@ -1854,7 +1854,7 @@ class Node:
     def _reach(self, address: Address | None, incarnation: int = 0) -> _Connection:
         """Return the connection to speak on; dial if there is none, once for all who wait."""
         deadline = monotonic() + self._connect_timeout
-        with self._lock:
+        with _lock:
             while connection := self._speaking.get(incarnation) or self._speaking.get(address):
                 if not connection.ending:
                     return connection
@@ -1894,7 +1894,7 @@ class Node:
         except BaseException as why:
             dial.error = NodeUnreachable(
                 f"cannot connect to {name}: {str(why) or 'it hung up'}")
-        with self._lock:
+        with _lock:
             if self._dials.get(address) is dial:
                 del self._dials[address]
         dial.done.release()
@@ -1911,7 +1911,7 @@ class Node:
                     _thread("doorman", self._admit, stranger)
             except (OSError, RuntimeError) as error:  # out of descriptors, or of threads
                 _log("INFO", "nobody can be let in just now: %s", error)
-                with self._lock:
+                with _lock:
                     if self._knocking:
                         _hang_up(self._knocking.popleft())
                     self._changed.wait_for(lambda: self._stopped, 0.05)
@@ -1932,7 +1932,7 @@ class Node:
                                  socket.SOCK_STREAM)
             timer = threading.Timer(self._connect_timeout, _hang_up, [sock])
             timer.daemon = True
-            with self._lock:
+            with _lock:
                 crowd.append(sock)
                 if self._stopped:
                     _hang_up(sock)
@@ -1950,7 +1950,7 @@ class Node:
                 raise
             finally:
                 timer.cancel()
-                with self._lock, suppress(ValueError):
+                with _lock, suppress(ValueError):
                     crowd.remove(sock)
 
     def _meet(self, stranger: Any, sock: socket.socket, key: bytes,
@@ -2000,7 +2000,7 @@ class Node:
         """
         for mine in (True, False) if dialled else (False, True):
             if mine:
-                with self._lock:
+                with _lock:
                     connection.stamp = next(_stamps)
                     self._open.add(connection)
                     oldest = min(c.stamp for c in self._open if c.peer == connection.peer)
@@ -2009,7 +2009,7 @@ class Node:
             else:
                 [(connection.peer_stamp, oldest)] = connection.read()
                 self._outlive(connection, oldest)
-        with self._lock:
+        with _lock:
             if self._stopped:
                 raise NodeDown("this node was stopped")
             speaking = self._speaking.get(connection.peer, connection)
@@ -2028,14 +2028,14 @@ class Node:
         def older() -> list[_Connection]:
             return [c for c in self._open if c is not connection and c.peer == connection.peer
                     and c.peer != self.incarnation and (c.ending or 0 < c.peer_stamp < oldest)]
-        with self._lock:
+        with _lock:
             for other in older():
                 other.cut()
             if not self._changed.wait_for(lambda: not older(), self._connect_timeout):
                 raise NodeUnreachable("the connection before this one does not end")
 
     def _ward(self) -> None:
-        with self._lock:
+        with _lock:
             while self._open or not self._stopped:
                 now = monotonic()
                 for connection in self._open:
@@ -2050,7 +2050,7 @@ class Node:
         One that never started takes no other with it, but may be the last to go.
         """
         peer = connection.peer
-        with self._lock:
+        with _lock:
             if connection not in self._open:
                 return
             self._open.remove(connection)
@@ -2134,7 +2134,7 @@ def local_node() -> Node:
     """
     global _node
     if _node is None:
-        with _starting:
+        with _lock:
             _node = _node or Node()
     return _node
 
@@ -2145,7 +2145,7 @@ def nodes() -> list[Address]:
     Erlang: nodes(), without the hidden ones.
     """
     node = local_node()
-    with node._lock:
+    with _lock:
         found = {c.address for c in node._speaking.values() if c.address and not c.ending}
     return sorted(found, key=_text)
 
@@ -2168,7 +2168,7 @@ def disconnect(node: NodeLike) -> None:
     Factor: disconnect.  Erlang: disconnect_node.
     """
     here = local_node()
-    with here._lock:
+    with _lock:
         connection = here._speaking.get(_address(node))
         if connection:
             connection.close()
@@ -2333,8 +2333,7 @@ def _print_on(source: Any) -> None:
 
 def _after_fork() -> None:
     """Leave the parent its connections: a forked child is another node, not started."""
-    global _incarnation, _node, _here, _reporter
-    global _registry, _settling, _losing, _starting, _clocking
+    global _incarnation, _node, _here, _reporter, _lock, _starting
     if _node:
         for connection in _node._open:
             connection.ending = True
@@ -2352,8 +2351,7 @@ def _after_fork() -> None:
         _ring(thread._over)
     for table in _threads, _names, _awaited, _debts, _losses, _faults, _clocks:
         table.clear()
-    _registry, _settling, _losing, _starting, _clocking = (
-        threading.RLock() for _ in range(5))
+    _lock, _starting = threading.RLock(), threading.RLock()
     trace(_traced_to() or None)
 
 
@@ -2437,7 +2435,7 @@ def demonitor(monitor: Monitor) -> None:
 
     Never blocks; to end it twice does nothing.  Erlang: demonitor with flush.
     """
-    with _settling:
+    with _lock:
         watch = _awaited.pop(monitor.tag, None)
     if watch:
         watch.excuse()
@@ -2476,7 +2474,6 @@ def _contact_lost(name: str, awaited: list[_Await], owed: list[str]) -> None:
 
 _losses: dict[str, tuple[int, str]] = {}  # by target: how many since its last line, and why
 _reporter: threading.Thread | None = None  # logs them, while there are any
-_losing = threading.RLock()  # guards: _losses, _reporter
 
 
 def _undelivered(target: str, why: str) -> None:
@@ -2489,27 +2486,29 @@ def _lose(target: str, why: str, times: int = 1) -> None:
     global _reporter
     local_node()._count("lost", times)
     _record(None, "lost", _here.cause, why=f"{times} to {target}: {why}")
-    with _losing:
+    with _lock:
         _losses[target] = _losses.get(target, (0, ""))[0] + times, why
-        if _reporter is None:
-            with suppress(RuntimeError):  # at exit no thread starts any more: `stop` reports
-                _reporter = _thread("reporter", _report_on)
+        if _reporter:
+            return
+        with suppress(RuntimeError):  # at exit, no thread starts any more
+            _reporter = _thread("reporter", _report_on)
+    _report_losses()
 
 
 def _report_on() -> None:
     global _reporter
     while True:
-        _report_losses()
         sleep(1)
-        with _losing:
+        with _lock:
             if not _losses:
                 _reporter = None
                 return
+        _report_losses()
 
 
 def _report_losses() -> None:
     """Log what was lost since this was called last."""
-    with _losing:
+    with _lock:
         lost = _losses.copy()
         _losses.clear()
     for target, (times, why) in lost.items():
@@ -2610,7 +2609,6 @@ Stamp = tuple[Any, ...]  # an event of a trace: incarnation, thread's id, its La
 UNKNOWN: Stamp = ()
 _trace: "_Trace | None" = None
 _clocks: dict[int, int] = {}  # Lamport's, by thread's id; 0 is the node
-_clocking = threading.RLock()  # guards: an event's clock and its line are one step
 
 
 def trace(directory: "str | os.PathLike[str] | None") -> None:
@@ -2625,7 +2623,7 @@ def trace(directory: "str | os.PathLike[str] | None") -> None:
     """
     global _trace
     new = None if directory is None else _Trace(directory)
-    with _clocking:
+    with _lock:
         old, _trace = _trace, new
         if old:
             os.close(old.file)
@@ -2667,7 +2665,7 @@ def _record(thread: Thread | None, event: str, cause: Stamp | None = None,
     id, name = (thread.id, thread.name) if thread else (0, "node")
     if cause:
         about["cause"] = cause
-    with _clocking:
+    with _lock:
         if event != "start" and id not in _clocks:
             _record(thread, "start")
         seen = [_clocks.get(id, 0)] if id else _clocks.values()  # a node saw all before

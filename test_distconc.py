@@ -4523,7 +4523,7 @@ import distconc, select, threading
 begun, over = threading.Event(), threading.Event()
 def guest():
     current_thread()
-    with distconc._registry:
+    with distconc._lock:
         begun.set()
         over.wait()
 threading.Thread(target=guest, daemon=True).start()
