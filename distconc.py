@@ -1792,7 +1792,8 @@ class Node:
         self._runs = ()
         for connection in self._open.copy():  # something is being loaded there, for too long
             self._forget(connection)
-        _report_losses()
+        for target in list(_losses):
+            _report(target)
 
     def __enter__(self) -> "Node":
         return self
@@ -2472,8 +2473,8 @@ def _contact_lost(name: str, awaited: list[_Await], owed: list[str]) -> None:
         _strike(tag)
 
 
-_losses: dict[str, tuple[int, str]] = {}  # by target: how many since its last line, and why
-_reporter: threading.Thread | None = None  # logs them, while there are any
+_losses: dict[str, tuple[int, str, float]] = {}  # by target: how many since, why; the last line
+_reporter: threading.Thread | None = None  # looks through them, while there are any
 
 
 def _undelivered(target: str, why: str) -> None:
@@ -2482,37 +2483,42 @@ def _undelivered(target: str, why: str) -> None:
 
 
 def _lose(target: str, why: str, times: int = 1) -> None:
-    """Have lost messages logged: a line a second for a target, whose counts add up to all."""
-    global _reporter
+    """Log lost messages: at most one line a second for a target, whose counts add up to all."""
     local_node()._count("lost", times)
     _record(None, "lost", _here.cause, why=f"{times} to {target}: {why}")
     with _lock:
-        _losses[target] = _losses.get(target, (0, ""))[0] + times, why
-        if _reporter:
+        before, _, last = _losses.get(target, (0, why, 0.0))
+        _losses[target] = before + times, why, last or monotonic()
+    if not last:
+        _report(target)
+
+
+def _report(target: str) -> None:
+    """Log what was lost since the last line about that target; forget it if nothing was."""
+    global _reporter
+    with _lock:
+        times, why, _ = _losses.pop(target, (0, "", 0.0))
+        if not times:
             return
-        with suppress(RuntimeError):  # at exit, no thread starts any more
-            _reporter = _thread("reporter", _report_on)
-    _report_losses()
+        _losses[target] = 0, why, monotonic()
+        if _reporter is None:
+            with suppress(RuntimeError):  # at exit, no thread starts any more
+                _reporter = _thread("reporter", _report_on)
+    _log("WARNING", "lost %d message%s to %s: %s", times, "s" * (times > 1), target, why)
 
 
 def _report_on() -> None:
+    """Twice a second, report on each target whose last line is a second old."""
     global _reporter
     while True:
-        sleep(1)
+        sleep(0.5)
         with _lock:
             if not _losses:
                 _reporter = None
                 return
-        _report_losses()
-
-
-def _report_losses() -> None:
-    """Log what was lost since this was called last."""
-    with _lock:
-        lost = _losses.copy()
-        _losses.clear()
-    for target, (times, why) in lost.items():
-        _log("WARNING", "lost %d message%s to %s: %s", times, "s" * (times > 1), target, why)
+            due = [target for target, loss in _losses.items() if loss[2] < monotonic() - 1]
+        for target in due:
+            _report(target)
 
 
 ######## Faults: a network that can be broken
