@@ -36,7 +36,7 @@ of this node, or a `RemoteThread` of any.  A debt is an outcome that a thread ow
 awaits it.
 
     node A                                                   node B
-    Thread ── send ──> _Connection.outbox                    _threads, _names: who is meant
+    Thread ── send ──> _Connection.outbox                    _threads: who is meant
                          │ writer, or the sender                 ↑
                          └──── frames, sealed ────> reader of B's _Connection
                                                                  │ put
@@ -330,11 +330,12 @@ class Mailbox:
                                 return message
                             except IndexError:
                                 pass  # another thread took it first
-                left = _left(deadline)
+                left = -1 if deadline is None else _left(deadline)
                 if not left or not bell.acquire(True, left):
                     return _NOTHING
                 cells = [news.popleft() for _ in range(len(news))]
-                seen = seen or set(map(id, here))  # a put under way may be both there and here
+                if here and not seen:  # a put that was under way may be both there and here
+                    seen = set(map(id, here))
         finally:
             del self._waiters[bell]
 
@@ -358,12 +359,14 @@ class Mailbox:
         return not any(list(self._cells))
 
 
-def _accepts(pred: Predicate) -> Callable[[Any], Any]:
+def _accepts(pred: Predicate, also: tuple[type, ...] = ()) -> Callable[[Any], Any]:
+    """Return what says whether a message fits `pred`, or is of a class in `also`."""
     if isinstance(pred, (type, tuple, types.UnionType)):
-        return lambda message: isinstance(message, pred)
+        kinds: Any = pred, also
+        return lambda message: isinstance(message, kinds)
     if not callable(pred):
         raise TypeError(f"a predicate, or a class, is what messages are chosen by: {pred!r}")
-    return pred
+    return lambda message: isinstance(message, also) or pred(message)
 
 
 ######## Outcomes: whatever awaits one is one entry in one table, settled once
@@ -414,8 +417,10 @@ class _Call(_Await):
     """A caller that waits for its reply."""
 
     def __init__(self) -> None:
-        self.answered = _bell()
-        super().__init__()
+        self.answered = threading.Lock()
+        self.answered.acquire()
+        self.tag = os.urandom(8).hex()
+        _awaited[self.tag] = self
 
     def settle(self, error: DistconcError | None, reply: Any = None) -> bool:
         self.error, self.reply, self.cause = error, reply, _here.cause
@@ -450,8 +455,7 @@ class _Link(_Await):
 
 _incarnation = int.from_bytes(os.urandom(8), "big")  # of this process; never 0 but by a miracle
 _ids = itertools.count(1)
-_threads: dict[int, "Thread"] = {}  # the living, by id
-_names: dict[str, "Thread"] = {}  # the registered, by name
+_threads: dict[Target, "Thread"] = {}  # the living: by incarnation and id, by 0 and name
 
 
 class _Handle:
@@ -519,14 +523,17 @@ class Thread(_Handle):
             with _sending(message, self):
                 self._send(message)
         elif message.__class__ is Reply:
-            # a forged tag may be anything
-            if isinstance(message.tag, str) and (awaited := _awaited.get(message.tag)):
-                awaited.excuse()
-                _settle(message.tag, None, message.data)
+            self._answer(message.data, message.tag)
         elif self._ended:
             _undelivered(repr(self), "it has ended")
         else:
             self._put(message)
+
+    def _answer(self, data: Any, tag: str) -> None:
+        """Settle a call of this thread; the tag may be forged, and anything."""
+        if isinstance(tag, str) and (awaited := _awaited.get(tag)):
+            awaited.excuse()
+            _settle(tag, None, data)
 
     def _put(self, message: Any) -> None:
         self._mailbox._add(_Traced(message, _here.cause) if _trace else [message])
@@ -589,9 +596,9 @@ class Thread(_Handle):
         with _because(crash or _record(self, "end")):
             with _lock:
                 self._ended = True
-                _threads.pop(self.id, None)
+                _threads.pop(self._key, None)
                 for name in self._names:
-                    _names.pop(name, None)  # a fork may have cleared them
+                    _threads.pop((0, name), None)  # a fork may have cleared them
             heard = self._default(list(self._owes), partial(_obituary, self, reason))
         self._show_unread()
         _ring(self._over)
@@ -679,7 +686,7 @@ def current_thread() -> Thread:
         bearer = threading.current_thread()
         thread = _here.thread = Thread(bearer.name)
         thread._ident = bearer.ident
-        _threads[thread.id] = thread
+        _threads[thread._key] = thread
         if bearer is not threading.main_thread():
             _here.guest = _Guest(thread)
     return _here.thread
@@ -687,7 +694,7 @@ def current_thread() -> Thread:
 
 def threads() -> dict[int, Thread]:
     """Return a new dict of this node's living threads by id.  Never blocks.  In Factor, too."""
-    return _threads.copy()
+    return {id: thread for (run, id), thread in _threads.copy().items() if run}  # type: ignore
 
 
 def spawn(func: Callable[..., Any], *args: Any, name: str | None = None,
@@ -754,7 +761,7 @@ def _spawn_here(func: Callable[..., Any], args: tuple[Any, ...], name: str, regi
     thread = Thread(name)
     if register:
         register_remote_thread(thread)
-    _threads[thread.id] = thread
+    _threads[thread._key] = thread
     _record(thread, "start", _here.cause)
     if link:
         thread._owe(link, parent, linked=True)
@@ -816,12 +823,8 @@ def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _NO
 
     Factor: receive-if, receive-if-timeout.  Erlang: selective receive.
     """
-    accepts = _accepts(pred)
-
-    def fits(message: Any) -> Any:
-        return isinstance(message, LinkedError) or accepts(message)
-
-    message = current_thread()._mailbox._get_if(fits, timeout)
+    accepts = _accepts(pred, (LinkedError,))
+    message = (_here.thread or current_thread())._mailbox._get_if(accepts, timeout)
     if message is _NOTHING:
         return _instead(default, "receive_if", timeout)
     if isinstance(message, LinkedError):
@@ -907,7 +910,8 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     """
     if not isinstance(thread, _Handle):
         raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")
-    deadline, call, caller = _deadline(timeout), _Call(), current_thread()
+    deadline = None if timeout is None else _deadline(timeout)
+    call, caller = _Call(), _here.thread or current_thread()
     traced = _trace and _here.cause is None
     try:
         if traced:
@@ -915,7 +919,7 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
                 thread._ask(call, caller, message)
         else:
             thread._ask(call, caller, message)
-        if not call.answered.acquire(True, _left(deadline)):
+        if not call.answered.acquire(True, -1 if deadline is None else _left(deadline)):
             _record(caller, "timeout", what="call")
             raise TimeoutError(f"no reply within {timeout} seconds; the call may still run")
         if traced:
@@ -938,7 +942,10 @@ def reply_synchronous(reply: Any, synchronous: Synchronous) -> None:
     if not isinstance(synchronous, Synchronous):
         raise TypeError(f"reply_synchronous(reply, synchronous): {synchronous!r} is no request")
     try:
-        synchronous.sender.send(Reply(reply, synchronous.tag))
+        if _trace:
+            synchronous.sender.send(Reply(reply, synchronous.tag))
+        else:
+            synchronous.sender._answer(reply, synchronous.tag)
     except (NodeDown, AuthenticationError) as error:  # a stranger may have its address now
         _undelivered(repr(synchronous.sender), str(error))
 
@@ -1159,20 +1166,27 @@ class RemoteThread(_Handle):
         if _trace and _here.cause is None:
             with _sending(message, self):
                 self._send(message)
-        elif self._is_here():
+        elif (not self._route or self._route.ending) and self._is_here():
             try:
                 get_remote_thread(self._id).send(message)
             except NoSuchThread as error:
                 _undelivered(repr(self), str(error))
         elif message.__class__ is Reply:
-            tag = str(message.tag)
-            self._deliver((REPLY, tag, serialize(message.data)))
-            _strike(tag)
+            self._answer(message.data, str(message.tag))
         else:
             self._deliver((SEND, self._target, serialize(message)))
 
+    def _answer(self, data: Any, tag: str) -> None:
+        route = self._route
+        if (not route or route.ending) and self._is_here():
+            current_thread()._answer(data, tag)  # any thread of this node will do
+        else:
+            self._deliver((REPLY, tag, serialize(data)))
+            _strike(tag)
+
     def _ask(self, awaited: _Await, caller: Thread | None = None, message: Any = None) -> None:
-        if self._is_here():
+        route = self._route
+        if (not route or route.ending) and self._is_here():
             get_remote_thread(self._id)._ask(awaited, caller, message)
         else:
             id, payload = (caller.id, serialize(message)) if caller else (0, b"")
@@ -1198,8 +1212,6 @@ class RemoteThread(_Handle):
         raise NodeDown(f"two connections to {_text(self._node)} ended before they took it")
 
     def _is_here(self) -> bool:
-        if self._route and not self._route.ending:
-            return False
         if self._target[0]:
             return bool(self._target[0] == _incarnation)
         return local_node()._is_called(self._node)
@@ -1229,9 +1241,9 @@ def register_remote_thread(thread: Thread, name: str | None = None) -> None:
     with _lock:
         if thread._ended:
             raise NoSuchThread(f"{thread!r} cannot be registered any more")
-        if name in _names:
+        if (0, name) in _threads:
             unregister_remote_thread(name)
-        _names[name] = thread
+        _threads[0, name] = thread
         thread._names += (name,)
 
 
@@ -1241,9 +1253,9 @@ def unregister_remote_thread(name: str) -> None:
     Factor: unregister-remote-thread.  Erlang: unregister.
     """
     with _lock:
-        if name not in _names:
+        thread = _threads.pop((0, name), None)
+        if thread is None:
             raise _no_such_thread(name)
-        thread = _names.pop(name)
         thread._names = tuple(other for other in thread._names if other != name)
 
 
@@ -1252,8 +1264,8 @@ def get_remote_thread(name_or_id: int | str) -> Thread:
 
     Factor: get-remote-thread.  Erlang: whereis.
     """
-    table: dict[Any, Thread] = _threads if isinstance(name_or_id, int) else _names
-    thread = table.get(name_or_id)
+    run = _incarnation if isinstance(name_or_id, int) else 0
+    thread = _threads.get((run, name_or_id))
     if thread is None:
         raise _no_such_thread(name_or_id)
     return thread
@@ -1265,11 +1277,16 @@ def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
     if isinstance(name_or_id, int):
         return NoSuchThread(f"no living thread has the id {name_or_id}")
     text = f"no thread is registered as {name_or_id!r}"
-    if near := get_close_matches(name_or_id, _names, cutoff=0.5):
+    names = _registered()
+    if near := get_close_matches(name_or_id, names, cutoff=0.5):
         text += f"; did you mean {' or '.join(map(repr, near))}?"
-    elif _names:
-        text += f"; registered are {', '.join(map(repr, sorted(_names)[:5]))}"
+    elif names:
+        text += f"; registered are {', '.join(map(repr, sorted(names)[:5]))}"
     return NoSuchThread(text)
+
+
+def _registered() -> list[str]:
+    return [name for run, name in _threads.copy() if not run]  # type: ignore[misc]
 
 
 ######## The wire: hello, seal, frames and the messages in them
@@ -1278,6 +1295,7 @@ SEND, ASK, REPLY, FAILED, FORGET, LOST, STAMP = range(7)  # the kinds of message
 KERNEL = 0  # the id of the thread that does what one node asks of another
 HEAD = struct.Struct(">II16s")  # the body's length, the tail's, and the MAC
 COUNTED = struct.Struct(">QII")  # the frame's number and lengths, as the MAC has them
+ROOM = 1 << 16  # bytes read at once
 LARGE = 2048  # bytes: to copy more into a frame with others costs more than a frame of its own
 VERSION = b"distconc 1"
 
@@ -1306,12 +1324,13 @@ class _Seal:
         self._keyed = hashlib.sha256(hmac.digest(key, writer + b"".join(hellos), "sha256"))
         self._count = 0
 
-    def mac(self, body_size: int, tail_size: int, *parts: Any) -> bytes:
-        """Return the MAC of the next frame."""
+    def mac(self, body_size: int, tail_size: int, data: Any, tail: bytes = b"") -> bytes:
+        """Return the MAC of the next frame: of `data`, then `tail`."""
         digest = self._keyed.copy()
         digest.update(COUNTED.pack(self._count, body_size, tail_size))
-        for part in parts:
-            digest.update(part)
+        digest.update(data)
+        if tail:
+            digest.update(tail)
         self._count += 1
         return digest.digest()[:16]
 
@@ -1345,11 +1364,11 @@ class _Connection:
         self.started = self.ending = False  # ending: takes no more messages
         self.due = float("inf")  # when its next beat is
         self._node, self._sock = node, sock
-        self._buffer = memoryview(bytearray(1 << 16))  # what was received
+        self._buffer = memoryview(bytearray(ROOM))  # what was received
         self._news = 0  # bytes received since that counted as a sign of life
         self._at = self._end = 0  # where in it the next frame begins, and where it ends
-        self._writing = threading.Lock()  # guards: the seal, the output, emptying the outbox
-        self._holder = 0  # the thread that has it; a signal's handler there must not wait
+        self._writing = threading.RLock()  # guards: the seal, the output, emptying the outbox
+        self._inside = False  # its holder is at work, so that a signal's handler has to wait
         self._seal, self._check = seals
         self._outbox: deque[Message] = deque()
         self._shut = False  # the end has been said; guarded by _writing
@@ -1375,22 +1394,26 @@ class _Connection:
         """
         if self.ending:
             return False
+        wait, late = len(message[-1]) > LARGE, monotonic() - self._wrote > BURST
+        if late and not wait and not self._outbox and self._write_alone(message):
+            return True
         self._outbox.append(message)
-        wait = len(message[-1]) > LARGE or len(self._outbox) > FULL
-        if wait or monotonic() - self._wrote > BURST:
-            try:
-                self.write(wait)
-            except OSError as error:
-                text = f"contact with {_text(self.address)} was lost while sending: {error}"
-                raise NodeDown(text) from error
+        wait = wait or len(self._outbox) > FULL
+        if wait or late:
+            self.write(wait)
         if self._bell.locked() and self._outbox:
             _ring(self._bell)
         return not self.ending or self._has_taken(message)
 
     def _has_taken(self, message: Message) -> bool:
         """Whether the last round of the writer, which is near, takes this, too."""
-        if self._holder == threading.get_ident():
-            return True  # a signal's handler, which cannot wait
+        for mine in map(self._writing.acquire, (False,)):
+            try:
+                if mine and self._inside:
+                    return True  # this is a signal's handler, which cannot wait
+            finally:
+                if mine:
+                    self._writing.release()
         self._writer.join()
         with suppress(ValueError):
             self._outbox.remove(message)
@@ -1402,54 +1425,75 @@ class _Connection:
         self._outbox.append(message)
         _ring(self._bell)
 
+    def _write_alone(self, message: Message) -> bool:
+        """Write one message, unless another thread writes now."""
+        for mine in map(self._writing.acquire, (False,)):  # no Ctrl-C comes before the `try`
+            nested = self._inside
+            try:
+                if mine and not nested and not self._shut:
+                    self._inside = True
+                    self._write([message])
+                    return True
+            finally:
+                if mine:
+                    self._inside = nested
+                    self._writing.release()
+        return False
+
     def write(self, wait: bool = True) -> None:
         """Write what is in the outbox; unless `wait`, leave it to the thread that does so now.
 
         If nothing was written for long, a tick is.
         """
-        me = threading.get_ident()
-        for mine in map(self._writing.acquire, (wait and self._holder != me,)):
-            try:  # by this `for`, Ctrl-C cannot come before it
-                if mine:
-                    self._holder = me
+        for mine in map(self._writing.acquire, (wait,)):
+            nested = self._inside
+            try:
+                if mine and not nested:
+                    self._inside = True
                     while (self._outbox or self._idle) and not self._shut:
-                        self._write_frame()
+                        self._write_waiting()
             finally:
                 if mine:
-                    self._holder = 0
+                    self._inside = nested
                     self._writing.release()
 
-    def _write_frame(self) -> None:
-        """Write one frame of what is in the outbox, be that nothing; `_writing` is held.
+    def _write_waiting(self) -> None:
+        """Write one frame of what is in the outbox, be that nothing; `_writing` is held."""
+        messages = [self._outbox[at] for at in range(min(len(self._outbox), MANY))]
+        last = messages[-1][-1] if messages else None
+        if last.__class__ is bytes and len(last) > LARGE:
+            if len(messages) == 1:
+                self._write([(*messages[0][:-1], None)], 1, last)
+                return
+            messages.pop()  # for the next frame
+        self._write(messages, len(messages))
+
+    def _write(self, messages: list[Message], waiting: int = 0, tail: bytes = b"") -> None:
+        """Write one frame, and take as many as were `waiting` from the outbox.
 
         Ctrl-C before it is begun leaves all as it was.  Later, half a frame may be out, so that
         nothing can follow it; but all before it shall still arrive.
         """
-        outbox, tail = self._outbox, b""
-        framed = messages = [outbox[at] for at in range(min(len(outbox), MANY))]
-        if messages and _is_large(messages[-1]):
-            if len(messages) > 1:
-                messages.pop()  # for the next frame
-            else:
-                *rest, tail = messages[0]
-                framed = [(*rest, None)]
-        body = pickle.dumps(framed, 5)
+        body = pickle.dumps(messages, 5)
         try:
-            for _ in messages:
-                outbox.popleft()
+            for _ in range(waiting):
+                self._outbox.popleft()
             if not (_faults and _cut_off(self.names)):
                 mac = self._seal.mac(len(body), len(tail), body, tail)
                 frame = HEAD.pack(len(body), len(tail), mac) + body
-                if len(tail) < 1 << 16:
-                    self._sock.sendall(frame + tail)
-                else:
+                self._wrote = monotonic()  # before the answer can be read
+                if len(tail) > ROOM:
                     self._sock.sendall(frame)
                     self._sock.sendall(tail)
-                self._wrote = monotonic()
+                else:
+                    self._sock.sendall(frame + tail)
                 self.sent += len(messages)
             self._idle = False
-        except BaseException:
+        except BaseException as error:
             self._say_end()
+            if isinstance(error, OSError):
+                text = f"contact with {_text(self.address)} was lost while sending: {error}"
+                raise NodeDown(text) from error
             raise
 
     def _write_on(self) -> None:
@@ -1522,52 +1566,45 @@ class _Connection:
     def read(self) -> list[Message]:
         """Wait for a frame, check its seal before all else, return its messages."""
         self._silent = 0
-        body_size, tail_size, mac = HEAD.unpack(self._read(HEAD.size))
+        if self._end - self._at < HEAD.size:
+            self._fetch(HEAD.size)
+        body_size, tail_size, mac = HEAD.unpack_from(self._buffer, self._at)
         if body_size > 1 << 24 or tail_size > self._limit:
             raise OSError(f"a frame of {body_size} + {tail_size} bytes is too large")
-        data = self._read(body_size + tail_size)
+        size = HEAD.size + body_size + tail_size
+        if self._end - self._at < size:
+            self._fetch(size)
+        data = self._buffer[self._at + HEAD.size:self._at + size]
+        self._at += size
         if not hmac.compare_digest(mac, self._check.mac(body_size, tail_size, data)):
             raise OSError("a frame was altered, repeated, lost or moved on its way")
-        messages: list[Message] = self._node._load(data[:body_size])
-        if tail_size:
-            messages[-1] = (*messages[-1][:-1], data[body_size:])
-        return messages
+        if not tail_size:
+            return self._node._load(data)  # type: ignore[no-any-return]
+        *messages, last = self._node._load(data[:body_size])
+        return [*messages, (*last[:-1], data[body_size:])]
 
-    def _read(self, size: int) -> memoryview:
-        """Return the next `size` bytes, which stand until the next call."""
-        if size > len(self._buffer):
-            return self._read_large(size)
-        if self._at + size > self._end:
-            rest = self._end - self._at
-            self._buffer[:rest] = self._buffer[self._at:self._end]
-            self._at, self._end = 0, rest
-            while self._end < size:
-                self._end += self._receive(self._buffer[self._end:])
-        self._at += size
-        return self._buffer[self._at - size:self._at]
-
-    def _read_large(self, size: int) -> memoryview:
-        data = memoryview(bytearray(size))  # which takes no memory before the bytes come
-        at = self._end - self._at
-        data[:at] = self._buffer[self._at:self._end]
-        self._at = self._end = 0
-        while at < size:
-            at += self._receive(data[at:])
-        return data
-
-    def _receive(self, space: memoryview) -> int:
-        count = self._sock.recv_into(space)
-        if not count:
-            raise EOFError  # perhaps in the middle of a frame: then its writer was interrupted
-        self._news += count
-        if self._news > LARGE:
-            self._silent = self._news = 0  # a message on its way is no silence
-        return count
+    def _fetch(self, size: int) -> None:
+        """Have the next `size` bytes in the buffer, which is made anew for what is large."""
+        rest = self._buffer[self._at:self._end]
+        if not size <= len(self._buffer) <= max(size, ROOM):
+            self._buffer = memoryview(bytearray(max(size, ROOM)))  # no memory before it is used
+        self._buffer[:len(rest)] = rest
+        self._at, self._end = 0, len(rest)
+        while True:
+            count = self._sock.recv_into(self._buffer[self._end:])
+            self._end += count
+            if self._end >= size:
+                return
+            if not count:
+                raise EOFError  # perhaps in the middle of a frame: its writer was interrupted
+            self._news += count
+            if self._news > LARGE:
+                self._silent = self._news = 0  # a message on its way is no silence
 
     def _on_send(self, target: Target, payload: Any) -> None:
         try:
             message = self._node._load(payload)  # which may take long
-            thread = self._node._find(target)
+            thread = self._node._threads.get(target) or self._node._find(target)
         except BaseException as error:  # loading may raise anything, SystemExit too
             self._losses[target[1], str(self._refusal(error)), _here.cause] += 1
             return
@@ -1575,13 +1612,14 @@ class _Connection:
 
     def _on_ask(self, target: Target, caller: int, tag: str, payload: Any) -> None:
         try:
-            thread = self._node._find(target)
+            thread = self._node._threads.get(target) or self._node._find(target)
             data = self._node._load(payload) if caller else None
         except BaseException as error:
             _tell_node(self.peer, tag, self._refusal(error))
             return
         if thread._owe(tag, self.peer) and caller:
-            request = Synchronous(data, self._caller(caller), tag)
+            sender = self._callers.get(caller) or self._caller(caller)
+            request = Synchronous(data, sender, tag)
             if target[1] == KERNEL:
                 with suppress(RuntimeError):  # no thread can be started; who asked is told
                     thread._start(_kernel, request, _here.cause)
@@ -1589,12 +1627,10 @@ class _Connection:
                 thread.send(request)
 
     def _caller(self, id: int) -> RemoteThread:
-        handle = self._callers.get(id)
-        if handle is None:
-            if len(self._callers) > 1000:
-                self._callers.clear()
-            handle = self._callers[id] = RemoteThread(self.address, id, self.peer)
-        return handle
+        if len(self._callers) > 1000:
+            self._callers.clear()
+        self._callers[id] = RemoteThread(self.address, id, self.peer)
+        return self._callers[id]
 
     def _refusal(self, error: BaseException) -> DistconcError:
         """Count a message that cannot be delivered; return what its sender is told."""
@@ -1644,10 +1680,6 @@ class _Connection:
 
     def _on_lost(self, name_or_id: int | str, why: str, times: int) -> None:
         _lose(f"{name_or_id!r} at {_text(self.address) or 'its node'}", why, times)
-
-
-def _is_large(message: Message) -> bool:
-    return isinstance(message[-1], bytes) and len(message[-1]) > LARGE
 
 
 def _thread(part: str, run: Callable[..., None], *args: Any) -> threading.Thread:
@@ -1700,7 +1732,7 @@ class Node:
     def __init__(self) -> None:
         self.address: Address | None = None  # what others dial
         self.incarnation = _incarnation
-        self._runs: tuple[int, ...] = 0, _incarnation  # it is meant by these; stopped, by none
+        self._threads = _threads  # who can be reached; of a stopped node, nobody
         self._bound: Address | None = None  # where it listens
         self._started = self._stopped = False
         self._changed = threading.Condition(_lock)  # a connection came or went
@@ -1771,7 +1803,7 @@ class Node:
                 connection.close()
             self._changed.notify_all()
         with _lock:
-            for name in [] if again else list(_names):
+            for name in [] if again else _registered():
                 unregister_remote_thread(name)
         if bound:
             if bound[0] == "0.0.0.0":
@@ -1789,7 +1821,7 @@ class Node:
                 for connection in self._open:
                     connection.cut()
                 self._changed.wait_for(lambda: not self._open, _left(deadline))
-        self._runs = ()
+        self._threads = {}
         for connection in self._open.copy():  # something is being loaded there, for too long
             self._forget(connection)
         for target in list(_losses):
@@ -1825,13 +1857,11 @@ class Node:
             raise RemoteError("Refused", text)
 
     def _find(self, target: Target) -> Thread:
-        incarnation, name_or_id = target
-        if incarnation not in self._runs:
+        """Find who is meant by a target that is not in the table as it is."""
+        run, name_or_id = target
+        if run not in (0, self.incarnation) or self._threads is not _threads:
             raise NoSuchThread(f"{name_or_id!r} was a thread of an earlier run of this node")
-        thread = (_threads if incarnation else _names).get(name_or_id)  # type: ignore
-        if thread is None:
-            return get_remote_thread(name_or_id) if name_or_id != KERNEL else Thread("kernel")
-        return thread
+        return get_remote_thread(name_or_id) if name_or_id != KERNEL else Thread("kernel")
 
     # Sending
 
@@ -2123,7 +2153,7 @@ def stop_node(timeout: float = 5.0) -> None:
 @atexit.register
 def _at_exit() -> None:
     stop_node()
-    for thread in _threads.copy().values():
+    for thread in threads().values():
         thread._show_unread()
 
 
@@ -2350,7 +2380,7 @@ def _after_fork() -> None:
     for thread in _threads.values():
         thread._ended = True
         _ring(thread._over)
-    for table in _threads, _names, _awaited, _debts, _losses, _faults, _clocks:
+    for table in _threads, _awaited, _debts, _losses, _faults, _clocks:
         table.clear()
     _lock, _starting = threading.RLock(), threading.RLock()
     trace(_traced_to() or None)
@@ -2665,7 +2695,7 @@ def _record(thread: Thread | None, event: str, cause: Stamp | None = None,
     The clock of a thread counts its events, and jumps ahead of the cause of each: so it is
     later in what comes of an event than in the event.
     """
-    if not _trace or thread and thread.id not in _threads:
+    if not _trace or thread and thread._key not in _threads:
         return UNKNOWN
     process, node = f"{_incarnation:016x}", str(local_node())
     id, name = (thread.id, thread.name) if thread else (0, "node")

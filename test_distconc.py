@@ -3525,10 +3525,12 @@ os.waitpid(pid, 0)
         connect(target.node)
         connection, = self.node._open
         with connection._writing:  # so that nobody else writes
+            connection._inside = True
             for number in range(100):
                 send(number, target)
-            with mock.patch.object(distconc, "_is_large", side_effect=KeyboardInterrupt):
-                self.assertRaises(KeyboardInterrupt, connection._write_frame)
+            connection._inside = False
+            with mock.patch.object(pickle, "dumps", side_effect=KeyboardInterrupt):
+                self.assertRaises(KeyboardInterrupt, connection._write_waiting)
         send("next", target)
         self.assertEqual(self.got(target), [*range(100), "next"])
         self.assertEqual(self.node._open, {connection})
@@ -5102,7 +5104,7 @@ class Shell(Net):
                                    env=environment(**args), capture_output=True)
             self.assertIn("é€", "".join(ElementTree.fromstring(drawn.stdout).itertext()))
         unregister_remote_thread("é")
-        distconc._names["X\n\x1b[31mred"].send("end")
+        get_remote_thread("X\n\x1b[31mred").send("end")
 
     def test_a_node_has_a_prompt_with_all_names(self):
         process = self.start("node", stdin=subprocess.PIPE)
