@@ -1459,13 +1459,16 @@ class _Connection:
 
     def _write_waiting(self) -> None:
         """Write one frame of what is in the outbox, be that nothing; `_writing` is held."""
-        messages = [self._outbox[at] for at in range(min(len(self._outbox), MANY))]
-        last = messages[-1][-1] if messages else None
-        if last.__class__ is bytes and len(last) > LARGE:
-            if len(messages) == 1:
-                self._write([(*messages[0][:-1], None)], 1, last)
-                return
-            messages.pop()  # for the next frame
+        messages: list[Message] = []
+        for at in range(min(len(self._outbox), MANY)):
+            message = self._outbox[at]
+            payload = message[-1]
+            if payload.__class__ is bytes and len(payload) > LARGE:
+                if not messages:
+                    self._write([(*message[:-1], None)], 1, payload)
+                    return
+                break  # it is for the next frame
+            messages.append(message)
         self._write(messages, len(messages))
 
     def _write(self, messages: list[Message], waiting: int = 0, tail: bytes = b"") -> None:
