@@ -44,11 +44,10 @@ awaits it.
     a call, link or monitor                                  Thread: Mailbox ── receive ──> ...
     that is settled once                                     _debts[tag]: who hears of its end
 
-The locks.  `_lock` guards all tables: what is awaited and owed, threads and their names, a
-node's connections, what was lost, the clocks of a trace.  It is held for moments only, or
-given up while waiting (`Node._changed`).  Those that may be held for long are taken before it,
-never under it: `_starting` by `start_node`, the `_gate` of `faults`, and then a connection's
-`_writing`, by who waits for the network.  Mailboxes need none.
+The locks, in the order taken: `_settling` (outcomes), `_starting` (which node this is),
+`Node._lock` (its tables), `_registry` (names and ends of threads), `_losing` (the log of
+losses), the `_gate` of `faults`, each connection's `_writing`, `_clocking` (the trace).  Only
+`_gate` and `_writing` are held while waiting for the network.  Mailboxes need none.
 
 The wire.  After the stock challenge of `multiprocessing.connection` with the key (the dialler
 answers first, then challenges), each side sends with `send_bytes` one hello, its fields joined
@@ -187,9 +186,7 @@ class RemoteError(DistconcError):
 
 
 ################ Part one: one process ################
-######## Waiting: the lock, deadlines, and locks that serve as bells
-
-_lock = threading.RLock()  # guards: all tables of this module; see its head
+######## Waiting: deadlines, and locks that serve as bells
 
 
 def _deadline(timeout: float | None) -> float | None:
@@ -264,11 +261,13 @@ class Mailbox:
         self._add([message])
 
     def _add(self, cell: list[Any]) -> None:
-        self._cells.append(cell)
-        if self._waiters:
-            for bell, news in self._waiters.copy().items():
-                news.append(cell)
-                _ring(bell)
+        try:
+            self._cells.append(cell)
+        finally:  # Ctrl-C may come between the two
+            if self._waiters:
+                for bell, news in self._waiters.copy().items():
+                    news.append(cell)
+                    _ring(bell)
 
     def get(self, timeout: float | None = None) -> Any:
         """Remove and return the oldest message.
@@ -373,6 +372,7 @@ def _accepts(pred: Predicate, also: tuple[type, ...] = ()) -> Callable[[Any], An
 
 _awaited: dict[str, "_Await"] = {}  # by tag: what this process waits for
 _debts: dict[str, "tuple[Thread, int, bool]"] = {}  # by tag: who owes it, to which node, linked
+_settling = threading.RLock()  # guards: to take from _awaited and to tell who waits is one step
 
 
 class _Await:
@@ -401,7 +401,7 @@ class _Await:
 
 
 def _settle(tag: str, error: DistconcError | None, reply: Any = None) -> bool:
-    with _lock:
+    with _settling:
         awaited = _awaited.pop(tag, None)
         return awaited is not None and awaited.settle(error, reply)
 
@@ -445,7 +445,7 @@ class _Link(_Await):
 
     def deliver(self) -> None:
         """Send the failure, once both that and the child are known."""
-        with _lock:
+        with _settling:
             if self.failure is not None and self.child:
                 self.parent._put(LinkedError(self.failure, self.child))
                 self.failure = None
@@ -456,6 +456,7 @@ class _Link(_Await):
 _incarnation = int.from_bytes(os.urandom(8), "big")  # of this process; never 0 but by a miracle
 _ids = itertools.count(1)
 _threads: dict[Target, "Thread"] = {}  # the living: by incarnation and id, by 0 and name
+_registry = threading.RLock()  # guards: a thread's end and the change of its names is one step
 
 
 class _Handle:
@@ -491,8 +492,8 @@ class Thread(_Handle):
         self._key = (_incarnation, self.id)
         self._mailbox = Mailbox()
         self._owes: set[str] = set()  # the tags of its debts: who hears of its end
-        self._names: tuple[str, ...] = ()  # registered; guarded by _lock
-        self._ended = False  # guarded by _lock
+        self._names: tuple[str, ...] = ()  # registered; guarded by _registry
+        self._ended = False  # guarded by _registry
         self._over = _bell()  # rung at the end, for all
 
     @property
@@ -594,7 +595,7 @@ class Thread(_Handle):
     def _end(self, reason: BaseException | None) -> bool:
         crash = _trace and reason is not None and _record(self, "crash", error=_words(reason))
         with _because(crash or _record(self, "end")):
-            with _lock:
+            with _registry:
                 self._ended = True
                 _threads.pop(self._key, None)
                 for name in self._names:
@@ -807,8 +808,9 @@ def receive(timeout: float | None = None, default: Any = _NOTHING) -> Any:
     message = (_here.thread or current_thread())._mailbox._get(timeout)
     if message is _NOTHING:
         return _instead(default, "receive", timeout)
-    if isinstance(message, LinkedError):
-        raise message
+    match message:
+        case LinkedError():
+            raise message
     return message  # with no call since it was taken, hence no place for Ctrl-C to strike
 
 
@@ -827,8 +829,9 @@ def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _NO
     message = (_here.thread or current_thread())._mailbox._get_if(accepts, timeout)
     if message is _NOTHING:
         return _instead(default, "receive_if", timeout)
-    if isinstance(message, LinkedError):
-        raise message
+    match message:
+        case LinkedError():
+            raise message
     return message
 
 
@@ -1166,13 +1169,13 @@ class RemoteThread(_Handle):
         if _trace and _here.cause is None:
             with _sending(message, self):
                 self._send(message)
+        elif message.__class__ is Reply:
+            self._answer(message.data, str(message.tag))
         elif (not self._route or self._route.ending) and self._is_here():
             try:
                 get_remote_thread(self._id).send(message)
             except NoSuchThread as error:
                 _undelivered(repr(self), str(error))
-        elif message.__class__ is Reply:
-            self._answer(message.data, str(message.tag))
         else:
             self._deliver((SEND, self._target, serialize(message)))
 
@@ -1238,7 +1241,7 @@ def register_remote_thread(thread: Thread, name: str | None = None) -> None:
     name = thread.name if name is None and isinstance(thread, Thread) else name
     if not isinstance(thread, Thread) or not isinstance(name, str):
         raise TypeError(f"only a thread of this node can get a name: not {thread!r} {name!r}")
-    with _lock:
+    with _registry:
         if thread._ended:
             raise NoSuchThread(f"{thread!r} cannot be registered any more")
         if (0, name) in _threads:
@@ -1252,7 +1255,7 @@ def unregister_remote_thread(name: str) -> None:
 
     Factor: unregister-remote-thread.  Erlang: unregister.
     """
-    with _lock:
+    with _registry:
         thread = _threads.pop((0, name), None)
         if thread is None:
             raise _no_such_thread(name)
@@ -1345,10 +1348,10 @@ BURST = 50e-6  # seconds: what is sent so soon after a write is one of many
 class _Connection:
     """One connection to another node, on which both speak.
 
-    What is sent goes into the outbox.  Who sends also writes it, if the last write was a while
-    ago or something was read since.  What follows a write at once is one of many, and left to
-    the writer thread: that runs when the sender pauses or the interpreter switches, and writes
-    dozens in one frame.  The reader thread never writes, so that two nodes that flood each
+    Who sends writes, if the last write was a while ago or something was read since.  What
+    follows a write at once is one of many: it goes into the outbox, for the writer thread,
+    which runs when the sender pauses or the interpreter switches, and writes dozens in one
+    frame.  The reader thread never writes, so that two nodes that flood each
     other go on reading.  Both are started by `start`.  Whatever ends the connection, the reader
     notices, and cleans up.
     """
@@ -1548,6 +1551,7 @@ class _Connection:
                     (name_or_id, why, cause), times = self._losses.popitem()
                     self.post(_stamped((LOST, name_or_id, why, times), cause))
                 self.received += len(messages)
+                messages, message = [], ()  # a large one is not kept until the next comes
                 if len(self._outbox) > 16 * FULL:
                     raise OSError("the peer goes on asking and does not read the answers")
         except EOFError:
@@ -1565,6 +1569,8 @@ class _Connection:
         """Give the descriptor back, which nobody uses any more."""
         with self._writing:
             self._sock.close()
+        self._buffer = memoryview(b"")  # handles may keep this connection for long
+        self._callers.clear()
 
     def read(self) -> list[Message]:
         """Wait for a frame, check its seal before all else, return its messages."""
@@ -1708,8 +1714,8 @@ def _hang_up(sock: socket.socket) -> None:
 
 CROWD = 256  # strangers who may knock at once: for one more, the oldest has to go
 _COUNTS = ("sent", "received", "undelivered", "refused", "lost", "strangers")
-_node: "Node | None" = None  # guarded by _lock
-_starting = threading.RLock()  # guards: one start_node at a time, which may ask a name server
+_node: "Node | None" = None
+_starting = threading.RLock()  # guards: _node
 _stamps = itertools.count(1)  # the numbers of this process's connections
 
 
@@ -1738,7 +1744,8 @@ class Node:
         self._threads = _threads  # who can be reached; of a stopped node, nobody
         self._bound: Address | None = None  # where it listens
         self._started = self._stopped = False
-        self._changed = threading.Condition(_lock)  # a connection came or went
+        self._lock = threading.RLock()  # guards: all tables below
+        self._changed = threading.Condition(self._lock)  # a connection came or went
         self._speaking: dict[Any, _Connection] = {}  # by incarnation and address: where to send
         self._open: set[_Connection] = set()  # all, the half-made and the ending ones, too
         self._dials: dict[Address, _Dial] = {}  # under way, shared by senders
@@ -1787,7 +1794,7 @@ class Node:
         meant, or it could not be read) and `refused` by `allow` of those received; `lost` of
         those sent, as the other nodes say; `strangers` who did not get in.  Never blocks.
         """
-        with _lock:
+        with self._lock:
             counts = self._counts.copy()
             for connection in self._open:
                 counts.update(sent=connection.sent, received=connection.received)
@@ -1795,17 +1802,19 @@ class Node:
 
     def stop(self, timeout: float = 5.0) -> None:
         """Stop the node; see `stop_node`."""
+        if self.incarnation != _incarnation:
+            return  # this is a fork's child, and the node its parent's
         deadline = monotonic() + timeout
         for fault in _faults.copy():
             fault._release(timeout / 2)
-        with _lock:
+        with self._lock:
             again, self._stopped, bound, self._bound = self._stopped, True, self._bound, None
             for sock in *self._knocking, *self._calling:
                 _hang_up(sock)
             for connection in self._open:
                 connection.close()
             self._changed.notify_all()
-        with _lock:
+        with _registry:
             for name in [] if again else _registered():
                 unregister_remote_thread(name)
         if bound:
@@ -1819,7 +1828,7 @@ class Node:
                 self._accepter.join(_left(deadline))
         if self._listener:
             self._listener.close()
-        with _lock:
+        with self._lock:
             if not self._changed.wait_for(lambda: not self._open, _left(deadline) * 0.9):
                 for connection in self._open:
                     connection.cut()
@@ -1849,7 +1858,7 @@ class Node:
         return address is not None and address in (self.address, self._bound)
 
     def _count(self, name: str, times: int = 1) -> None:
-        with _lock:
+        with self._lock:
             self._counts[name] += times
 
     def _check_allowed(self, func: Any) -> None:
@@ -1888,7 +1897,7 @@ class Node:
     def _reach(self, address: Address | None, incarnation: int = 0) -> _Connection:
         """Return the connection to speak on; dial if there is none, once for all who wait."""
         deadline = monotonic() + self._connect_timeout
-        with _lock:
+        with self._lock:
             while connection := self._speaking.get(incarnation) or self._speaking.get(address):
                 if not connection.ending:
                     return connection
@@ -1928,7 +1937,7 @@ class Node:
         except BaseException as why:
             dial.error = NodeUnreachable(
                 f"cannot connect to {name}: {str(why) or 'it hung up'}")
-        with _lock:
+        with self._lock:
             if self._dials.get(address) is dial:
                 del self._dials[address]
         dial.done.release()
@@ -1945,7 +1954,7 @@ class Node:
                     _thread("doorman", self._admit, stranger)
             except (OSError, RuntimeError) as error:  # out of descriptors, or of threads
                 _log("INFO", "nobody can be let in just now: %s", error)
-                with _lock:
+                with self._lock:
                     if self._knocking:
                         _hang_up(self._knocking.popleft())
                     self._changed.wait_for(lambda: self._stopped, 0.05)
@@ -1966,7 +1975,7 @@ class Node:
                                  socket.SOCK_STREAM)
             timer = threading.Timer(self._connect_timeout, _hang_up, [sock])
             timer.daemon = True
-            with _lock:
+            with self._lock:
                 crowd.append(sock)
                 if self._stopped:
                     _hang_up(sock)
@@ -1984,7 +1993,7 @@ class Node:
                 raise
             finally:
                 timer.cancel()
-                with _lock, suppress(ValueError):
+                with self._lock, suppress(ValueError):
                     crowd.remove(sock)
 
     def _meet(self, stranger: Any, sock: socket.socket, key: bytes,
@@ -2034,7 +2043,7 @@ class Node:
         """
         for mine in (True, False) if dialled else (False, True):
             if mine:
-                with _lock:
+                with self._lock:
                     connection.stamp = next(_stamps)
                     self._open.add(connection)
                     oldest = min(c.stamp for c in self._open if c.peer == connection.peer)
@@ -2043,7 +2052,7 @@ class Node:
             else:
                 [(connection.peer_stamp, oldest)] = connection.read()
                 self._outlive(connection, oldest)
-        with _lock:
+        with self._lock:
             if self._stopped:
                 raise NodeDown("this node was stopped")
             speaking = self._speaking.get(connection.peer, connection)
@@ -2062,14 +2071,14 @@ class Node:
         def older() -> list[_Connection]:
             return [c for c in self._open if c is not connection and c.peer == connection.peer
                     and c.peer != self.incarnation and (c.ending or 0 < c.peer_stamp < oldest)]
-        with _lock:
+        with self._lock:
             for other in older():
                 other.cut()
             if not self._changed.wait_for(lambda: not older(), self._connect_timeout):
                 raise NodeUnreachable("the connection before this one does not end")
 
     def _ward(self) -> None:
-        with _lock:
+        with self._lock:
             while self._open or not self._stopped:
                 now = monotonic()
                 for connection in self._open:
@@ -2084,7 +2093,7 @@ class Node:
         One that never started takes no other with it, but may be the last to go.
         """
         peer = connection.peer
-        with _lock:
+        with self._lock:
             if connection not in self._open:
                 return
             self._open.remove(connection)
@@ -2168,7 +2177,7 @@ def local_node() -> Node:
     """
     global _node
     if _node is None:
-        with _lock:
+        with _starting:
             _node = _node or Node()
     return _node
 
@@ -2179,7 +2188,7 @@ def nodes() -> list[Address]:
     Erlang: nodes(), without the hidden ones.
     """
     node = local_node()
-    with _lock:
+    with node._lock:
         found = {c.address for c in node._speaking.values() if c.address and not c.ending}
     return sorted(found, key=_text)
 
@@ -2202,7 +2211,7 @@ def disconnect(node: NodeLike) -> None:
     Factor: disconnect.  Erlang: disconnect_node.
     """
     here = local_node()
-    with _lock:
+    with here._lock:
         connection = here._speaking.get(_address(node))
         if connection:
             connection.close()
@@ -2367,7 +2376,8 @@ def _print_on(source: Any) -> None:
 
 def _after_fork() -> None:
     """Leave the parent its connections: a forked child is another node, not started."""
-    global _incarnation, _node, _here, _reporter, _lock, _starting
+    global _incarnation, _node, _here, _reporter
+    global _registry, _settling, _losing, _starting, _clocking
     if _node:
         for connection in _node._open:
             connection.ending = True
@@ -2385,7 +2395,8 @@ def _after_fork() -> None:
         _ring(thread._over)
     for table in _threads, _awaited, _debts, _losses, _faults, _clocks:
         table.clear()
-    _lock, _starting = threading.RLock(), threading.RLock()
+    _registry, _settling, _losing, _starting, _clocking = (
+        threading.RLock() for _ in range(5))
     trace(_traced_to() or None)
 
 
@@ -2469,7 +2480,7 @@ def demonitor(monitor: Monitor) -> None:
 
     Never blocks; to end it twice does nothing.  Erlang: demonitor with flush.
     """
-    with _lock:
+    with _settling:
         watch = _awaited.pop(monitor.tag, None)
     if watch:
         watch.excuse()
@@ -2508,6 +2519,7 @@ def _contact_lost(name: str, awaited: list[_Await], owed: list[str]) -> None:
 
 _losses: dict[str, tuple[int, str, float]] = {}  # by target: how many since, why; the last line
 _reporter: threading.Thread | None = None  # looks through them, while there are any
+_losing = threading.RLock()  # guards: _losses, _reporter
 
 
 def _undelivered(target: str, why: str) -> None:
@@ -2519,7 +2531,7 @@ def _lose(target: str, why: str, times: int = 1) -> None:
     """Log lost messages: at most one line a second for a target, whose counts add up to all."""
     local_node()._count("lost", times)
     _record(None, "lost", _here.cause, why=f"{times} to {target}: {why}")
-    with _lock:
+    with _losing:
         before, _, last = _losses.get(target, (0, why, 0.0))
         _losses[target] = before + times, why, last or monotonic()
     if not last:
@@ -2529,7 +2541,7 @@ def _lose(target: str, why: str, times: int = 1) -> None:
 def _report(target: str) -> None:
     """Log what was lost since the last line about that target; forget it if nothing was."""
     global _reporter
-    with _lock:
+    with _losing:
         times, why, _ = _losses.pop(target, (0, "", 0.0))
         if not times:
             return
@@ -2545,7 +2557,7 @@ def _report_on() -> None:
     global _reporter
     while True:
         sleep(0.5)
-        with _lock:
+        with _losing:
             if not _losses:
                 _reporter = None
                 return
@@ -2648,6 +2660,7 @@ Stamp = tuple[Any, ...]  # an event of a trace: incarnation, thread's id, its La
 UNKNOWN: Stamp = ()
 _trace: "_Trace | None" = None
 _clocks: dict[int, int] = {}  # Lamport's, by thread's id; 0 is the node
+_clocking = threading.RLock()  # guards: an event's clock and its line are one step
 
 
 def trace(directory: "str | os.PathLike[str] | None") -> None:
@@ -2662,7 +2675,7 @@ def trace(directory: "str | os.PathLike[str] | None") -> None:
     """
     global _trace
     new = None if directory is None else _Trace(directory)
-    with _lock:
+    with _clocking:
         old, _trace = _trace, new
         if old:
             os.close(old.file)
@@ -2704,7 +2717,7 @@ def _record(thread: Thread | None, event: str, cause: Stamp | None = None,
     id, name = (thread.id, thread.name) if thread else (0, "node")
     if cause:
         about["cause"] = cause
-    with _lock:
+    with _clocking:
         if event != "start" and id not in _clocks:
             _record(thread, "start")
         seen = [_clocks.get(id, 0)] if id else _clocks.values()  # a node saw all before

@@ -4526,7 +4526,7 @@ import distconc, select, threading
 begun, over = threading.Event(), threading.Event()
 def guest():
     current_thread()
-    with distconc._lock:
+    with distconc._registry:
         begun.set()
         over.wait()
 threading.Thread(target=guest, daemon=True).start()
