@@ -3535,6 +3535,45 @@ os.waitpid(pid, 0)
         self.assertEqual(self.got(target), [*range(100), "next"])
         self.assertEqual(self.node._open, {connection})
 
+    def test_a_large_message_goes_in_a_frame_of_its_own_wherever_it_waits(self):
+        target = self.collector(self.child())
+        connect(target.node)
+        connection, = self.node._open
+        sent = ["small", bytes(17 << 20), "small", bytes(17 << 20), "small"]  # too much for one
+        with connection._writing:
+            connection._inside = True  # so that all wait together
+            for message in sent:
+                send(message, target)
+            connection._inside = False
+        self.assertEqual(self.got(target) == sent, True)
+        self.assertEqual(self.node._open, {connection})
+
+    def test_what_a_lost_node_was_sending_takes_no_memory_any_more(self):
+        handle = RemoteThread(self.node, "nobody")
+        with RawPeer.dial(self.node, address="127.0.0.1:9") as peer:
+            peer.ask(1, "nobody")
+            peer.read()
+            connection, = self.node._open
+            handle._route = connection  # as a handle keeps it that was used
+            peer.pour(peer.frame(pickle.dumps([(SEND, (0, "x"), None)]), bytes(20 << 20))[:1 << 20])
+        start = monotonic()
+        while len(connection._buffer):
+            self.assertLess(monotonic() - start, T)
+
+    def test_a_forks_child_that_leaves_the_parents_block_stops_nothing(self):
+        done = script("""if True:
+            import os, sys
+            with start_node() as node:
+                pid = os.fork()
+                if not pid:
+                    sys.exit(0)
+                print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                with spawn_node() as child:
+                    connect(child)
+                    print(nodes() == [child.address])
+            """)
+        self.assertEqual((done.out, done.err), ("0\nTrue\n", ""))
+
     def test_ctrl_c_within_a_send_costs_nothing_that_was_accepted_before(self):
         child = self.child()
         kept = spawn(keep_sizes, node=child, name="kept", register=True)
