@@ -417,10 +417,8 @@ class _Call(_Await):
     """A caller that waits for its reply."""
 
     def __init__(self) -> None:
-        self.answered = threading.Lock()
-        self.answered.acquire()
-        self.tag = os.urandom(8).hex()
-        _awaited[self.tag] = self
+        self.answered = _bell()
+        super().__init__()
 
     def settle(self, error: DistconcError | None, reply: Any = None) -> bool:
         self.error, self.reply, self.cause = error, reply, _here.cause
