@@ -36,8 +36,8 @@ of this node, or a `RemoteThread` of any.  A debt is an outcome that a thread ow
 awaits it.
 
     node A                                                   node B
-    Thread ── send ──> _Connection.outbox                    _threads: who is meant
-                         │ writer, or the sender                 ↑
+    Thread ── send ──> _Connection                           _threads: who is meant
+                         │ the sender; or outbox, then writer    ↑
                          └──── frames, sealed ────> reader of B's _Connection
                                                                  │ put
     _awaited[tag] <── reader <──── REPLY, FAILED ────            ↓
@@ -1194,7 +1194,7 @@ class RemoteThread(_Handle):
             self._deliver((ASK, self._target, id, awaited.tag, payload), awaited)
 
     def _deliver(self, message: Message, awaited: _Await | None = None) -> None:
-        """Send over the connection there is, or a new one; once more if that ended untaken."""
+        """Send over the connection there is, or a new one; again if that ended untaken."""
         if _trace:
             message = _stamped(message)
         size = len(message[-1])
