@@ -56,30 +56,32 @@ incarnation in hex, its heartbeat, its max_message, its address ("host:port", a 
 it does not listen); the dialler also the address it dialled and the one it reached, of which
 one must be the acceptor's.  Then frames, on the bare socket: the lengths of body (at most 16
 MiB) and tail (at most max_message), 4 bytes each, big-endian; MAC (16 bytes); body; tail.  MAC:
-the first 16 bytes of SHA-256(key + count + lengths + body + tail); count is the frame's number
-in its direction, from 0, in 8 bytes; the direction's key is HMAC-SHA256(authkey, role of the
-writer + SHA-256(dialler's hello) + SHA-256(acceptor's hello)).  A body is a pickled list of
-tuples; if the last ends in None, the tail is meant.  An empty list is a tick: who has nothing
+BLAKE2b, 16 bytes, with the direction's key, of all frames in that direction up to this one, but
+without their MACs, and with SHA-256 of a body of more than 2048 bytes, or of any tail, in its
+place.  The direction's key is HMAC-SHA256(authkey, role of the writer + SHA-256(dialler's
+hello) + SHA-256(acceptor's hello)).  A body is a pickled pair: the heads of messages, and their
+payloads; if the last of these is None, the tail is meant.  No heads are a tick: who has nothing
 else to say owes five in the smaller of the two heartbeats.  To end is to shut down one's
 writing half (in the middle of a frame, that was none), and to read the other's to its end.  The
-first frame each way, the dialler's first, holds a pair: the number that the writer gives this
-connection, counting from 1, and that of the oldest between the two that it still counts.  The
-others hold messages (a target is a pair of incarnation, or 0 for any, and id or name; id 0 is
-the node, which does a call's ("ping",), ("ps",) or ("spawn", func, args, name, register, link);
-a payload is a pickle):
+first frame each way, the dialler's first, has one head, a pair: the number that the writer
+gives this connection, counting from 1, and that of the oldest between the two that it still
+counts.  The other heads are these (a target is a pair of incarnation, or 0 for any, and id or
+name; id 0 is the node, which does a call's ("ping",), ("ps",) or ("spawn", func, args, name,
+register, link)):
 
-    0 SEND    target, payload
-    1 ASK     target, caller's id, tag, payload        a call; or, with caller 0, a monitor
-    2 REPLY   tag, payload
-    3 FAILED  tag, error, text, type, traceback, payload         the reason, if it pickles
+    0 SEND    target                                   the payload is the message, pickled
+    1 ASK     target, caller's id, tag                 a call, so too; or, of 0, a monitor
+    2 REPLY   tag                                      the payload is the reply, pickled
+    3 FAILED  tag, error, text, type, traceback        the payload is the reason, if it pickles
     4 FORGET  tag                                      who asked needs no answer any more
     5 LOST    id or name, why, how many                sends that found nobody
-    6 STAMP   an event (incarnation in hex, thread, clock), then another message, sent in it
+    6 STAMP   an event (incarnation in hex, thread, clock), then another head, sent in it
 """
 
 import atexit
 import hashlib
 import hmac
+import io
 import itertools
 import os
 import pickle
@@ -92,7 +94,7 @@ import threading
 import types
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
 from multiprocessing import AuthenticationError
@@ -120,7 +122,7 @@ __version__ = "0.1.0"
 Handle = Union["Thread", "RemoteThread"]
 Address = Union[tuple[str, int], str]
 Target = tuple[int, Union[int, str]]  # incarnation (0: any), and id or name
-Message = tuple[Any, ...]  # on the wire: its kind, then what the head says
+Head = tuple[Any, ...]  # of a message on the wire: its kind, then what the module's head says
 NodeLike = Union[int, Address, "os.PathLike[str]", "Node", "ChildNode"]
 Predicate = Union[Callable[[Any], Any], type, tuple[type, ...], types.UnionType]
 
@@ -251,7 +253,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._cells: deque[list[Any]] = deque()  # oldest first, some of them empty
-        self._waiters: dict[threading.Lock, deque[list[Any]]] = {}  # by bell: what is new
+        self._waiters: dict[threading.Lock, list[list[Any]]] = {}  # by bell: what is new
 
     def put(self, message: Any) -> None:
         """Add `message` as the newest.  Never blocks, not even in a signal handler.
@@ -310,18 +312,21 @@ class Mailbox:
         return message
 
     def _get_if(self, accepts: Callable[[Any], Any] | None, timeout: float | None) -> Any:
-        deadline, bell = _deadline(timeout), _bell()
-        news: deque[list[Any]] = deque()
+        deadline = None if timeout is None else _deadline(timeout)
+        bell = _bell()
+        news: list[list[Any]] = []
+        seen: set[int] | None = None
         self._waiters[bell] = news  # before looking: nothing may slip in unseen
         try:
             if self._cells:
-                with suppress(ValueError):
+                try:
                     self._cells.remove(_TAKEN)  # each call leaves one at most, and sweeps one
+                except ValueError:
+                    pass
             here = cells = list(self._cells)
-            seen: set[int] = set()
             while True:
                 for cell in cells:
-                    for message in () if id(cell) in seen else cell:  # none, if it was taken
+                    for message in cell:  # none, if it was taken
                         if accepts is None or accepts(message):
                             try:
                                 message = cell[0]
@@ -332,9 +337,11 @@ class Mailbox:
                 left = -1 if deadline is None else _left(deadline)
                 if not left or not bell.acquire(True, left):
                     return _NOTHING
-                cells = [news.popleft() for _ in range(len(news))]
-                if here and not seen:  # a put that was under way may be both there and here
-                    seen = set(map(id, here))
+                cells = news[:]
+                del news[:len(cells)]
+                if here:  # a put that was under way may be both there and here
+                    seen = seen or set(map(id, here))
+                    cells = [cell for cell in cells if id(cell) not in seen]
         finally:
             del self._waiters[bell]
 
@@ -788,10 +795,11 @@ def send(message: Any, thread: Handle) -> None:
     finds nobody there is dropped there and logged here.
     """
     try:
-        deliver = thread.send
+        thread.send(message)
     except AttributeError:
+        if isinstance(thread, _Handle):
+            raise
         raise TypeError(f"send(message, thread): {thread!r} is not a thread") from None
-    deliver(message)
 
 
 def receive(timeout: float | None = None, default: Any = _NOTHING) -> Any:
@@ -806,9 +814,8 @@ def receive(timeout: float | None = None, default: Any = _NOTHING) -> Any:
     message = (_here.thread or current_thread())._mailbox._get(timeout)
     if message is _NOTHING:
         return _instead(default, "receive", timeout)
-    match message:
-        case LinkedError():
-            raise message
+    if message.__class__ is LinkedError:
+        raise message
     return message  # with no call since it was taken, hence no place for Ctrl-C to strike
 
 
@@ -827,9 +834,8 @@ def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _NO
     message = (_here.thread or current_thread())._mailbox._get_if(accepts, timeout)
     if message is _NOTHING:
         return _instead(default, "receive_if", timeout)
-    match message:
-        case LinkedError():
-            raise message
+    if message.__class__ is LinkedError:
+        raise message
     return message
 
 
@@ -1128,7 +1134,7 @@ class RemoteThread(_Handle):
     another's.  One made by hand equals one made by hand of the same node and id.
     """
 
-    __slots__ = ("_node", "_id", "_target", "_route")
+    __slots__ = ("_node", "_id", "_target", "_head", "_route")
 
     def __init__(self, node: NodeLike | None, id: int | str, incarnation: int = 0) -> None:
         if not isinstance(id, (int, str)) or len(str(id)) > 255:
@@ -1143,7 +1149,8 @@ class RemoteThread(_Handle):
             self._node = None if node is None else _checked(node)
         self._id = id
         self._key = (incarnation or self._node, id)
-        self._target = (incarnation, id)  # what its node knows it by; 0: in whatever run
+        self._target = incarnation, id  # what its node knows it by; 0: in whatever run
+        self._head = SEND, self._target
         self._route: _Connection | None = None  # the last on which it was reached
 
     node = property(lambda self: self._node)
@@ -1159,8 +1166,8 @@ class RemoteThread(_Handle):
             payload = pickle.dumps(message, 5)
         except Exception:
             payload = serialize(message)  # which says what is wrong
-        if len(payload) > route.small or not route.send((SEND, self._target, payload)):
-            self._deliver((SEND, self._target, payload))
+        if len(payload) > route.small or not route.send(self._head, payload):
+            self._deliver(self._head, payload)
 
     def _send(self, message: Any) -> None:
         """Send in the ways less trodden: at first, traced, to this node itself, a reply."""
@@ -1175,14 +1182,14 @@ class RemoteThread(_Handle):
             except NoSuchThread as error:
                 _undelivered(repr(self), str(error))
         else:
-            self._deliver((SEND, self._target, serialize(message)))
+            self._deliver(self._head, serialize(message))
 
     def _answer(self, data: Any, tag: str) -> None:
         route = self._route
         if (not route or route.ending) and self._is_here():
             current_thread()._answer(data, tag)  # any thread of this node will do
         else:
-            self._deliver((REPLY, tag, serialize(data)))
+            self._deliver((REPLY, tag), serialize(data))
             _strike(tag)
 
     def _ask(self, awaited: _Await, caller: Thread | None = None, message: Any = None) -> None:
@@ -1191,24 +1198,22 @@ class RemoteThread(_Handle):
             get_remote_thread(self._id)._ask(awaited, caller, message)
         else:
             id, payload = (caller.id, serialize(message)) if caller else (0, b"")
-            self._deliver((ASK, self._target, id, awaited.tag, payload), awaited)
+            self._deliver((ASK, self._target, id, awaited.tag), payload, awaited)
 
-    def _deliver(self, message: Message, awaited: _Await | None = None) -> None:
+    def _deliver(self, head: Head, payload: bytes, awaited: _Await | None = None) -> None:
         """Send over the connection there is, or a new one; again if that ended untaken."""
-        if _trace:
-            message = _stamped(message)
-        size = len(message[-1])
         for _ in range(2):
             route = self._route
             if route is None or route.ending:
-                _check_size(size, local_node()._max_message)
+                _check_size(len(payload), local_node()._max_message)
                 route = self._route = local_node()._reach(self._node, self._target[0])
-            if size > route.limit:
-                _check_size(size, route.limit)
             if awaited:
                 awaited.peer = route.peer
-            fault = _faults and _fault(route.names)
-            if fault._send(route, message) if fault else route.send(message):
+            if _trace or _faults or len(payload) > route.small:
+                taken = _send_with_care(route, head, payload)
+            else:
+                taken = route.send(head, payload)
+            if taken:
                 return
         raise NodeDown(f"two connections to {_text(self._node)} ended before they took it")
 
@@ -1222,6 +1227,14 @@ class RemoteThread(_Handle):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteThread, (self._node, self._id, self._target[0])
+
+
+def _send_with_care(route: "_Connection", head: Head, payload: bytes) -> bool:
+    """Send what may be too large, traced, or made worse."""
+    _check_size(len(payload), route.limit)
+    head = _stamped(head) if _trace else head
+    fault = _faults and _fault(route.names)
+    return fault._send(route, head, payload) if fault else route.send(head, payload)
 
 
 def _check_size(size: int, limit: int) -> None:
@@ -1294,8 +1307,8 @@ def _registered() -> list[str]:
 
 SEND, ASK, REPLY, FAILED, FORGET, LOST, STAMP = range(7)  # the kinds of messages; see the head
 KERNEL = 0  # the id of the thread that does what one node asks of another
-HEAD = struct.Struct(">II16s")  # the body's length, the tail's, and the MAC
-COUNTED = struct.Struct(">QII")  # the frame's number and lengths, as the MAC has them
+SIZES = struct.Struct(">II")  # what a frame begins with: the lengths of body and tail
+MAC = 16  # bytes, which follow
 ROOM = 1 << 16  # bytes read at once
 LARGE = 2048  # bytes: to copy more into a frame with others costs more than a frame of its own
 VERSION = b"distconc 1"
@@ -1314,33 +1327,48 @@ class _Hello:
 
 
 class _Seal:
-    """The MACs of one direction: SHA-256 of its key, a counter and the frame, cut to 16 bytes.
+    """The MACs of one direction: BLAKE2b, keyed, of all frames up to this.
 
-    The lengths come before what they measure and half of the digest is kept back, so nobody can
-    append to a frame and go on from its MAC: that is what HMAC's second pass would be for.
+    So nothing can be left out, repeated or moved.  What is large is there by its SHA-256, which
+    is the faster, but slower to begin.
     """
 
     def __init__(self, key: bytes, writer: bytes, dialler: _Hello, acceptor: _Hello) -> None:
         hellos = [hashlib.sha256(hello.line).digest() for hello in (dialler, acceptor)]
-        self._keyed = hashlib.sha256(hmac.digest(key, writer + b"".join(hellos), "sha256"))
-        self._count = 0
+        key = hmac.digest(key, writer + b"".join(hellos), "sha256")
+        self._all = hashlib.blake2b(key=key, digest_size=MAC)
 
-    def mac(self, body_size: int, tail_size: int, data: Any, tail: bytes = b"") -> bytes:
-        """Return the MAC of the next frame: of `data`, then `tail`."""
-        digest = self._keyed.copy()
-        digest.update(COUNTED.pack(self._count, body_size, tail_size))
-        digest.update(data)
+    def mac(self, sizes: bytes, body: bytes, tail: bytes) -> bytes:
+        """Return the MAC of the next frame."""
+        self._all.update(sizes + (body if len(body) <= LARGE else hashlib.sha256(body).digest()))
         if tail:
-            digest.update(tail)
-        self._count += 1
-        return digest.digest()[:16]
+            self._all.update(hashlib.sha256(tail).digest())
+        return self._all.digest()
 
 
 ######## Connection: one sealed connection, its outbox, its reader and its writer
 
-MANY = 60  # messages in a frame: with more, those of 1 kB would leave the CPU's cache
-FULL = 4000  # messages in an outbox: who sends more waits for the network
+MANY = 200  # messages in a frame
+FULL = 1000  # messages in an outbox: who sends more waits for the network
 BURST = 50e-6  # seconds: what is sent so soon after a write is one of many
+
+
+class _Source(io.RawIOBase):
+    """What a connection reads from: its socket.  A large message on its way is no silence."""
+
+    def __init__(self, connection: "_Connection") -> None:
+        self._connection, self._receive = connection, connection._sock.recv_into
+        self._news = 0  # bytes received since that counted as a sign of life
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._receive(buffer)
+        self._news += count
+        if self._news > LARGE:
+            self._connection._silent = self._news = 0
+        return count
 
 
 class _Connection:
@@ -1348,10 +1376,10 @@ class _Connection:
 
     Who sends writes, if the last write was a while ago or something was read since.  What
     follows a write at once is one of many: it goes into the outbox, for the writer thread,
-    which runs when the sender pauses or the interpreter switches, and writes dozens in one
-    frame.  The reader thread never writes, so that two nodes that flood each
-    other go on reading.  Both are started by `start`.  Whatever ends the connection, the reader
-    notices, and cleans up.
+    which runs when the sender pauses or the interpreter switches, and writes hundreds in one
+    frame.  The reader thread never writes, so that two nodes that flood each other go on
+    reading.  Both are started by `start`.  Whatever ends the connection, the reader notices,
+    and cleans up.
     """
 
     def __init__(self, node: "Node", sock: socket.socket, mine: _Hello, peer: _Hello,
@@ -1365,13 +1393,11 @@ class _Connection:
         self.started = self.ending = False  # ending: takes no more messages
         self.due = float("inf")  # when its next beat is
         self._node, self._sock = node, sock
-        self._buffer = memoryview(bytearray(ROOM))  # what was received
-        self._news = 0  # bytes received since that counted as a sign of life
-        self._at = self._end = 0  # where in it the next frame begins, and where it ends
+        self._file: io.BufferedIOBase = io.BufferedReader(_Source(self), ROOM)
         self._writing = threading.RLock()  # guards: the seal, the output, emptying the outbox
-        self._inside = False  # its holder is at work, so that a signal's handler has to wait
+        self._inside = False  # its holder writes: a signal's handler within that must not
         self._seal, self._check = seals
-        self._outbox: deque[Message] = deque()
+        self._outbox: list[tuple[Head, bytes]] = []
         self._shut = False  # the end has been said; guarded by _writing
         self._bell = _bell()  # wakes the writer
         self._wrote = 0.0  # when a frame was written; 0 after a read: an answer may be due
@@ -1380,7 +1406,7 @@ class _Connection:
         self.sent = self.received = 0  # messages; the first guarded by _writing
         self._callers: dict[int, RemoteThread] = {}  # threads over there that call, by id
         self._losses: Counter[tuple[Any, ...]] = Counter()  # of the frame being read
-        self._on = (self._on_send, self._on_ask, self._on_reply, self._on_failed, _strike,
+        self._on = (self._on_send, self._on_ask, self._on_reply, self._on_failed, self._on_forget,
                     self._on_lost, self._on_stamp)
 
     def start(self) -> None:
@@ -1388,110 +1414,90 @@ class _Connection:
         self._writer = _thread("writer", self._write_on)
         _thread("reader", self._read_on)
 
-    def send(self, message: Message) -> bool:
-        """Have `message`, whose last item is the payload, written; wait while too much waits.
+    def send(self, head: Head, payload: bytes) -> bool:
+        """Have a message written; wait while too much waits.
 
         False if the connection ended before it took it; raises NodeDown if meanwhile.
         """
         if self.ending:
             return False
-        wait, late = len(message[-1]) > LARGE, monotonic() - self._wrote > BURST
-        if late and not wait and not self._outbox and self._write_alone(message):
-            return True
+        large = len(payload) > LARGE
+        if not (large or self._outbox or self._inside) and monotonic() - self._wrote > BURST:
+            with self._writing:
+                if not (self._outbox or self._inside or self._shut):
+                    self._inside = True
+                    try:
+                        self._write((head,), (payload,))
+                        return True
+                    finally:
+                        self._inside = False
+        message = head, payload
         self._outbox.append(message)
-        wait = wait or len(self._outbox) > FULL
-        if wait or late:
-            self.write(wait)
-        if self._bell.locked() and self._outbox:
+        if large or len(self._outbox) > FULL:
+            self.write()
+        if self._outbox and self._bell.locked():
             _ring(self._bell)
         return not self.ending or self._has_taken(message)
 
-    def _has_taken(self, message: Message) -> bool:
+    def _has_taken(self, message: tuple[Head, bytes]) -> bool:
         """Whether the last round of the writer, which is near, takes this, too."""
-        for mine in map(self._writing.acquire, (False,)):
-            try:
-                if mine and self._inside:
-                    return True  # this is a signal's handler, which cannot wait
-            finally:
-                if mine:
-                    self._writing.release()
+        with self._writing:
+            if self._inside:
+                return True  # this is a signal's handler, for whose end the writer waits
         self._writer.join()
         with suppress(ValueError):
             self._outbox.remove(message)
             return False
         return True
 
-    def post(self, message: Message) -> None:
-        """Have `message` written soon.  Never blocks: for readers, and threads that end."""
-        self._outbox.append(message)
+    def post(self, head: Head, payload: bytes = b"") -> None:
+        """Have a message written soon.  Never blocks: for readers, and threads that end."""
+        self._outbox.append((head, payload))
         _ring(self._bell)
 
-    def _write_alone(self, message: Message) -> bool:
-        """Write one message, unless another thread writes now."""
-        for mine in map(self._writing.acquire, (False,)):  # no Ctrl-C comes before the `try`
-            nested = self._inside
-            try:
-                if mine and not nested and not self._shut:
-                    self._inside = True
-                    self._write([message])
-                    return True
-            finally:
-                if mine:
-                    self._inside = nested
-                    self._writing.release()
-        return False
-
-    def write(self, wait: bool = True) -> None:
-        """Write what is in the outbox; unless `wait`, leave it to the thread that does so now.
-
-        If nothing was written for long, a tick is.
-        """
-        for mine in map(self._writing.acquire, (wait,)):
-            nested = self._inside
-            try:
-                if mine and not nested:
-                    self._inside = True
+    def write(self) -> None:
+        """Write what is in the outbox, or a tick, if nothing was written for long."""
+        with self._writing:
+            if not self._inside:
+                self._inside = True
+                try:
                     while (self._outbox or self._idle) and not self._shut:
                         self._write_waiting()
-            finally:
-                if mine:
-                    self._inside = nested
-                    self._writing.release()
+                finally:
+                    self._inside = False
 
     def _write_waiting(self) -> None:
         """Write one frame of what is in the outbox, be that nothing; `_writing` is held."""
-        messages: list[Message] = []
-        for at in range(min(len(self._outbox), MANY)):
-            message = self._outbox[at]
-            payload = message[-1]
-            if payload.__class__ is bytes and len(payload) > LARGE:
-                if not messages:
-                    self._write([(*message[:-1], None)], 1, payload)
-                    return
-                break  # it is for the next frame
-            messages.append(message)
-        self._write(messages, len(messages))
+        waiting = self._outbox[:MANY]
+        heads, payloads = zip(*waiting) if waiting else ((), ())
+        if max(map(len, payloads), default=0) <= LARGE:
+            self._write(heads, payloads, len(heads))
+        elif len(payloads[0]) > LARGE:
+            self._write(heads[:1], [None], 1, payloads[0])
+        else:  # what is large is for the next frame
+            first = next(at for at, payload in enumerate(payloads) if len(payload) > LARGE)
+            self._write(heads[:first], payloads[:first], first)
 
-    def _write(self, messages: list[Message], waiting: int = 0, tail: bytes = b"") -> None:
+    def _write(self, heads: Sequence[Head], payloads: Sequence[bytes | None], waiting: int = 0,
+               tail: bytes = b"") -> None:
         """Write one frame, and take as many as were `waiting` from the outbox.
 
         Ctrl-C before it is begun leaves all as it was.  Later, half a frame may be out, so that
         nothing can follow it; but all before it shall still arrive.
         """
-        body = pickle.dumps(messages, 5)
+        body = pickle.dumps((heads, payloads), 5)
         try:
-            for _ in range(waiting):
-                self._outbox.popleft()
+            del self._outbox[:waiting]
             if not (_faults and _cut_off(self.names)):
-                mac = self._seal.mac(len(body), len(tail), body, tail)
-                frame = HEAD.pack(len(body), len(tail), mac) + body
+                sizes = SIZES.pack(len(body), len(tail))
+                frame = sizes + self._seal.mac(sizes, body, tail) + body
                 self._wrote = monotonic()  # before the answer can be read
                 if len(tail) > ROOM:
                     self._sock.sendall(frame)
                     self._sock.sendall(tail)
                 else:
                     self._sock.sendall(frame + tail)
-                self.sent += len(messages)
+                self.sent += len(heads)
             self._idle = False
         except BaseException as error:
             self._say_end()
@@ -1537,21 +1543,10 @@ class _Connection:
         self._idle = True
 
     def _read_on(self) -> None:
-        on = self._on
         _here.cause = UNKNOWN
         try:
             while True:
-                messages = self.read()
-                self._silent, self._wrote = -1, 0.0
-                for message in messages:
-                    on[message[0]](*message[1:])
-                while self._losses:
-                    (name_or_id, why, cause), times = self._losses.popitem()
-                    self.post(_stamped((LOST, name_or_id, why, times), cause))
-                self.received += len(messages)
-                messages, message = [], ()  # a large one is not kept until the next comes
-                if len(self._outbox) > 16 * FULL:
-                    raise OSError("the peer goes on asking and does not read the answers")
+                self._take(*self.read())
         except EOFError:
             self.close()  # the peer has said all; so may we
         except BaseException as error:  # to load what makes no sense may even raise SystemExit
@@ -1567,57 +1562,60 @@ class _Connection:
         """Give the descriptor back, which nobody uses any more."""
         with self._writing:
             self._sock.close()
-        self._buffer = memoryview(b"")  # handles may keep this connection for long
+        self._file = io.BytesIO()  # no buffer: handles may keep this connection for long
         self._callers.clear()
 
-    def read(self) -> list[Message]:
+    def read(self) -> tuple[Sequence[Head], Sequence[bytes]]:
         """Wait for a frame, check its seal before all else, return its messages."""
         self._silent = 0
-        if self._end - self._at < HEAD.size:
-            self._fetch(HEAD.size)
-        body_size, tail_size, mac = HEAD.unpack_from(self._buffer, self._at)
+        read = self._file.read
+        sizes, mac = read(SIZES.size), read(MAC)
+        if len(mac) < MAC:
+            raise EOFError
+        body_size, tail_size = SIZES.unpack(sizes)
         if body_size > 1 << 24 or tail_size > self._limit:
             raise OSError(f"a frame of {body_size} + {tail_size} bytes is too large")
-        size = HEAD.size + body_size + tail_size
-        if self._end - self._at < size:
-            self._fetch(size)
-        data = self._buffer[self._at + HEAD.size:self._at + size]
-        self._at += size
-        if not hmac.compare_digest(mac, self._check.mac(body_size, tail_size, data)):
+        body, tail = read(body_size), read(tail_size)
+        if len(body) + len(tail) < body_size + tail_size:
+            raise EOFError  # its writer was interrupted
+        if not hmac.compare_digest(mac, self._check.mac(sizes, body, tail)):
             raise OSError("a frame was altered, repeated, lost or moved on its way")
-        if not tail_size:
-            return self._node._load(data)  # type: ignore[no-any-return]
-        *messages, last = self._node._load(data[:body_size])
-        return [*messages, (*last[:-1], data[body_size:])]
+        heads, payloads = self._node._load(body)
+        return heads, (*payloads[:-1], tail) if tail else payloads
 
-    def _fetch(self, size: int) -> None:
-        """Have the next `size` bytes in the buffer, which is made anew for what is large."""
-        rest = self._buffer[self._at:self._end]
-        if not size <= len(self._buffer) <= max(size, ROOM):
-            self._buffer = memoryview(bytearray(max(size, ROOM)))  # no memory before it is used
-        self._buffer[:len(rest)] = rest
-        self._at, self._end = 0, len(rest)
-        while True:
-            count = self._sock.recv_into(self._buffer[self._end:])
-            self._end += count
-            if self._end >= size:
-                return
-            if not count:
-                raise EOFError  # perhaps in the middle of a frame: its writer was interrupted
-            self._news += count
-            if self._news > LARGE:
-                self._silent = self._news = 0  # a message on its way is no silence
+    def _take(self, heads: Sequence[Head], payloads: Sequence[bytes]) -> None:
+        """Do what the messages of a frame say."""
+        self._silent, self._wrote = -1, 0.0
+        if heads and heads[0][0] == SEND and heads.count(heads[0]) == len(heads):
+            self._on_sends(heads[0], payloads)  # one of a flood
+        else:
+            for head, payload in zip(heads, payloads):
+                self._on[head[0]](head, payload)
+        while self._losses:
+            (name_or_id, why, cause), times = self._losses.popitem()
+            self.post(_stamped((LOST, name_or_id, why, times), cause))
+        self.received += len(heads)
+        if len(self._outbox) > 16 * FULL:
+            raise OSError("the peer goes on asking and does not read the answers")
 
-    def _on_send(self, target: Target, payload: Any) -> None:
-        try:
-            message = self._node._load(payload)  # which may take long
-            thread = self._node._threads.get(target) or self._node._find(target)
-        except BaseException as error:  # loading may raise anything, SystemExit too
-            self._losses[target[1], str(self._refusal(error)), _here.cause] += 1
-            return
-        thread.send(message)
+    def _on_send(self, head: Head, payload: bytes) -> None:
+        self._on_sends(head, (payload,))
 
-    def _on_ask(self, target: Target, caller: int, tag: str, payload: Any) -> None:
+    def _on_sends(self, head: Head, payloads: Sequence[bytes]) -> None:
+        _, target = head
+        node, thread = self._node, None
+        for payload in payloads:
+            try:
+                message = node._load(payload)  # which may take long
+                if thread is None or thread._ended:
+                    thread = node._threads.get(target) or node._find(target)
+            except BaseException as error:  # loading may raise anything, SystemExit too
+                self._losses[target[1], str(self._refusal(error)), _here.cause] += 1
+            else:
+                thread.send(message)
+
+    def _on_ask(self, head: Head, payload: bytes) -> None:
+        _, target, caller, tag = head
         try:
             thread = self._node._threads.get(target) or self._node._find(target)
             data = self._node._load(payload) if caller else None
@@ -1651,7 +1649,8 @@ class _Connection:
             text += "; put that into a file of its own, which both can import"
         return RemoteError(type(error).__name__, text)
 
-    def _on_reply(self, tag: str, payload: Any) -> None:
+    def _on_reply(self, head: Head, payload: bytes) -> None:
+        _, tag = head
         awaited = _awaited.get(tag)
         if awaited and awaited.peer != self.peer:  # the called passed it on: its debt is paid
             awaited.excuse()
@@ -1661,8 +1660,8 @@ class _Connection:
             text = f"the reply cannot be read here: {_words(error)}"
             _settle(tag, RemoteError(type(error).__name__, text))
 
-    def _on_failed(self, tag: str, name: str, text: str, kind: str, trace: str,
-                   payload: Any) -> None:
+    def _on_failed(self, head: Head, payload: bytes) -> None:
+        _, tag, name, text, kind, trace = head
         error: DistconcError = ThreadDied(text)
         if name == "NoSuchThread":
             error = NoSuchThread(f"at {_text(self.address)}: {text}")
@@ -1677,15 +1676,20 @@ class _Connection:
             error.__cause__ = cause
         _settle(tag, error)
 
-    def _on_stamp(self, stamp: "Stamp", kind: int, *rest: Any) -> None:
+    def _on_forget(self, head: Head, _: bytes) -> None:
+        _strike(head[1])
+
+    def _on_stamp(self, head: Head, payload: bytes) -> None:
+        stamp, head = head[1], head[2:]
         process, id, clock = str(stamp[0])[:16], int(stamp[1]), int(stamp[2])
         if not (0 <= id < 1 << 53 and 0 < clock < 1 << 53):
             raise ValueError("not the stamp of an event")
         known = clock < 1 << 52  # beyond that, our own clocks would soon be too large
         with _because((process, id, clock) if known else UNKNOWN):
-            self._on[kind](*rest)
+            self._on[head[0]](head, payload)
 
-    def _on_lost(self, name_or_id: int | str, why: str, times: int) -> None:
+    def _on_lost(self, head: Head, _: bytes) -> None:
+        _, name_or_id, why, times = head
         _lose(f"{name_or_id!r} at {_text(self.address) or 'its node'}", why, times)
 
 
@@ -1875,15 +1879,15 @@ class Node:
 
     # Sending
 
-    def _post(self, peer: int, message: Message) -> bool:
+    def _post(self, peer: int, head: Head, payload: bytes = b"") -> bool:
         """Send if there is contact.  Never blocks."""
         connection = self._speaking.get(peer)
         if connection is None or connection.ending:
             return False
-        message = _stamped(message) if _trace else message
+        head = _stamped(head) if _trace else head
         fault = _faults and _fault(connection.names)
-        if not (fault and fault._hold(0, connection, message)):
-            connection.post(message)
+        if not (fault and fault._hold(0, connection, head, payload)):
+            connection.post(head, payload)
         return True
 
     def _depend(self, awaited: _Await, peer: int) -> None:
@@ -2048,7 +2052,7 @@ class Node:
                 connection.post((connection.stamp, oldest))
                 connection.write()
             else:
-                [(connection.peer_stamp, oldest)] = connection.read()
+                [(connection.peer_stamp, oldest)], _ = connection.read()
                 self._outlive(connection, oldest)
         with self._lock:
             if self._stopped:
@@ -2501,8 +2505,8 @@ def _tell_node(peer: int, tag: str, error: DistconcError) -> bool:
             payload = serialize(error.reason)
         if connection is None or len(payload) > min(connection.limit, 1 << 16):
             payload = b""
-    message = FAILED, tag, type(error).__name__, str(error), kind, trace, payload
-    return local_node()._post(peer, message)
+    head = FAILED, tag, type(error).__name__, str(error), kind, trace
+    return local_node()._post(peer, head, payload)
 
 
 def _contact_lost(name: str, awaited: list[_Await], owed: list[str]) -> None:
@@ -2617,16 +2621,16 @@ class faults:
                 self._postman.join(timeout)
                 self._late = None
 
-    def _send(self, connection: _Connection, message: Message) -> bool:
+    def _send(self, connection: _Connection, *message: Any) -> bool:
         drop, duplicate, delay = (self._random.random() for _ in range(3))
         if drop < self._drop:
             _record(None, "lost", _here.cause, why="dropped by faults")
             return True
         due = delay * self._delay
-        return any([self._hold(due, connection, message) or connection.send(message)
+        return any([self._hold(due, connection, *message) or connection.send(*message)
                     for _ in range(1 + (duplicate < self._duplicate))])
 
-    def _hold(self, delay: float, connection: _Connection, message: Message) -> bool:
+    def _hold(self, delay: float, connection: _Connection, *message: Any) -> bool:
         """Hold a message up, behind those that are, if this fault does so."""
         with self._gate:
             if self._late:
@@ -2638,7 +2642,7 @@ class faults:
             due, connection, message = item
             self._over.wait(_left(due))
             with suppress(OSError):
-                connection.send(message)
+                connection.send(*message)
 
 
 def _fault(names: set[Address | None]) -> faults | None:
@@ -2753,9 +2757,9 @@ def _sending(message: Any, thread: Handle, kind: str = "send") -> Iterator[None]
         raise
 
 
-def _stamped(message: Message, cause: Stamp | None = None) -> Message:
+def _stamped(head: Head, cause: Stamp | None = None) -> Head:
     cause = cause or _here.cause
-    return (STAMP, cause, *message) if cause else message
+    return (STAMP, cause, *head) if cause else head
 
 
 class _Traced(list[Any]):

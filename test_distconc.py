@@ -1593,6 +1593,11 @@ class Cut(Exception):
     """The node ended the connection."""
 
 
+def body_of(messages):
+    """The body of a frame; a message is a tuple of its head and its payload."""
+    return pickle.dumps(([m[:-1] for m in messages], [m[-1] for m in messages]))
+
+
 class RawPeer:
     """One end of a connection, of nothing but the standard library; each step can go wrong.
 
@@ -1649,7 +1654,7 @@ class RawPeer:
         self.out_key, self.in_key = (
             hmac.new(self.key, role.encode() + context, "sha256").digest()
             for role in (self.fields[1], self.peer[1]))
-        self.out_count = self.in_count = 0
+        self.out_all = self.in_all = b""  # what the MACs are of
         self.sock = socket.socket(fileno=os.dup(self.conn.fileno()))
         self.sock.settimeout(T)
         return self
@@ -1658,22 +1663,28 @@ class RawPeer:
         for mine in (True, False) if self.role == "dialler" else (False, True):
             if mine:
                 stamp = next(self.stamps)
-                self.write([(stamp, stamp)])
+                self.write([(stamp, stamp, b"")])
             else:
-                [pair] = self.read_frame()
-                if not all(type(number) is int for number in pair) or len(pair) != 2:
+                [(*pair, payload)] = self.read_frame()
+                if list(map(type, pair)) != [int, int] or payload:
                     raise AssertionError(f"no introduction: {pair}")
         return self
 
     def frame(self, body, tail=b""):
         lengths = struct.pack(">II", len(body), len(tail))
-        count = self.out_count.to_bytes(8, "big")
-        mac = hashlib.sha256(self.out_key + count + lengths + body + tail).digest()[:16]
-        self.out_count += 1
-        return lengths + mac + body + tail
+        self.out_all += self.sealed(lengths, body, tail)
+        return lengths + self.mac(self.out_key, self.out_all) + body + tail
+
+    def sealed(self, lengths, body, tail):
+        """What a MAC counts of a frame."""
+        return lengths + (body if len(body) <= 2048 else hashlib.sha256(body).digest()) + (
+            hashlib.sha256(tail).digest() if tail else b"")
+
+    def mac(self, key, data):
+        return hashlib.blake2b(data, key=key, digest_size=16).digest()
 
     def write(self, messages, tail=b""):
-        self.pour(self.frame(pickle.dumps(messages), tail))
+        self.pour(self.frame(body_of(messages), tail))
 
     def pour(self, data):
         try:
@@ -1697,11 +1708,11 @@ class RawPeer:
         head = self.take(HEAD.size)
         size, tail_size, mac = HEAD.unpack(head)
         body, tail = self.take(size), self.take(tail_size)
-        count = self.in_count.to_bytes(8, "big")
-        if mac != hashlib.sha256(self.in_key + count + head[:8] + body + tail).digest()[:16]:
+        self.in_all += self.sealed(head[:8], body, tail)
+        if mac != self.mac(self.in_key, self.in_all):
             raise AssertionError("the node's MAC is wrong")
-        self.in_count += 1
-        return [(*m[:-1], tail) if m and m[-1] is None else m for m in pickle.loads(body)]
+        return [(*head, tail if payload is None else payload)
+                for head, payload in zip(*pickle.loads(body), strict=True)]
 
     def read(self):
         """Return the next message; ticks are none."""
@@ -1821,11 +1832,11 @@ class TheWire(Net):
     def test_nobody_hears_of_what_was_forgotten(self):
         peer, thread = self.dial(), self.here(hold, name="held")
         peer.ask(None, "held", "m1", caller=0)
-        peer.write([(FORGET, "m1")])
+        peer.write([(FORGET, "m1", b"")])
         self.assertEqual(peer.call(1, "echo"), 1)
         thread.send("end")
         self.assertTrue(thread.join(T))
-        peer.write([(FORGET, "m1"), (FORGET, "never was")])  # late, and of nothing
+        peer.write([(FORGET, "m1", b""), (FORGET, "never was", b"")])  # late, and of nothing
         self.assertEqual(peer.call(2, "echo"), 2)  # and not a FAILED before it
 
     def test_a_stamp_says_in_which_event_a_message_was_sent(self):
@@ -1862,7 +1873,7 @@ class TheWire(Net):
     def test_unknown_names_and_stale_incarnations_are_told(self):
         peer = self.dial()
         peer.write([(SEND, (0, "kepd"), pickle.dumps(1))] * 3)
-        kind, name, why, times = peer.read()
+        kind, name, why, times, _ = peer.read()
         self.assertEqual((kind, name, times), (LOST, "kepd", 3))
         self.assertIn("'kept'", why)
         for target in (0, "kepd"), (0, 1 << 40), (12345, self.kept.id), (12345, "kept"):
@@ -1875,7 +1886,7 @@ class TheWire(Net):
         peer = self.dial()
         payload = pickle.dumps(Point()).replace(b"Point", b"Pxint")
         peer.write([(SEND, (0, "kept"), payload)])
-        kind, name, why, times = peer.read()
+        kind, name, why, times, _ = peer.read()
         self.assertEqual((kind, name, times), (LOST, "kept", 1))
         peer.write([(ASK, (0, "echo"), 1, "t", payload)])
         kind, tag, name, text, error, *_ = peer.read()
@@ -1978,7 +1989,7 @@ class TheWire(Net):
         watch = monitor(target)
         tag = peer.read()[3]
         demonitor(watch)
-        self.assertEqual(peer.read(), (FORGET, tag))
+        self.assertEqual(peer.read(), (FORGET, tag, b""))
         peer.write([(FAILED, tag, "ThreadDied", "returned", "", "", b"")])
         peer.send("after", current_thread().id)
         self.assertEqual(receive(T), "after")
@@ -2016,7 +2027,7 @@ class TheWire(Net):
             peer.challenge()
             peer.fields = fields or peer.fields
             peer.greet(alter)
-            peer.write([(1, 1)])
+            peer.write([(1, 1, b"")])
             peer.write(self.bomb(mark))
             self.assertTrue(peer.is_cut())
         self.assertFalse(os.path.exists(mark))
@@ -2067,7 +2078,7 @@ class TheWire(Net):
                 [bomb], tail = self.bomb(mark), b""
                 if tailed:
                     bomb, tail = (*bomb[:-1], None), bomb[-1]
-                frame = bytearray(peer.frame(pickle.dumps([(1, 1)] if first else [bomb]),
+                frame = bytearray(peer.frame(body_of([(1, 1, b"")] if first else [bomb]),
                                              b"" if first else tail))
                 bit = int(where * len(frame) * 8)
                 frame[bit // 8] ^= 1 << bit % 8
@@ -2082,17 +2093,17 @@ class TheWire(Net):
         for name in "repeat", "skip", "swap", "reflect", "other connection":
             with self.subTest(name):
                 peer = self.dial()
-                one, two = (peer.frame(pickle.dumps(self.bomb(mark))) for _ in range(2))
+                before = peer.out_all
+                one, two = (peer.frame(body_of(self.bomb(mark))) for _ in range(2))
                 if name == "repeat":
-                    one = peer.frame(pickle.dumps([]))  # number 2
-                    peer.out_count = 1
-                    first = peer.frame(pickle.dumps([]))
-                    steps = [first, first]
+                    peer.out_all = before
+                    tick = peer.frame(body_of([]))
+                    steps = [tick, tick]
                 elif name == "reflect":
-                    peer.out_key, peer.in_key, peer.out_count = peer.in_key, peer.out_key, 1
-                    steps = [peer.frame(pickle.dumps(self.bomb(mark)))]
+                    peer.out_key, peer.in_key, peer.out_all = peer.in_key, peer.out_key, peer.in_all
+                    steps = [peer.frame(body_of(self.bomb(mark)))]
                 elif name == "other connection":
-                    steps = [self.dial().frame(pickle.dumps(self.bomb(mark)))]
+                    steps = [self.dial().frame(body_of(self.bomb(mark)))]
                 else:
                     steps = [two] if name == "skip" else [two, one]
                 self.assert_shut(peer, mark, *(lambda s=s: peer.pour(s) for s in steps))
@@ -2128,11 +2139,13 @@ class TheWire(Net):
                 self.assertTrue(peer.is_cut())
 
     def test_a_sealed_frame_of_nonsense_ends_that_connection_only(self):
-        bodies = [b"", b"junk", pickle.dumps(None), pickle.dumps([()]), pickle.dumps([None]),
-                  pickle.dumps([(99, 1)]), pickle.dumps([(SEND,)]), pickle.dumps({1: 2}),
-                  pickle.dumps([("SEND", (0, "kept"), b"")]), pickle.dumps([(SEND, 7, b"x")]),
-                  pickle.dumps([[]]), pickle.dumps(Does(exit_now)),
-                  pickle.dumps([(REPLY, "t", b"", b"")]), pickle.dumps(Does(raise_mute))]
+        heads = ((), (99, 1), (SEND,), ("SEND", (0, "kept")), (SEND, 7), [], None,
+                 (REPLY, "t", b""), (SEND, (0, "kept"), 1), (SEND, ()))
+        bodies = [b"", b"junk", pickle.dumps(None), pickle.dumps([()]), pickle.dumps({1: 2}),
+                  pickle.dumps(([(SEND, (0, "kept"))], None)), pickle.dumps((1, 2)),
+                  pickle.dumps((None, [b""])), pickle.dumps(([(SEND, (0, "kept"))], 5)),
+                  pickle.dumps(Does(exit_now)), pickle.dumps(Does(raise_mute)),
+                  *(pickle.dumps(([head], [b""])) for head in heads)]
         honest = self.dial()
         for body in bodies:
             with self.subTest(body):
@@ -3556,9 +3569,9 @@ os.waitpid(pid, 0)
             peer.read()
             connection, = self.node._open
             handle._route = connection  # as a handle keeps it that was used
-            peer.pour(peer.frame(pickle.dumps([(SEND, (0, "x"), None)]), bytes(20 << 20))[:1 << 20])
+            peer.pour(peer.frame(body_of([(SEND, (0, "x"), None)]), bytes(20 << 20))[:1 << 20])
         start = monotonic()
-        while len(connection._buffer):
+        while isinstance(connection._file, io.BufferedReader):
             self.assertLess(monotonic() - start, T)
 
     def test_a_forks_child_that_leaves_the_parents_block_stops_nothing(self):
@@ -3900,7 +3913,7 @@ class Strangers(OneChild):
 
     def test_who_resets_in_the_middle_of_the_handshake_leaves_nothing(self):
         steps = [lambda peer: peer.conn.recv_bytes(256), RawPeer.challenge, RawPeer.greet,
-                 lambda peer: peer.write([(1, 1)]), RawPeer.read_frame]
+                 lambda peer: peer.write([(1, 1, b"")]), RawPeer.read_frame]
         for upto in [*range(len(steps) + 1)] * 10:
             with RawPeer.knock(self.other) as peer:
                 for step in steps[min(upto, 1):upto]:
