@@ -262,13 +262,13 @@ class Mailbox:
         """
         self._add([message])
 
-    def _add(self, cell: list[Any]) -> None:
+    def _add(self, *cells: list[Any]) -> None:
         try:
-            self._cells.append(cell)
+            self._cells.extend(cells)
         finally:  # Ctrl-C may come between the two
             if self._waiters:
                 for bell, news in self._waiters.copy().items():
-                    news.append(cell)
+                    news.extend(cells)
                     _ring(bell)
 
     def get(self, timeout: float | None = None) -> Any:
@@ -522,6 +522,13 @@ class Thread(_Handle):
             self._send(message)
         else:
             self._mailbox._add([message])
+
+    def _send_all(self, messages: list[Any]) -> None:
+        if _trace or self._ended or Reply in map(type, messages):
+            for message in messages:
+                self.send(message)
+        else:
+            self._mailbox._add(*[[message] for message in messages])
 
     def _send(self, message: Any) -> None:
         """Send in the ways less trodden: traced, to the dead, a reply."""
@@ -1603,16 +1610,22 @@ class _Connection:
 
     def _on_sends(self, head: Head, payloads: Sequence[bytes]) -> None:
         _, target = head
-        node, thread = self._node, None
+        messages: list[Any] = []
         for payload in payloads:
             try:
-                message = node._load(payload)  # which may take long
-                if thread is None or thread._ended:
-                    thread = node._threads.get(target) or node._find(target)
-            except BaseException as error:  # loading may raise anything, SystemExit too
-                self._losses[target[1], str(self._refusal(error)), _here.cause] += 1
-            else:
-                thread.send(message)
+                messages.append(self._node._load(payload))  # which may take long
+            except BaseException as error:  # and raise anything, SystemExit too
+                self._lost(target, error)
+        try:
+            thread = self._node._threads.get(target) or self._node._find(target)
+        except NoSuchThread as error:
+            for _ in messages:
+                self._lost(target, error)
+        else:
+            thread._send_all(messages)
+
+    def _lost(self, target: Target, error: BaseException) -> None:
+        self._losses[target[1], str(self._refusal(error)), _here.cause] += 1
 
     def _on_ask(self, head: Head, payload: bytes) -> None:
         _, target, caller, tag = head
