@@ -1355,8 +1355,8 @@ class _Seal:
 
 ######## Connection: one sealed connection, its outbox, its reader and its writer
 
-MANY = 200  # messages in a frame
-FULL = 1000  # messages in an outbox: who sends more waits for the network
+MANY = 400  # messages in a frame
+FULL = 2000  # messages in an outbox: who sends more waits for the network
 BURST = 50e-6  # seconds: what is sent so soon after a write is one of many
 
 
