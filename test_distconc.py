@@ -1839,6 +1839,23 @@ class TheWire(Net):
         peer.write([(FORGET, "m1", b""), (FORGET, "never was", b"")])  # late, and of nothing
         self.assertEqual(peer.call(2, "echo"), 2)  # and not a FAILED before it
 
+    def test_what_cannot_be_read_or_is_a_reply_does_not_hold_up_those_around_it(self):
+        peer = self.dial()
+        unreadable = pickle.dumps(Point()).replace(b"Point", b"Pxint")
+        reply = pickle.dumps(Reply("forged", "0" * 16))
+        payloads = [pickle.dumps(1), unreadable, pickle.dumps(2), reply, pickle.dumps(3)]
+        peer.write([(SEND, (0, "kept"), payload) for payload in payloads])
+        self.assertEqual(peer.read()[:2], (LOST, "kept"))
+        self.assertEqual(peer.call(1, "echo"), 1)
+        self.assertEqual(self.got(self.kept), [1, 2, 3])
+
+    def test_frames_of_many_targets_keep_the_order_for_each(self):
+        peer, other = self.dial(), self.here(collect, name="other")
+        targets = [(0, "kept"), (0, "other"), (0, self.kept.id), (0, other.id)]
+        peer.write([(SEND, targets[n % 4], pickle.dumps(n)) for n in range(400)])
+        for first, target in enumerate([self.kept, other]):
+            self.assertEqual(self.got(target, 200), list(range(first, 400, 2)))
+
     def test_a_stamp_says_in_which_event_a_message_was_sent(self):
         traces = os.path.join(self.dir, "traces")
         trace(traces)
