@@ -821,8 +821,9 @@ def receive(timeout: float | None = None, default: Any = _NOTHING) -> Any:
     message = (_here.thread or current_thread())._mailbox._get(timeout)
     if message is _NOTHING:
         return _instead(default, "receive", timeout)
-    if message.__class__ is LinkedError:
-        raise message
+    match message:
+        case LinkedError():
+            raise message
     return message  # with no call since it was taken, hence no place for Ctrl-C to strike
 
 
@@ -841,8 +842,9 @@ def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _NO
     message = (_here.thread or current_thread())._mailbox._get_if(accepts, timeout)
     if message is _NOTHING:
         return _instead(default, "receive_if", timeout)
-    if message.__class__ is LinkedError:
-        raise message
+    match message:
+        case LinkedError():
+            raise message
     return message
 
 
@@ -1347,7 +1349,8 @@ class _Seal:
 
     def mac(self, sizes: bytes, body: bytes, tail: bytes) -> bytes:
         """Return the MAC of the next frame."""
-        self._all.update(sizes + (body if len(body) <= LARGE else hashlib.sha256(body).digest()))
+        short = body if len(body) <= LARGE else hashlib.sha256(body).digest()
+        self._all.update(sizes + short)
         if tail:
             self._all.update(hashlib.sha256(tail).digest())
         return self._all.digest()
@@ -1413,8 +1416,8 @@ class _Connection:
         self.sent = self.received = 0  # messages; the first guarded by _writing
         self._callers: dict[int, RemoteThread] = {}  # threads over there that call, by id
         self._losses: Counter[tuple[Any, ...]] = Counter()  # of the frame being read
-        self._on = (self._on_send, self._on_ask, self._on_reply, self._on_failed, self._on_forget,
-                    self._on_lost, self._on_stamp)
+        self._on = (self._on_send, self._on_ask, self._on_reply, self._on_failed,
+                    self._on_forget, self._on_lost, self._on_stamp)
 
     def start(self) -> None:
         self.started, self.due, self.sent = True, 0.0, 0  # what introduced it is no message
