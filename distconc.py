@@ -315,35 +315,44 @@ class Mailbox:
         deadline = None if timeout is None else _deadline(timeout)
         bell = _bell()
         news: list[list[Any]] = []
-        seen: set[int] | None = None
         self._waiters[bell] = news  # before looking: nothing may slip in unseen
         try:
-            if self._cells:
-                try:
-                    self._cells.remove(_TAKEN)  # each call leaves one at most, and sweeps one
-                except ValueError:
-                    pass
-            here = cells = list(self._cells)
-            while True:
-                for cell in cells:
-                    for message in cell:  # none, if it was taken
-                        if accepts is None or accepts(message):
-                            try:
-                                message = cell[0]
-                                del cell[0]
-                                return message
-                            except IndexError:
-                                pass  # another thread took it first
-                left = -1 if deadline is None else _left(deadline)
-                if not left or not bell.acquire(True, left):
-                    return _NOTHING
-                cells = news[:]
-                del news[:len(cells)]
-                if here:  # a put that was under way may be both there and here
-                    seen = seen or set(map(id, here))
-                    cells = [cell for cell in cells if id(cell) not in seen]
+            return self._search(accepts, deadline, bell, news)
         finally:
             del self._waiters[bell]
+
+    def _search(self, accepts: Callable[[Any], Any] | None, deadline: float | None,
+                bell: threading.Lock, news: list[list[Any]]) -> Any:
+        """Look through what is here, then through what is new each time that the bell rings.
+
+        A function of its own, as what guards a loop must stand outside of it: from Python 3.12
+        on, Ctrl-C can strike as a loop goes round, and the `try` around it does not see that.
+        """
+        if self._cells:
+            try:
+                self._cells.remove(_TAKEN)  # each call leaves one at most, and sweeps one
+            except ValueError:
+                pass
+        here = cells = list(self._cells)
+        seen: set[int] | None = None
+        while True:
+            for cell in cells:
+                for message in cell:  # none, if it was taken
+                    if accepts is None or accepts(message):
+                        try:
+                            message = cell[0]
+                            del cell[0]
+                            return message
+                        except IndexError:
+                            pass  # another thread took it first
+            left = -1 if deadline is None else _left(deadline)
+            if not left or not bell.acquire(True, left):
+                return _NOTHING
+            cells = news[:]
+            del news[:len(cells)]
+            if here:  # a put that was under way may be both there and here
+                seen = seen or set(map(id, here))
+                cells = [cell for cell in cells if id(cell) not in seen]
 
     def get_all(self, timeout: float | None = None) -> list[Any]:
         """Wait for a message, then remove and return all there are, oldest first.
@@ -352,13 +361,16 @@ class Mailbox:
         """
         taken = [self.get(timeout)]
         try:
-            for _ in range(len(self._cells)):  # no more: others may put faster than we take
-                if (message := self._get(0)) is not _NOTHING:
-                    taken.append(message)
+            self._take_rest(taken)
         except BaseException:  # Ctrl-C
             self._cells.extendleft([message] for message in reversed(taken))
             raise
         return taken
+
+    def _take_rest(self, taken: list[Any]) -> None:
+        for _ in range(len(self._cells)):  # no more: others may put faster than we take
+            if (message := self._get(0)) is not _NOTHING:
+                taken.append(message)
 
     def empty(self) -> bool:
         """Whether no message is here now.  Never blocks; it may change at once."""
@@ -1156,7 +1168,7 @@ class RemoteThread(_Handle):
                 incarnation = node.incarnation  # type: ignore[union-attr]
         else:
             self._node = None if node is None else _checked(node)
-        self._id = id
+        self._id = id = str.__str__(id) if isinstance(id, str) else int(id)  # no subclass's
         self._key = (incarnation or self._node, id)
         self._target = incarnation, id  # what its node knows it by; 0: in whatever run
         self._head = SEND, self._target
@@ -1261,6 +1273,7 @@ def register_remote_thread(thread: Thread, name: str | None = None) -> None:
     name = thread.name if name is None and isinstance(thread, Thread) else name
     if not isinstance(thread, Thread) or not isinstance(name, str):
         raise TypeError(f"only a thread of this node can get a name: not {thread!r} {name!r}")
+    name = str.__str__(name)  # an Enum's hash is another
     with _registry:
         if thread._ended:
             raise NoSuchThread(f"{thread!r} cannot be registered any more")
@@ -1318,6 +1331,7 @@ SEND, ASK, REPLY, FAILED, FORGET, LOST, STAMP = range(7)  # the kinds of message
 KERNEL = 0  # the id of the thread that does what one node asks of another
 SIZES = struct.Struct(">II")  # what a frame begins with: the lengths of body and tail
 MAC = 16  # bytes, which follow
+MOST = 1 << 24  # bytes of a body
 ROOM = 1 << 16  # bytes read at once
 LARGE = 2048  # bytes: to copy more into a frame with others costs more than a frame of its own
 VERSION = b"distconc 1"
@@ -1409,7 +1423,7 @@ class _Connection:
         self._seal, self._check = seals
         self._outbox: list[tuple[Head, bytes]] = []
         self._shut = False  # the end has been said; guarded by _writing
-        self._bell = _bell()  # wakes the writer
+        self._bell, self._written = _bell(), _bell()  # wakes the writer; rung at its end, for all
         self._wrote = 0.0  # when a frame was written; 0 after a read: an answer may be due
         self._idle = True  # nothing was written since the last beat
         self._silent = -1  # beats since something was read; below 0 while the reader is busy
@@ -1421,7 +1435,7 @@ class _Connection:
 
     def start(self) -> None:
         self.started, self.due, self.sent = True, 0.0, 0  # what introduced it is no message
-        self._writer = _thread("writer", self._write_on)
+        _thread("writer", self._write_on)
         _thread("reader", self._read_on)
 
     def send(self, head: Head, payload: bytes) -> bool:
@@ -1454,7 +1468,7 @@ class _Connection:
         with self._writing:
             if self._inside:
                 return True  # this is a signal's handler, for whose end the writer waits
-        self._writer.join()
+        _hear(self._written, -1)
         with suppress(ValueError):
             self._outbox.remove(message)
             return False
@@ -1471,10 +1485,13 @@ class _Connection:
             if not self._inside:
                 self._inside = True
                 try:
-                    while (self._outbox or self._idle) and not self._shut:
-                        self._write_waiting()
+                    self._write_all()
                 finally:
                     self._inside = False
+
+    def _write_all(self) -> None:
+        while (self._outbox or self._idle) and not self._shut:
+            self._write_waiting()
 
     def _write_waiting(self) -> None:
         """Write one frame of what is in the outbox, be that nothing; `_writing` is held."""
@@ -1496,6 +1513,9 @@ class _Connection:
         nothing can follow it; but all before it shall still arrive.
         """
         body = pickle.dumps((heads, payloads), 5)
+        if len(body) > MOST and waiting > 1:
+            waiting //= 2
+            return self._write(heads[:waiting], payloads[:waiting], waiting)
         try:
             del self._outbox[:waiting]
             if not (_faults and _cut_off(self.names)):
@@ -1517,17 +1537,21 @@ class _Connection:
             raise
 
     def _write_on(self) -> None:
-        with suppress(OSError):
+        try:
             while not self.ending:
                 self._bell.acquire()
                 self.write()
             self.write()
-        with self._writing:
-            self._say_end()
+        except OSError:
+            pass  # the reader will notice, too
+        finally:
+            with self._writing:
+                self._say_end()
+            self._written.release()
 
     def _say_end(self) -> None:
         """Nothing follows what was written; the peer reads that, and then ends it, too."""
-        self._shut = True
+        self._shut = self.ending = True
         with suppress(OSError):  # the peer was first
             self._sock.shutdown(socket.SHUT_WR)
         self.close()
@@ -1564,7 +1588,7 @@ class _Connection:
             _log("INFO", "the connection to %s ended: %s", _text(self.address), _words(error))
         finally:
             self._silent = 0  # from now on, beats count how long the writer takes
-            self._writer.join()
+            _hear(self._written, -1)
             self._node._forget(self)
             self.release()
 
@@ -1583,7 +1607,7 @@ class _Connection:
         if len(mac) < MAC:
             raise EOFError
         body_size, tail_size = SIZES.unpack(sizes)
-        if body_size > 1 << 24 or tail_size > self._limit:
+        if body_size > MOST or tail_size > self._limit:
             raise OSError(f"a frame of {body_size} + {tail_size} bytes is too large")
         body, tail = read(body_size), read(tail_size)
         if len(body) + len(tail) < body_size + tail_size:
@@ -1591,6 +1615,8 @@ class _Connection:
         if not hmac.compare_digest(mac, self._check.mac(sizes, body, tail)):
             raise OSError("a frame was altered, repeated, lost or moved on its way")
         heads, payloads = self._node._load(body)
+        if len(heads) != len(payloads):
+            raise ValueError(f"{len(heads)} heads have {len(payloads)} payloads")
         return heads, (*payloads[:-1], tail) if tail else payloads
 
     def _take(self, heads: Sequence[Head], payloads: Sequence[bytes]) -> None:
@@ -1605,7 +1631,7 @@ class _Connection:
             (name_or_id, why, cause), times = self._losses.popitem()
             self.post(_stamped((LOST, name_or_id, why, times), cause))
         self.received += len(heads)
-        if len(self._outbox) > 16 * FULL:
+        if len(self._outbox) > 32 * FULL:
             raise OSError("the peer goes on asking and does not read the answers")
 
     def _on_send(self, head: Head, payload: bytes) -> None:
@@ -1916,11 +1942,9 @@ class Node:
         """Return the connection to speak on; dial if there is none, once for all who wait."""
         deadline = monotonic() + self._connect_timeout
         with self._lock:
-            while connection := self._speaking.get(incarnation) or self._speaking.get(address):
-                if not connection.ending:
-                    return connection
-                if not self._changed.wait(_left(deadline)):
-                    raise NodeUnreachable(f"the last connection to {_text(address)} still ends")
+            connection = self._speaking_to(address, incarnation, deadline)
+            if connection:
+                return connection
             if _cut_off({address}):
                 raise NodeUnreachable(f"faults(drop=1) cuts {_text(address)} off")
             if self._stopped:
@@ -1940,6 +1964,16 @@ class Node:
         if dial.error:
             raise dial.error
         return self._speaking.get(dial.connection.peer, dial.connection)  # the peer's was first
+
+    def _speaking_to(self, address: Address | None, incarnation: int,
+                     deadline: float) -> _Connection | None:
+        """Return the connection there is; `_lock` is held, but while one is ending."""
+        while connection := self._speaking.get(incarnation) or self._speaking.get(address):
+            if not connection.ending:
+                return connection
+            if not self._changed.wait(_left(deadline)):
+                raise NodeUnreachable(f"the last connection to {_text(address)} still ends")
+        return None
 
     def _dial(self, address: Address, key: bytes, dial: _Dial) -> None:
         name = _text(address)
@@ -2110,26 +2144,29 @@ class Node:
 
         One that never started takes no other with it, but may be the last to go.
         """
-        peer = connection.peer
         with self._lock:
-            if connection not in self._open:
-                return
-            self._open.remove(connection)
-            self._counts.update(sent=connection.sent, received=connection.received)
-            rest = [other for other in self._open if other.peer == peer]
-            for other in rest if connection.started else ():
-                other.cut()
-            for key in [key for key, value in self._speaking.items() if value is connection]:
-                if rest:
-                    self._speaking[key] = rest[0]  # who sends waits until that has ended, too
-                else:
-                    del self._speaking[key]
-            self._changed.notify_all()
-            awaited = [each for each in list(_awaited.values()) if each.peer == peer]
-            owed = [tag for tag, debt in list(_debts.items()) if debt[1] == peer]
-        if not rest:
+            lost = connection in self._open and self._remove(connection)
+        if lost:
             name = _text(connection.address) or "a node that does not listen"
-            _contact_lost(name, awaited, owed)
+            _contact_lost(name, *lost)
+
+    def _remove(self, connection: _Connection) -> "tuple[list[_Await], list[str]] | None":
+        """Take it from the tables; return what awaits its peer, and what is owed to that."""
+        peer = connection.peer
+        self._open.remove(connection)
+        self._counts.update(sent=connection.sent, received=connection.received)
+        rest = [other for other in self._open if other.peer == peer]
+        for other in rest if connection.started else ():
+            other.cut()
+        for key in [key for key, value in self._speaking.items() if value is connection]:
+            if rest:
+                self._speaking[key] = rest[0]  # who sends waits until that has ended, too
+            else:
+                del self._speaking[key]
+        self._changed.notify_all()
+        return None if rest else (
+            [each for each in list(_awaited.values()) if each.peer == peer],
+            [tag for tag, debt in list(_debts.items()) if debt[1] == peer])
 
 
 def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = None,
@@ -2205,10 +2242,8 @@ def nodes() -> list[Address]:
 
     Erlang: nodes(), without the hidden ones.
     """
-    node = local_node()
-    with node._lock:
-        found = {c.address for c in node._speaking.values() if c.address and not c.ending}
-    return sorted(found, key=_text)
+    speaking = list(local_node()._speaking.values())
+    return sorted({c.address for c in speaking if c.address and not c.ending}, key=_text)
 
 
 def connect(node: NodeLike) -> None:
@@ -2521,7 +2556,7 @@ def _tell_node(peer: int, tag: str, error: DistconcError) -> bool:
             payload = serialize(error.reason)
         if connection is None or len(payload) > min(connection.limit, 1 << 16):
             payload = b""
-    head = FAILED, tag, type(error).__name__, str(error), kind, trace
+    head = FAILED, tag, type(error).__name__, str(error)[:1 << 16], kind, trace
     return local_node()._post(peer, head, payload)
 
 

@@ -7,6 +7,8 @@ import contextlib
 import copy
 import ctypes
 import difflib
+import dis
+import enum
 import faulthandler
 import fractions
 import functools
@@ -2161,6 +2163,8 @@ class TheWire(Net):
         bodies = [b"", b"junk", pickle.dumps(None), pickle.dumps([()]), pickle.dumps({1: 2}),
                   pickle.dumps(([(SEND, (0, "kept"))], None)), pickle.dumps((1, 2)),
                   pickle.dumps((None, [b""])), pickle.dumps(([(SEND, (0, "kept"))], 5)),
+                  pickle.dumps(([(SEND, (0, "kept"))], [])), pickle.dumps(([], [b""])),
+                  pickle.dumps(([(SEND, (0, "kept"))], range(1 << 40))),
                   pickle.dumps(Does(exit_now)), pickle.dumps(Does(raise_mute)),
                   *(pickle.dumps(([head], [b""])) for head in heads)]
         honest = self.dial()
@@ -3578,6 +3582,60 @@ os.waitpid(pid, 0)
             connection._inside = False
         self.assertEqual(self.got(target) == sent, True)
         self.assertEqual(self.node._open, {connection})
+
+    @unittest.skipIf(sys.version_info < (3, 12), "a loop is guarded by the try around it")
+    def test_no_loop_goes_round_where_ctrl_c_would_pass_by_what_guards_it(self):
+        ours = {"Node._introduce", "Node._ward", "_Connection._write_on", "_report_on",
+                "_Connection._on_sends"}  # run by threads of the module's own, so by no handler
+        plain = {"_read_traces"}  # has nothing to give back
+        with open(MODULE) as file:
+            source = file.read()
+        guarded = [range(node.body[0].lineno, node.body[-1].end_lineno + 1)
+                   for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Try, ast.With))]
+        codes = [compile(source, MODULE, "exec")]
+        for code in codes:
+            codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+            bytecode = dis.Bytecode(code)
+            covered = [range(e.start, e.end) for e in bytecode.exception_entries]
+            for step in bytecode:
+                line = step.positions.lineno
+                inside = any(line in lines and lines[0] > code.co_firstlineno
+                             for lines in guarded)
+                if (step.opname == "JUMP_BACKWARD" and inside
+                        and not any(step.offset in offsets for offsets in covered)):
+                    self.assertIn(code.co_qualname, ours | plain, f"line {line}")
+
+    def test_messages_that_are_long_of_themselves_go_in_as_many_frames_as_they_need(self):
+        target = self.collector(self.child())
+        connect(target.node)
+        connection, = self.node._open
+        with connection._writing:
+            connection._inside = True  # so that all wait together
+            for number in range(300):
+                connection.post((FAILED, f"tag {number}", "ThreadDied", "x" * 100_000, "", ""))
+            send("after them", target)
+            connection._inside = False
+        self.assertEqual(self.got(target), ["after them"])
+        self.assertEqual(self.node._open, {connection})
+
+    def test_a_second_ctrl_c_while_a_connection_ends_lets_none_accept_what_nobody_writes(self):
+        target = self.collector(self.child())
+        connect(target.node)
+        connection, = self.node._open
+        with mock.patch.object(connection, "_sock", mock.Mock(wraps=connection._sock)) as sock:
+            sock.sendall.side_effect = sock.shutdown.side_effect = KeyboardInterrupt
+            self.assertRaises(KeyboardInterrupt, connection.send, target._head, b"no pickle")
+        self.assertTrue(connection.ending)
+        send("over the next", target)
+        self.assertEqual(self.got(target), ["over the next"])
+
+    def test_a_name_of_a_kind_of_its_own_is_sent_as_what_it_says(self):
+        child, names = self.child(), enum.Enum("names", {"KEPT": "kept"}, type=str)
+        spawn(collect, node=child, name="kept", register=True)
+        send("hello", RemoteThread(child, names.KEPT))
+        self.assertEqual(self.got(RemoteThread(child, "kept")), ["hello"])
+        register_remote_thread(current_thread(), names.KEPT)
+        self.assertIs(get_remote_thread("kept"), current_thread())
 
     def test_what_a_lost_node_was_sending_takes_no_memory_any_more(self):
         handle = RemoteThread(self.node, "nobody")
