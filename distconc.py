@@ -286,9 +286,10 @@ class Mailbox:
         cells = self._cells
         while cells:
             try:
-                if not cells[0]:
-                    cells.remove(_TAKEN)
                 cell = cells[0]
+                if not cell:
+                    cells.remove(_TAKEN)
+                    cell = cells[0]
                 message = cell[0]
                 del cell[0]
                 return message
@@ -1443,8 +1444,6 @@ class _Connection:
 
         False if the connection ended before it took it; raises NodeDown if meanwhile.
         """
-        if self.ending:
-            return False
         large = len(payload) > LARGE
         if not (large or self._outbox or self._inside) and monotonic() - self._wrote > BURST:
             with self._writing:
@@ -1459,15 +1458,15 @@ class _Connection:
         self._outbox.append(message)
         if large or len(self._outbox) > FULL:
             self.write()
-        if self._outbox and self._bell.locked():
+        if self._bell.locked() and self._outbox:
             _ring(self._bell)
         return not self.ending or self._has_taken(message)
 
     def _has_taken(self, message: tuple[Head, bytes]) -> bool:
         """Whether the last round of the writer, which is near, takes this, too."""
         with self._writing:
-            if self._inside:
-                return True  # this is a signal's handler, for whose end the writer waits
+            if self._inside:  # this is a signal's handler, for whose end the writer waits
+                return not self._shut
         _hear(self._written, -1)
         with suppress(ValueError):
             self._outbox.remove(message)
@@ -1640,9 +1639,10 @@ class _Connection:
     def _on_sends(self, head: Head, payloads: Sequence[bytes]) -> None:
         _, target = head
         messages: list[Any] = []
+        load = self._node._load
         for payload in payloads:
             try:
-                messages.append(self._node._load(payload))  # which may take long
+                messages.append(load(payload))  # which may take long
             except BaseException as error:  # and raise anything, SystemExit too
                 self._lost(target, error)
         try:
