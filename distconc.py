@@ -287,12 +287,11 @@ class Mailbox:
         while cells:
             try:
                 cell = cells[0]
-                if not cell:
-                    cells.remove(_TAKEN)
-                    cell = cells[0]
-                message = cell[0]
-                del cell[0]
-                return message
+                if cell:
+                    message = cell[0]
+                    del cell[0]
+                    return message
+                cells.remove(_TAKEN)
             except (IndexError, ValueError):
                 pass  # another thread took it first, or swept first
         return self._get_if(None, timeout)
