@@ -2893,11 +2893,11 @@ _MARKS = {  # event: its mark in text, what that is, what it tells, its mark in 
 }
 _Event = types.SimpleNamespace  # a line of a trace; _name_columns and _rows tell it more
 _Row = list[_Event]
-_Column = tuple[int, int, str, str]  # the node's place, thread's id; what both are called
+_Column = tuple[int, str, int, str]  # the place and name of the node, the thread's id and name
 
 
 def _read_traces(directory: "str | os.PathLike[str]") -> list[_Event]:
-    """Return all events, by their clocks."""
+    """Return all events, by their clocks, which say where they belong."""
     from pathlib import Path
 
     paths = sorted(path for path in Path(directory).glob("*.jsonl") if path.is_file())
@@ -2914,8 +2914,9 @@ def _read_traces(directory: "str | os.PathLike[str]") -> list[_Event]:
                 bad += 1
         if bad:
             _log("WARNING", "%s: %d of its lines are no events, and left out", path, bad)
-    _name_columns(sorted(found.values(), key=lambda event: event.time))
-    return sorted(found.values(), key=lambda event: (event.clock, event.time, event.key))
+    events = sorted(found.values(), key=lambda event: (event.clock, event.time, event.key))
+    _name_columns(events)
+    return events
 
 
 def _read_event(line: bytes) -> _Event:
@@ -2942,23 +2943,19 @@ def _plain(text: str) -> str:
         each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
-def _name_columns(by_age: list[_Event]) -> None:
-    """Give each event its column.  The last address of a node is the one to know it by."""
-    homes = {event.process: event.node for event in by_age if event.node}
-    names = {event.key[:2]: event.name for event in by_age}
-    places, owners = dict[str, int](), dict[str, dict[Any, int]]()
-    for event in by_age:
-        event.node = homes.get(event.process, f"process {event.process[:4]}")
-        node = _distinct(event.node, " run ", event.process, owners)
-        event.who = _distinct(f"{node}/{names[event.key[:2]]}", " ", event.key[:2], owners)
+def _name_columns(events: list[_Event]) -> None:
+    """Tell events their column.  The last address of a node is the one to know it by."""
+    homes = {event.process: event.node for event in events if event.node}
+    names = {event.key[:2]: event.name for event in events}
+    places, alike = dict[str, int](), dict[str, dict[Any, int]]()
+    for event in events:
         place = places.setdefault(event.process, len(places))
-        event.column = place, event.key[1], node, event.who[len(node) + 1:]
-
-
-def _distinct(name: str, what: str, owner: Any, owners: dict[str, dict[Any, int]]) -> str:
-    """Number those who share a name: a, b, a 2."""
-    number = owners.setdefault(name, {}).setdefault(owner, len(owners[name]) + 1)
-    return name if number == 1 else f"{name}{what}{number}"
+        event.node = homes.get(event.process, f"process {event.process[:4]}")
+        event.who = f"{event.node}/{names[event.key[:2]]}"
+        numbers = alike.setdefault(event.who.replace(" ", "_"), {})
+        number = numbers.setdefault(event.key[:2], len(numbers) + 1)
+        event.who += f"#{number}" if number > 1 else ""  # of a later run of the node, perhaps
+        event.column = place, event.node, event.key[1], event.who[len(event.node) + 1:]
 
 
 def _cut(text: str, most: int) -> str:
@@ -2992,7 +2989,7 @@ def _headings(shown: list[_Event], most: int) -> tuple[list[str], dict[_Column, 
     nodes = names = " " * 7
     at = dict[_Column, int]()
     columns = sorted({event.column for event in shown})
-    for node, threads in itertools.groupby(columns, lambda column: column[2]):
+    for (_, node), threads in itertools.groupby(columns, lambda column: column[:2]):
         names = names.ljust(len(nodes))  # right of the heading before
         nodes = nodes.ljust(len(names)) + _cut(node, 22) + "  "
         for column in threads:
@@ -3123,11 +3120,11 @@ def _as_shiviz(shown: list[_Event], past: list[_Event]) -> str:
     import json
 
     known: dict[Stamp, Counter[str]] = {}  # by event; by thread, its latest
-    drawn, lines, owners = {event.key for event in shown}, "", dict[str, dict[Any, int]]()
+    drawn, lines = {event.key for event in shown}, ""
     for event in past:  # what is not drawn hands on what it knows, too
-        host = _distinct(event.who.replace(" ", "_"), "_", event.column, owners)
         clock = known.get(event.key[:2], Counter()) | known.get(event.cause, Counter())
         if event.key in drawn:
+            host = event.who.replace(" ", "_")
             clock[host] += 1
             lines += f"{host} {json.dumps(clock)}\n{event.words or event.event}\n"
         known[event.key] = known[event.key[:2]] = clock

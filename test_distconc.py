@@ -4994,13 +4994,14 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
         for line in """\
     3  ** .0.0.1:9001/MainThread -> .0.0.1:9000/MainThread <'26'>
     5  X  127.0.0.1:9000/worker                            E
-   12  +o 27.0.0.1:9001/worker 2 -> 127.0.0.1:9001/w 2     spawns w""".splitlines():
+   12  +o 27.0.0.1:9001/worker#2 -> 127.0.0.1:9001/w#2     spawns w""".splitlines():
             self.assertIn(line, events)
 
     def test_a_later_run_of_a_node_has_columns_of_its_own(self):
         self.ran([("restart", 1, 0), ("send", 1, 0), ("receive", 2, 0)])
         drawing = chart(self.dir)
-        self.assertRegex(drawing, " 127.0.0.1:9001 +127.0.0.1:9001 run 2 ")
+        self.assertRegex(drawing, " 127.0.0.1:9001 +127.0.0.1:9001 ")
+        self.assertRegex(drawing, " MainThread +MainThread#2 ")
         (left, _), (right, _), _ = next(self.arrows())
         self.assertLess(left, right)
 
@@ -5033,7 +5034,7 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
             execution.begin(execution.runs[0], name)
         execution.written()
         hosts = [host for host, _, _ in SHIVIZ.findall(chart(self.dir, "shiviz"))]
-        self.assertEqual(["127.0.0.1:9000/a_b", "127.0.0.1:9000/a_b_2"], hosts[2:])
+        self.assertEqual(["127.0.0.1:9000/a_b", "127.0.0.1:9000/a_b#2"], hosts[2:])
 
     def test_it_says_which_way_it_is_light_and_dark_and_needs_nothing_else(self):
         self.ran([])
