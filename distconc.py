@@ -2880,7 +2880,7 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
     return formats[format](shown, past)
 
 
-_MARKS = {  # event: its mark in text, what that is, what it tells, its mark in SVG
+_MARKS = {  # of an event: in text, what it means, what it tells, in SVG
     "start": ("o", "start", "", "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z"),
     "spawn": ("+", "spawn", "spawns {child}", "M-5 0H5M0-5V5"),
     "send": ("*", "message", "{message}", "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z"),
@@ -2890,6 +2890,8 @@ _MARKS = {  # event: its mark in text, what that is, what it tells, its mark in 
     "lost": ("x", "lost", "lost: {why}", "M-5-5 5 5M-5 5 5-5"),
     "down": ("!", "node lost", "{why}", "M3-9-5 1H0L-3 9 5-2H0z"),
     "timeout": ("?", "time-out", "{what} timed out", "M-5-7H5L-5 7H5z"),
+    "half": ("~", "message whose other end is not shown", "{message}",
+             "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z"),
 }
 _Event = types.SimpleNamespace  # a line of a trace; _name_columns and _rows tell it more
 _Row = list[_Event]
@@ -2966,21 +2968,22 @@ def _rows(shown: list[_Event]) -> list[_Row]:
     """An event is put into the row of its cause, if its thread does nothing in between.
 
     So rows are in an order that causes allow, and mostly a message takes one.  Tell events
-    their `origin`, and whether they are `lone`: a message of which only one end is shown.
+    their `mark`, and their `origin`: their cause, or, if that is not shown, themselves.
     """
-    rows, row_of, latest = list[_Row](), dict[Stamp, int](), dict[_Column, int]()
-    by_key = {event.key: event for event in shown}
+    rows, latest, before = list[_Row](), dict[_Column, int](), dict[Stamp, _Event]()
+    causes = {event.cause for event in shown}
     for event in shown:
-        event.origin, event.lone = by_key.get(event.cause), event.event in ("send", "receive")
-        if event.origin:
-            event.lone = event.origin.lone = False
-        at = row_of.pop(event.cause, -1)
-        if at > latest.get(event.column, -1):
-            rows[at].append(event)
-        else:
-            at = row_of[event.key] = len(rows)
-            rows.append([event])
-        latest[event.column] = at
+        event.row = -1  # in none yet
+        event.origin, event.mark = before.get(event.cause, event), event.event
+        if event.event in ("send", "receive") and event.origin is event:
+            event.mark = event.event if event.key in causes else "half"
+        event.row = event.origin.row
+        if event.row <= latest.get(event.column, -1) or len(rows[event.row]) > 1:
+            event.row = len(rows)
+            rows.append([])
+        rows[event.row].append(event)
+        latest[event.column] = event.row
+        before[event.key] = event
     return rows
 
 
@@ -2996,14 +2999,6 @@ def _headings(shown: list[_Event], most: int) -> tuple[list[str], dict[_Column, 
             at[column] = len(names)
             names += _cut(column[3], most).ljust(3) + "  "
     return ["", nodes.ljust(len(names)), names.ljust(len(nodes))], at
-
-
-def _arrow(event: _Event, at: dict[_Column, int]) -> tuple[int, int]:
-    """From where to where it goes; a short one if only one end of a message is shown."""
-    here = at[event.column]
-    if event.lone:
-        return (here, here + 3) if event.event == "send" else (here - 2, here)
-    return at[(event.origin or event).column], here
 
 
 def _told(row: _Row) -> str:
@@ -3022,8 +3017,8 @@ def _as_text(shown: list[_Event], _: Any) -> str:
         lines += heads if fits and number % 40 == 0 else []
         line = f"{row[0].clock:>5}".ljust(len(heads[1]))
         lines.append((_picture(line, row, at, alive) if fits else _naming(row)) + _told(row))
-    marks = dict.fromkeys(f"{mark} {what}" for mark, what, _, _ in _MARKS.values())
-    lines += ["", "  ".join(marks), "*-> not received here   >* from what is not seen here", ""]
+    *marks, half = dict.fromkeys(f"{mark} {what}" for mark, what, _, _ in _MARKS.values())
+    lines += ["", "  ".join(marks), half, ""]
     return "\n".join(_cut(line, 80).rstrip() for line in lines).lstrip("\n")
 
 
@@ -3031,24 +3026,23 @@ def _picture(blank: str, row: _Row, at: dict[_Column, int], alive: set[_Column])
     """Draw the lifelines and the arrow of a row; afterwards, `alive` is who still is."""
     event, line = row[-1], list(blank)
     alive.update(each.column for each in row)
-    for column in alive | {(event.origin or event).column}:
+    for column in alive | {event.origin.column}:
         line[at[column]] = "|"
-    start, stop = _arrow(event, at)
+    start, stop = at[event.origin.column], at[event.column]
     if start < stop:
         line[start + 1:stop] = ">".rjust(stop - start - 1, "-")
     elif stop < start:
         line[stop + 1:start] = "<".ljust(start - stop - 1, "-")
     for each in row:
-        line[at[each.column]] = _MARKS[each.event][0]
+        line[at[each.column]] = _MARKS[each.mark][0]
     alive.difference_update(each.column for each in row if each.event in ("end", "crash"))
     return "".join(line)
 
 
 def _naming(row: _Row) -> str:
     """For a row that is too wide for a picture."""
-    ends = row[-1].origin or row[-1], row[-1]
-    names = " -> ".join(dict.fromkeys(event.who[-22:] for event in ends))
-    marks = "".join(_MARKS[event.event][0] for event in row)
+    names = " -> ".join(dict.fromkeys(each.who[-22:] for each in (row[-1].origin, row[-1])))
+    marks = "".join(_MARKS[each.mark][0] for each in row)
     return f"{row[0].clock:>5}  {marks:<2} {names:<49}"
 
 
@@ -3058,7 +3052,8 @@ text { fill: CanvasText; white-space: pre } svg > text { font-weight: bold }
 path { fill: none; stroke: #888; stroke-width: 1.3 } #lost, .lost .arrow { stroke: #e5484d }
 #start, #end, #spawn, #timeout { fill: Canvas; stroke: CanvasText; stroke-width: 2 }
 #send, #receive { fill: #2f7de1; stroke: none } #crash, #down { fill: #e5484d; stroke: none }
-.arrow { marker-end: url(#tip) } .send .arrow, .receive .arrow { stroke: #2f7de1 }
+#half { fill: Canvas; stroke: #2f7de1 }
+.arrow { marker-end: url(#tip) } .receive .arrow { stroke: #2f7de1 }
 .start .arrow { stroke-dasharray: 2 3 } .lost .arrow { marker-end: none }
 #lost, g:hover .arrow { stroke-width: 3 } #tip path { fill: context-stroke; stroke: none }
 </style><defs><marker id="tip" viewBox="0 0 10 10" refX="14" refY="5" markerWidth="9"
@@ -3079,7 +3074,7 @@ def _as_svg(shown: list[_Event], _: Any) -> str:
         for event in row:
             event.x, event.y = 8 * at[event.column], height + 10 * (event is not row[0])
             lives.setdefault(event.column, []).append(event)
-        lines.append(_svg_row(row, at, len(heads[1])))
+        lines.append(_svg_row(row, len(heads[1])))
     for life in lives.values():
         stop = life[-1].y if life[-1].event in ("end", "crash") else height
         lines.insert(0, f'<path d="M{life[0].x} {life[0].y}V{stop}"/>')
@@ -3089,14 +3084,13 @@ def _as_svg(shown: list[_Event], _: Any) -> str:
                       "</defs>", *lines, "</svg>\n"])
 
 
-def _svg_row(row: _Row, at: dict[_Column, int], width: int) -> str:
+def _svg_row(row: _Row, width: int) -> str:
     """The arrow, the marks and the words of a row, which tells all to who points at it."""
-    event, arrow = row[-1], ""
-    ends = [event.origin, event] if event.origin else [event]
-    if event.origin or event.lone:
-        start, stop = _arrow(event, at)
-        arrow = f'<path class="arrow" d="M{8 * start} {ends[0].y}L{8 * stop} {event.y}"/>'
-    marks = (f'<use href="#{each.event}" x="{each.x}" y="{each.y}"/>' for each in row)
+    event, ends, arrow = row[-1], [row[-1]], ""
+    if event.origin is not event:
+        ends.insert(0, event.origin)
+        arrow = f'<path class="arrow" d="M{ends[0].x} {ends[0].y}L{event.x} {event.y}"/>'
+    marks = (f'<use href="#{each.mark}" x="{each.x}" y="{each.y}"/>' for each in row)
     told = _told(row)
     title = [told] if told else []
     title += [f"{each.event} at {each.who}, clock {each.clock}" for each in ends]
