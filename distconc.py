@@ -2987,8 +2987,8 @@ def _rows(shown: list[_Event]) -> list[_Row]:
     return rows
 
 
-def _headings(shown: list[_Event], most: int) -> tuple[list[str], dict[_Column, int]]:
-    """The lines above a picture, as wide as it, and where its columns begin."""
+def _headings(shown: list[_Event], most: int) -> list[str]:
+    """The lines above a picture, as wide as it; tell events their `x`, in characters."""
     nodes = names = " " * 7
     at = dict[_Column, int]()
     columns = sorted({event.column for event in shown})
@@ -2998,7 +2998,9 @@ def _headings(shown: list[_Event], most: int) -> tuple[list[str], dict[_Column, 
         for column in threads:
             at[column] = len(names)
             names += _cut(column[3], most).ljust(3) + "  "
-    return ["", nodes.ljust(len(names)), names.ljust(len(nodes))], at
+    for event in shown:
+        event.x = at[event.column]
+    return ["", nodes.ljust(len(names)), names.ljust(len(nodes))]
 
 
 def _told(row: _Row) -> str:
@@ -3009,33 +3011,32 @@ def _told(row: _Row) -> str:
 def _as_text(shown: list[_Event], _: Any) -> str:
     """Draw what fits into 80 characters, and beside it what happens; else name the threads."""
     for most in 16, 12, 10, 8, 6:
-        heads, at = _headings(shown, most)
+        heads = _headings(shown, most)
         if fits := len(heads[1]) <= 60:
             break
-    lines, alive = list[str](), set[_Column]()
+    lines, alive = list[str](), set[int]()
     for number, row in enumerate(_rows(shown)):
         lines += heads if fits and number % 40 == 0 else []
         line = f"{row[0].clock:>5}".ljust(len(heads[1]))
-        lines.append((_picture(line, row, at, alive) if fits else _naming(row)) + _told(row))
+        lines.append((_picture(line, row, alive) if fits else _naming(row)) + _told(row))
     *marks, half = dict.fromkeys(f"{mark} {what}" for mark, what, _, _ in _MARKS.values())
     lines += ["", "  ".join(marks), half, ""]
     return "\n".join(_cut(line, 80).rstrip() for line in lines).lstrip("\n")
 
 
-def _picture(blank: str, row: _Row, at: dict[_Column, int], alive: set[_Column]) -> str:
-    """Draw the lifelines and the arrow of a row; afterwards, `alive` is who still is."""
-    event, line = row[-1], list(blank)
-    alive.update(each.column for each in row)
-    for column in alive | {event.origin.column}:
-        line[at[column]] = "|"
-    start, stop = at[event.origin.column], at[event.column]
+def _picture(blank: str, row: _Row, alive: set[int]) -> str:
+    """Draw the lifelines and the arrow of a row; afterwards, `alive` is where others go on."""
+    line, start, stop = list(blank), row[-1].origin.x, row[-1].x
+    alive.update(event.x for event in row)
+    for x in alive | {start}:
+        line[x] = "|"
     if start < stop:
         line[start + 1:stop] = ">".rjust(stop - start - 1, "-")
     elif stop < start:
         line[stop + 1:start] = "<".ljust(start - stop - 1, "-")
-    for each in row:
-        line[at[each.column]] = _MARKS[each.mark][0]
-    alive.difference_update(each.column for each in row if each.event in ("end", "crash"))
+    for event in row:
+        line[event.x] = _MARKS[event.mark][0]
+    alive.difference_update(event.x for event in row if event.event in ("end", "crash"))
     return "".join(line)
 
 
@@ -3063,40 +3064,36 @@ markerHeight="9" markerUnits="userSpaceOnUse" orient="auto"><path d="M0 1 10 5 0
 
 def _as_svg(shown: list[_Event], _: Any) -> str:
     """Draw the rows that the text has, with arrows that slope; a character is 8 pixels wide."""
-    heads, at = _headings(shown, 24)
-    lives: dict[_Column, list[_Event]] = {}
-    lines, height = list[str](), 0
+    _, *heads = _headings(shown, 24)
+    lines, lives, y = list[str](), dict[int, list[_Event]](), 0
     for number, row in enumerate(_rows(shown)):
+        y = 26 * number + 60 * (number // 40) + 86
         if number % 40 == 0:
-            lines += [_svg_line(height + 40, heads[1]), _svg_line(height + 60, heads[2])]
-            height += 60
-        height += 26
+            lines += [_svg_line(y - 46, heads[0]), _svg_line(y - 26, heads[1])]
         for event in row:
-            event.x, event.y = 8 * at[event.column], height + 10 * (event is not row[0])
-            lives.setdefault(event.column, []).append(event)
-        lines.append(_svg_row(row, len(heads[1])))
-    for life in lives.values():
-        stop = life[-1].y if life[-1].event in ("end", "crash") else height
-        lines.insert(0, f'<path d="M{life[0].x} {life[0].y}V{stop}"/>')
-    shapes = (f'<path id="{event}" d="{_MARKS[event][3]}"/>' for event in _MARKS)
-    size = f'width="{8 * len(heads[1]) + 640}" height="{height + 30}"'
+            event.y = y + 10 * (event is not row[0])
+            lives.setdefault(8 * event.x, []).append(event)
+        lines.append(_svg_row(row, f"{row[0].clock:>5}".ljust(len(heads[0]))))
+    for x, life in lives.items():
+        stop = life[-1].y if life[-1].event in ("end", "crash") else y
+        lines.insert(0, f'<path d="M{x} {life[0].y}V{stop}"/>')
+    shapes = (f'<path id="{mark}" d="{_MARKS[mark][3]}"/>' for mark in _MARKS)
+    size = f'width="{8 * len(heads[0]) + 640}" height="{y + 30}"'
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{_STYLE}', *shapes,
                       "</defs>", *lines, "</svg>\n"])
 
 
-def _svg_row(row: _Row, width: int) -> str:
+def _svg_row(row: _Row, line: str) -> str:
     """The arrow, the marks and the words of a row, which tells all to who points at it."""
-    event, ends, arrow = row[-1], [row[-1]], ""
-    if event.origin is not event:
-        ends.insert(0, event.origin)
-        arrow = f'<path class="arrow" d="M{ends[0].x} {ends[0].y}L{event.x} {event.y}"/>'
-    marks = (f'<use href="#{each.mark}" x="{each.x}" y="{each.y}"/>' for each in row)
-    told = _told(row)
+    event, told = row[-1], _told(row)
+    ends = [event] if event.origin is event else [event.origin, event]
+    path = "L".join(f"{8 * each.x} {each.y}" for each in ends)
+    arrow = f'<path class="arrow" d="M{path}"/>' if len(ends) > 1 else ""
+    marks = (f'<use href="#{each.mark}" x="{8 * each.x}" y="{each.y}"/>' for each in row)
     title = [told] if told else []
     title += [f"{each.event} at {each.who}, clock {each.clock}" for each in ends]
-    line = f"{row[0].clock:>5}".ljust(width) + _cut(told, 80)
     return (f'<g class="{event.event}"><title>{_escaped(chr(10).join(title))}</title>'
-            f'{arrow}{"".join(marks)}{_svg_line(row[0].y + 4, line)}</g>')
+            f'{arrow}{"".join(marks)}{_svg_line(row[0].y + 4, line + _cut(told, 80))}</g>')
 
 
 def _svg_line(y: int, line: str) -> str:
