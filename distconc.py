@@ -2710,7 +2710,7 @@ def _cut_off(names: set[Address | None]) -> bool:
 
 Stamp = tuple[Any, ...]  # an event of a trace: incarnation, thread's id, its Lamport clock
 UNKNOWN: Stamp = ()
-_trace: "_Trace | None" = None
+_trace: tuple[str, int] | None = None  # the directory; the file of this process there
 _clocks: dict[int, int] = {}  # Lamport's, by thread's id; 0 is the node
 _clocking = threading.RLock()  # guards: an event's clock and its line are one step
 
@@ -2726,34 +2726,20 @@ def trace(directory: "str | os.PathLike[str] | None") -> None:
     a warning.  See `chart`.  Erlang: seq_trace.
     """
     global _trace
-    new = None if directory is None else _Trace(directory)
+    new = None
+    if directory is not None:
+        directory = os.path.abspath(os.fsdecode(directory))
+        os.makedirs(directory, exist_ok=True)
+        path = os.path.join(directory, f"{_incarnation:016x}.jsonl")
+        new = directory, os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     with _clocking:
         old, _trace = _trace, new
         if old:
-            os.close(old.file)
+            os.close(old[1])
 
 
 def _traced_to() -> str:
-    return _trace.directory if _trace else ""
-
-
-class _Trace:
-    """The file of one process: a JSON object for each event."""
-
-    def __init__(self, directory: "str | os.PathLike[str]") -> None:
-        self.directory = os.path.abspath(os.fsdecode(directory))
-        os.makedirs(self.directory, exist_ok=True)
-        path = os.path.join(self.directory, f"{_incarnation:016x}.jsonl")
-        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-
-    def write(self, record: dict[str, Any]) -> None:
-        import json
-
-        try:
-            os.write(self.file, json.dumps(record).encode() + b"\n")
-        except OSError as error:  # a full disk is no reason to stop the program
-            trace(None)
-            _log("WARNING", "the trace in %s ends here: %s", self.directory, error)
+    return _trace[0] if _trace else ""
 
 
 def _record(thread: Thread | None, event: str, cause: Stamp | None = None,
@@ -2775,9 +2761,19 @@ def _record(thread: Thread | None, event: str, cause: Stamp | None = None,
         seen = [_clocks.get(id, 0)] if id else _clocks.values()  # a node saw all before
         clock = _clocks[id] = max([0, *seen, *(cause or UNKNOWN)[2:]]) + 1
         if _trace:  # or it has just ended
-            _trace.write({"process": process, "node": node, "thread": id, "name": name,
-                          "clock": clock, "time": time(), "event": event, **about})
+            _write(*_trace, {"process": process, "node": node, "thread": id, "name": name,
+                             "clock": clock, "time": time(), "event": event, **about})
     return process, id, clock
+
+
+def _write(directory: str, file: int, record: dict[str, Any]) -> None:
+    import json
+
+    try:
+        os.write(file, json.dumps(record).encode() + b"\n")
+    except OSError as error:  # a full disk is no reason to stop the program
+        trace(None)
+        _log("WARNING", "the trace in %s ends here: %s", directory, error)
 
 
 class _because:
