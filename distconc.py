@@ -1756,7 +1756,6 @@ def _hang_up(sock: socket.socket) -> None:
 ######## Node: start_node, stop_node, local_node, nodes, connect, disconnect
 
 CROWD = 256  # strangers who may knock at once: for one more, the oldest has to go
-_COUNTS = ("sent", "received", "undelivered", "refused", "lost", "strangers")
 _node: "Node | None" = None
 _starting = threading.RLock()  # guards: _node
 _stamps = itertools.count(1)  # the numbers of this process's connections
@@ -1794,7 +1793,8 @@ class Node:
         self._dials: dict[Address, _Dial] = {}  # under way, shared by senders
         self._knocking: deque[socket.socket] = deque()  # those not in yet, the oldest first
         self._calling: deque[socket.socket] = deque()  # those dialled, not answered yet
-        self._counts = Counter(dict.fromkeys(_COUNTS, 0))
+        self._counts = Counter(
+            sent=0, received=0, undelivered=0, refused=0, lost=0, strangers=0)
         self._warden: threading.Thread | None = None
         self._listener: Listener | None = None
         self._accepter: threading.Thread | None = None
@@ -1820,8 +1820,7 @@ class Node:
         if self._allow is None and not _on_loopback(address):
             self._load = _loader(None)
         try:
-            path = isinstance(address, str)
-            self._listener = Listener(address, "AF_UNIX" if path else "AF_INET", backlog=128)
+            self._listener = Listener(address, backlog=128)
         except OSError as error:
             cure = "does a node run there? Choose another address, or 0 for a free port"
             text = f"cannot listen at {_text(address)}: {error.strerror or error}; {cure}"
@@ -2267,8 +2266,8 @@ def disconnect(node: NodeLike) -> None:
         connection = here._speaking.get(_address(node))
         if connection:
             connection.close()
-            done = lambda: connection not in here._open  # noqa: E731
-            if not here._changed.wait_for(done, here._connect_timeout):
+            if not here._changed.wait_for(lambda: connection not in here._open,
+                                          here._connect_timeout):
                 connection.cut()
 
 
