@@ -3207,13 +3207,12 @@ def _target(text: str) -> RemoteThread:
 
 def _literal(text: str) -> Any:
     import ast
-    import shlex
 
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        text, string = _cut(text, 60), shlex.quote(repr(_cut(text, 60)))
-        raise ValueError(f"{text} is no Python literal; a string is {string}") from None
+        such = "such as 7, '(\"hello\", 1)' or '\"hello\"'"
+        raise ValueError(f"{_cut(text, 60)} is no Python literal, {such}") from None
 
 
 def _ps(node: str) -> None:

@@ -5147,7 +5147,7 @@ class Shell(Net):
                 (["key"], shell("call", target, "1", DISTCONC_AUTHKEY="wrong")),
                 (["literal"], shell("send", target, "hello")),
                 (["literal"], shell("call", target, "open('x')")),
-                (["literal", "it'\"'\"'s"], shell("send", target, "it's")),
+                (["literal", "'\"hello\"'"], shell("send", target, "it's")),
                 (["literal"], shell("send", target, "{[]: 1}")),
                 (["literal"], shell("send", target, "1+" * 5_000 + "1")),
                 (["x\\ny"], shell("send", f"{self.node}/x\ny", "1")),
