@@ -2968,8 +2968,8 @@ def _rows(shown: list[_Event]) -> list[_Row]:
     rows, latest, before = list[_Row](), dict[_Column, int](), dict[Stamp, _Event]()
     causes = {event.cause for event in shown}
     for event in shown:
-        event.row = -1  # in none yet
-        event.origin, event.mark = before.get(event.cause, event), event.event
+        event.mark, event.row = event.event, -1  # in none yet
+        event.origin = before.get(event.cause, event)
         if event.event in ("send", "receive") and event.origin is event:
             event.mark = event.event if event.key in causes else "half"
         event.row = event.origin.row
@@ -3085,10 +3085,10 @@ def _svg_row(row: _Row, line: str) -> str:
     path = "L".join(f"{8 * each.x} {each.y}" for each in ends)
     arrow = f'<path class="arrow" d="M{path}"/>' if len(ends) > 1 else ""
     marks = (f'<use href="#{each.mark}" x="{8 * each.x}" y="{each.y}"/>' for each in row)
-    title = [told] if told else []
-    title += [f"{each.event} at {each.who}, clock {each.clock}" for each in ends]
-    return (f'<g class="{event.event}"><title>{_escaped(chr(10).join(title))}</title>'
-            f'{arrow}{"".join(marks)}{_svg_line(row[0].y + 4, line + _cut(told, 80))}</g>')
+    where = (f"{each.event} at {each.who}, clock {each.clock}" for each in ends)
+    title = _escaped("\n".join([told, *where]).lstrip("\n"))
+    return (f'<g class="{event.event}"><title>{title}</title>{arrow}{"".join(marks)}'
+            f'{_svg_line(row[0].y + 4, line + _cut(told, 80))}</g>')
 
 
 def _svg_line(y: int, line: str) -> str:
