@@ -2274,8 +2274,8 @@ def disconnect(node: NodeLike) -> None:
 ######## Other processes: what nodes ask of each other, spawn_node, ChildNode
 
 
-def _ask_node(address: Address | None, *request: Any) -> Any:
-    answer = send_synchronous(request, RemoteThread(address, KERNEL))
+def _ask_node(address: Address | None, *request: Any, timeout: float | None = None) -> Any:
+    answer = send_synchronous(request, RemoteThread(address, KERNEL), timeout)
     if isinstance(answer, Exception):
         raise answer
     return answer
@@ -3189,7 +3189,7 @@ def _send(target: str, message: str, timeout: float = 10.0) -> None:
     """Send a message; status 1 if it was lost."""
     thread = _target(target)
     send(_literal(message), thread)
-    send_synchronous(("ping",), RemoteThread(thread.node, KERNEL), timeout)
+    _ask_node(thread.node, "ping", timeout=timeout)
     sys.exit(local_node().stats()["lost"] and 1)
 
 
