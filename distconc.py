@@ -425,11 +425,12 @@ def _settle(tag: str, error: DistconcError | None, reply: Any = None) -> bool:
         return awaited is not None and awaited.settle(error, reply)
 
 
-def _strike(tag: str) -> None:
-    """Nobody needs to hear any more of the debt `tag`."""
+def _strike(tag: str) -> "tuple[Thread, int, bool] | None":
+    """Nobody needs to hear any more of the debt `tag`; return it, if it stood."""
     debt = _debts.pop(tag, None)
     if debt:
         debt[0]._owes.discard(tag)
+    return debt
 
 
 class _Call(_Await):
@@ -582,9 +583,7 @@ class Thread(_Handle):
         """Settle these debts of this thread with `error`; True if a link took it."""
         heard = False
         for tag in tags:
-            self._owes.discard(tag)
-            debt = _debts.pop(tag, None)
-            if debt:
+            if debt := _strike(tag):
                 _, creditor, linked = debt
                 told = _tell_node(creditor, tag, error()) if creditor else _settle(tag, error())
                 heard = heard or told and linked
