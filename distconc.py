@@ -755,7 +755,6 @@ def spawn_server(func: Callable[..., Any], *args: Any, **options: Any) -> Handle
 
     Factor: spawn-server.
     """
-    options["name"] = options.get("name") or _name_of(func)
     return spawn(_serve, func, *args, **options)
 
 
@@ -764,12 +763,12 @@ def _serve(func: Callable[..., Any], *args: Any) -> None:
         pass
 
 
-def _spawn(link: _Link | None, func: Callable[..., Any], args: tuple[Any, ...], name: str | None
-           = None, node: NodeLike | None = None, register: bool = False) -> Handle:
+def _spawn(link: _Link | None, func: Callable[..., Any], args: Any, name: str | None = None,
+           node: NodeLike | None = None, register: bool = False) -> Handle:
     work = args[0] if func is _serve else func
     if not callable(work):
         raise TypeError(f"spawn takes a function and its arguments; {work!r} cannot be called")
-    name = name or _name_of(func)
+    name = name or _name_of(work)
     request = func, args, name, register, link.tag if link else None
     with _because(_record(current_thread(), "spawn", child=name) if _trace else None):
         if node is None or local_node()._is_called(_address(node)):
