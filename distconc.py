@@ -954,8 +954,7 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
             raise call.error
         return call.reply
     finally:
-        if call.tag in _awaited:  # no outcome, and none is wanted any more
-            _awaited.pop(call.tag, None)
+        if _awaited.pop(call.tag, None):  # no outcome, and none is wanted any more
             call.excuse()
 
 
