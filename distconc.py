@@ -1194,7 +1194,7 @@ class RemoteThread(_Handle):
                 self._send(message)
         elif message.__class__ is Reply:
             self._answer(message.data, str(message.tag))
-        elif (not self._route or self._route.ending) and self._is_here():
+        elif self._is_here():
             try:
                 get_remote_thread(self._id).send(message)
             except NoSuchThread as error:
@@ -1203,16 +1203,14 @@ class RemoteThread(_Handle):
             self._deliver(self._head, serialize(message))
 
     def _answer(self, data: Any, tag: str) -> None:
-        route = self._route
-        if (not route or route.ending) and self._is_here():
+        if self._is_here():
             current_thread()._answer(data, tag)  # any thread of this node will do
         else:
             self._deliver((REPLY, tag), serialize(data))
             _strike(tag)
 
     def _ask(self, awaited: _Await, caller: Thread | None = None, message: Any = None) -> None:
-        route = self._route
-        if (not route or route.ending) and self._is_here():
+        if self._is_here():
             get_remote_thread(self._id)._ask(awaited, caller, message)
         else:
             id, payload = (caller.id, serialize(message)) if caller else (0, b"")
@@ -1236,6 +1234,8 @@ class RemoteThread(_Handle):
         raise NodeDown(f"two connections to {_text(self._node)} ended before they took it")
 
     def _is_here(self) -> bool:
+        if self._route and not self._route.ending:  # then it is where that leads
+            return False
         if self._target[0]:
             return bool(self._target[0] == _incarnation)
         return local_node()._is_called(self._node)
