@@ -1225,11 +1225,12 @@ class RemoteThread(_Handle):
                 route = self._route = local_node()._reach(self._node, self._target[0])
             if awaited:
                 awaited.peer = route.peer
-            if _trace or _faults or len(payload) > route.small:
-                taken = _send_with_care(route, head, payload)
-            else:
-                taken = route.send(head, payload)
-            if taken:
+            if len(payload) > route.small:
+                _check_size(len(payload), route.limit)
+            stamped = _stamped(head) if _trace else head
+            fault = _faults and _fault(route.names)
+            send = partial(fault._send, route) if fault else route.send
+            if send(stamped, payload):
                 return
         raise NodeDown(f"two connections to {_text(self._node)} ended before they took it")
 
@@ -1245,14 +1246,6 @@ class RemoteThread(_Handle):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteThread, (self._node, self._id, self._target[0])
-
-
-def _send_with_care(route: "_Connection", head: Head, payload: bytes) -> bool:
-    """Send what may be too large, traced, or made worse."""
-    _check_size(len(payload), route.limit)
-    head = _stamped(head) if _trace else head
-    fault = _faults and _fault(route.names)
-    return fault._send(route, head, payload) if fault else route.send(head, payload)
 
 
 def _check_size(size: int, limit: int) -> None:
