@@ -1418,7 +1418,8 @@ class _Connection:
         self._idle = True  # nothing was written since the last beat
         self._silent = -1  # beats since something was read; below 0 while the reader is busy
         self.sent = self.received = 0  # messages; the first guarded by _writing
-        self._callers: dict[int, RemoteThread] = {}  # threads over there that call, by id
+        self._caller = lru_cache(1000)(  # the handle of a thread over there, by id
+            lambda id: RemoteThread(peer.address, id, peer.incarnation))
         self._losses: Counter[tuple[Any, ...]] = Counter()  # of the frame being read
         self._on = (self._on_send, self._on_ask, self._on_reply, self._on_failed,
                     self._on_forget, self._on_lost, self._on_stamp)
@@ -1585,7 +1586,7 @@ class _Connection:
         with self._writing:
             self._sock.close()
         self._file = io.BytesIO()  # no buffer: handles may keep this connection for long
-        self._callers.clear()
+        self._caller.cache_clear()
 
     def read(self) -> tuple[Sequence[Head], Sequence[bytes]]:
         """Wait for a frame, check its seal before all else, return its messages."""
@@ -1654,19 +1655,12 @@ class _Connection:
             _tell_node(self.peer, tag, self._refusal(error))
             return
         if thread._owe(tag, self.peer) and caller:
-            sender = self._callers.get(caller) or self._caller(caller)
-            request = Synchronous(data, sender, tag)
+            request = Synchronous(data, self._caller(caller), tag)
             if target[1] == KERNEL:
                 with suppress(RuntimeError):  # no thread can be started; who asked is told
                     thread._start(_kernel, request, _here.cause)
             else:
                 thread.send(request)
-
-    def _caller(self, id: int) -> RemoteThread:
-        if len(self._callers) > 1000:
-            self._callers.clear()
-        self._callers[id] = RemoteThread(self.address, id, self.peer)
-        return self._callers[id]
 
     def _refusal(self, error: BaseException) -> DistconcError:
         """Count a message that cannot be delivered; return what its sender is told."""
