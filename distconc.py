@@ -1034,7 +1034,7 @@ def _parts(obj: Any) -> Iterable[tuple[str, Any]]:
     return [(f".{name}", value) for name, value in getattr(obj, "__dict__", {}).items()]
 
 
-def _loader(allow: Any) -> Callable[[Any], Any]:
+def _loader(allow: str | Sequence[Any]) -> Callable[[Any], Any]:
     """Return what unpickles messages: anything, or plain data and what `allow` lists."""
     if allow == "anything":
         return pickle.loads
@@ -1045,10 +1045,10 @@ def _loader(allow: Any) -> Callable[[Any], Any]:
              RemoteThread, Synchronous, Reply, Monitor, Down]
     plain += [kind for kind in (*vars(builtins).values(), *globals().values())
               if isinstance(kind, type) and issubclass(kind, BaseException)]
-    for item in allow or ():
+    for item in allow:
         if not callable(item) or not hasattr(item, "__qualname__"):
             raise TypeError(f"allow= takes classes and functions themselves, not {item!r}")
-    known = {(item.__module__, item.__qualname__): item for item in (*plain, *(allow or ()))}
+    known = {(item.__module__, item.__qualname__): item for item in (*plain, *allow)}
 
     class Narrow(pickle.Unpickler):
         calls: list[Any]
@@ -1057,7 +1057,7 @@ def _loader(allow: Any) -> Callable[[Any], Any]:
             item = known.get((module, name))
             if item is None:
                 raise _Refused(f"{module}.{name} is not among what it allows")
-            if item in (uuid.UUID, *(allow or ())):
+            if item in (uuid.UUID, *allow):
                 return item
             call = partial(item)  # can be called, but no pickle can change the class through it
             self.calls.append(weakref.ref(call))
@@ -1802,7 +1802,7 @@ class Node:
     def _listen(self, address: Address) -> None:
         self._key = _authkey(self._key, address)
         if self._allow is None and not _on_loopback(address):
-            self._load = _loader(None)
+            self._load = _loader(())
         try:
             self._listener = Listener(address, backlog=128)
         except OSError as error:
