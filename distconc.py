@@ -214,14 +214,13 @@ def _bell() -> threading.Lock:
 
 def _hear(bell: threading.Lock, timeout: float) -> bool:
     """Wait for a bell that is rung once, for all: who hears it rings it for the next."""
-    heard = False
     for heard in map(bell.acquire, (True,), (timeout,)):  # so Ctrl-C cannot come before `try`
         try:
             return heard
         finally:
             if heard:
                 bell.release()
-    return heard
+    return False  # never reached
 
 
 def _ring(bell: threading.Lock) -> None:
@@ -2618,7 +2617,7 @@ class faults:
     fault is left, which blocks until it has.  Raises ValueError for what is no probability.
     """
 
-    def __init__(self, *, to: "NodeLike | None" = None, drop: float = 0, delay: float = 0,
+    def __init__(self, *, to: NodeLike | None = None, drop: float = 0, delay: float = 0,
                  duplicate: float = 0, seed: Any = None) -> None:
         if not (0 <= drop <= 1 and 0 <= duplicate <= 1 and delay >= 0):
             raise ValueError("drop= and duplicate= are from 0 to 1, delay= is seconds")
