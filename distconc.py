@@ -394,11 +394,7 @@ _settling = threading.RLock()  # guards: to take from _awaited and to tell who w
 
 
 class _Await:
-    """What awaits an outcome: a reply, the end of the thread that owes it, the loss of a node.
-
-    Calls, links and monitors are that.  The thread that owes the outcome has it among its
-    debts.
-    """
+    """A call, link or monitor: it awaits a reply, the end of a thread, the loss of a node."""
 
     peer = 0  # the incarnation of the node whose loss settles it; 0: this node
 
@@ -840,10 +836,9 @@ def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _NO
     """Remove and return the oldest message for which `pred` is true; the others stay.
 
     A class, or a tuple of classes, stands for its `isinstance`.  `pred` runs in this thread
-    with no lock held, once for each message.  Blocks at most `timeout` seconds (None: for ever;
-    0: not at all), then returns `default`, or raises TimeoutError.  Raises LinkedError if the
-    search meets the failure of a linked thread, and what `pred` raises, leaving the mailbox as
-    it was.
+    with no lock held, once for each message.  Blocks, and returns `default` or raises
+    TimeoutError, as `receive` does.  Raises LinkedError if the search meets the failure of a
+    linked thread, and what `pred` raises, leaving the mailbox as it was.
 
     Factor: receive-if, receive-if-timeout.  Erlang: selective receive.
     """
