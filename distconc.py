@@ -546,7 +546,7 @@ class Thread(_Handle):
         elif message.__class__ is Reply:
             self._answer(message.data, message.tag)
         elif self._ended:
-            _undelivered(repr(self), "it has ended")
+            _undelivered(self, "it has ended")
         else:
             self._put(message)
 
@@ -966,7 +966,7 @@ def reply_synchronous(reply: Any, synchronous: Synchronous) -> None:
         else:
             synchronous.sender._answer(reply, synchronous.tag)
     except (NodeDown, AuthenticationError) as error:  # a stranger may have its address now
-        _undelivered(repr(synchronous.sender), str(error))
+        _undelivered(synchronous.sender, error)
 
 
 def handle_synchronous(func: Callable[[Any], Any], timeout: float | None = None) -> bool:
@@ -1192,7 +1192,7 @@ class RemoteThread(_Handle):
             try:
                 get_remote_thread(self._id).send(message)
             except NoSuchThread as error:
-                _undelivered(repr(self), str(error))
+                _undelivered(self, error)
         else:
             self._deliver(self._head, serialize(message))
 
@@ -2551,9 +2551,9 @@ _reporter: threading.Thread | None = None  # looks through them, while there are
 _losing = threading.RLock()  # guards: _losses, _reporter
 
 
-def _undelivered(target: str, why: str) -> None:
+def _undelivered(target: Handle, why: object) -> None:
     local_node()._count("undelivered")
-    _lose(target, why)
+    _lose(repr(target), str(why))
 
 
 def _lose(target: str, why: str, times: int = 1) -> None:
