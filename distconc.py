@@ -1032,7 +1032,7 @@ def _loader(allow: str | Sequence[Any]) -> Callable[[Any], Any]:
     """Return what unpickles messages: anything, or plain data and what `allow` lists."""
     if allow == "anything":
         return pickle.loads
-    import builtins, datetime as dt, decimal, fractions, io, uuid  # noqa: E401
+    import builtins, datetime as dt, decimal, fractions, uuid  # noqa: E401
 
     plain = [complex, range, set, frozenset, bytearray, decimal.Decimal, fractions.Fraction,
              uuid.UUID, dt.date, dt.time, dt.datetime, dt.timedelta, dt.timezone,
@@ -1407,7 +1407,8 @@ class _Connection:
         self._seal, self._check = seals
         self._outbox: list[tuple[Head, bytes]] = []
         self._shut = False  # the end has been said; guarded by _writing
-        self._bell, self._written = _bell(), _bell()  # wakes the writer; rung at its end, for all
+        self._bell = _bell()  # wakes the writer
+        self._written = _bell()  # rung at the writer's end, for all
         self._wrote = 0.0  # when a frame was written; 0 after a read: an answer may be due
         self._idle = True  # nothing was written since the last beat
         self._silent = -1  # beats since something was read; below 0 while the reader is busy
@@ -2490,7 +2491,7 @@ def monitor(thread_or_node: Handle | NodeLike) -> Monitor:
     """
     watch = _Watch(thread_or_node)
     try:
-        if isinstance(thread_or_node, (Thread, RemoteThread)):
+        if isinstance(thread_or_node, _Handle):
             thread_or_node._ask(watch)
         elif not local_node()._is_called(_address(thread_or_node)):
             local_node()._depend(watch, local_node()._reach(_address(thread_or_node)).peer)
