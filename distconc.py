@@ -1765,8 +1765,8 @@ class Node:
         self._threads = _threads  # who can be reached; of a stopped node, nobody
         self._bound: Address | None = None  # where it listens
         self._started = self._stopped = False
-        self._lock = threading.RLock()  # guards: all tables below
-        self._changed = threading.Condition(self._lock)  # a connection came or went
+        self._lock = threading.RLock()  # guards: changes of the tables below
+        self._changed = threading.Condition(self._lock)  # a connection came or went; the stop
         self._speaking: dict[Any, _Connection] = {}  # by incarnation and address: where to send
         self._open: set[_Connection] = set()  # all, the half-made and the ending ones, too
         self._dials: dict[Address, _Dial] = {}  # under way, shared by senders
@@ -1899,7 +1899,7 @@ class Node:
     # Sending
 
     def _post(self, peer: int, head: Head, payload: bytes = b"") -> bool:
-        """Send if there is contact.  Never blocks."""
+        """Send if there is contact.  Blocks only while a fault that delays is being left."""
         connection = self._speaking.get(peer)
         if connection is None or connection.ending:
             return False
@@ -1935,7 +1935,8 @@ class Node:
                 self._dials[address] = dial
         while not _hear(dial.done, min(_left(deadline), 0.2)):  # Ctrl-C may strike between
             if monotonic() >= deadline:  # two waits only, if it comes as one begins
-                self._dials.pop(address, None)  # who comes next dials anew
+                with self._lock:
+                    self._dials.pop(address, None)  # who comes next dials anew
                 seconds = f"{self._connect_timeout:g} seconds"
                 raise NodeUnreachable(f"{_text(address)} did not answer within {seconds}")
         if dial.error:
@@ -2226,8 +2227,8 @@ def nodes() -> list[Address]:
 def connect(node: NodeLike) -> None:
     """Connect to `node` now, so that what is wrong shows here.  Never needed.  Factor: connect.
 
-    Blocks at most `connect_timeout` seconds.  Raises NodeUnreachable, AuthenticationError,
-    ValueError, PermissionError.
+    Blocks at most `connect_timeout` seconds.  Raises NodeDown (once this node was stopped; else
+    NodeUnreachable), AuthenticationError, ValueError, PermissionError.
     """
     if not local_node()._is_called(_address(node)):
         local_node()._reach(_address(node))
@@ -2288,7 +2289,7 @@ def _describe(thread: Thread) -> tuple[Any, ...]:
 
 
 def _doing(thread: Thread) -> str:
-    """Which function of this module a thread is in, and where it was called."""
+    """Which public function of this module a thread is in, and where it was called."""
     frame, word = sys._current_frames().get(thread._ident or 0), "running"
     while frame and frame.f_code.co_filename == _doing.__code__.co_filename:
         if frame.f_code.co_name in __all__:
@@ -2357,7 +2358,8 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
     """
     import subprocess
 
-    options.setdefault("authkey", _authkey(local_node()._key, _address(address)))
+    if options.get("authkey") is None:
+        options["authkey"] = _authkey(local_node()._key, _address(address))
     boot = ("import sys, pickle; sys.path[:] = pickle.load(sys.stdin.buffer); "
             f"from {__name__} import _be_child; _be_child()")
     process = subprocess.Popen(
