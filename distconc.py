@@ -72,9 +72,9 @@ register, link)):
     0 SEND    target                                   the payload is the message, pickled
     1 ASK     target, caller's id, tag                 a call, so too; or, of 0, a monitor
     2 REPLY   tag                                      the payload is the reply, pickled
-    3 FAILED  tag, error, text, type, traceback        the payload is the reason, if it pickles
+    3 FAILED  tag, error, text, type, traceback        the payload: the reason, up to 64 KiB
     4 FORGET  tag                                      who asked needs no answer any more
-    5 LOST    id or name, why, how many                sends that found nobody
+    5 LOST    id or name, why, how many                sends that nobody could take
     6 STAMP   an event (incarnation in hex, thread, clock), then another head, sent in it
 """
 
@@ -518,7 +518,10 @@ class Thread(_Handle):
         return not self._ended
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait at most `timeout` seconds for the thread's end; return whether it has ended."""
+        """Wait at most `timeout` seconds for the thread's end; return whether it has ended.
+
+        Raises RuntimeError in the thread itself, which would wait for ever.
+        """
         if _here.thread is self:
             raise RuntimeError("a thread cannot wait for its own end")
         _hear(self._over, _left(_deadline(timeout)))
@@ -924,9 +927,9 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
 
     Blocks at most `timeout` seconds (None: until there is an outcome), and to connect as `send`
     does.  Leaves the mailbox alone.  Raises SerializationError, NodeUnreachable, NoSuchThread:
-    nothing was delivered; RemoteError: the other node could not read it; ThreadDied, NodeDown,
-    TimeoutError: it may have run, and a reply that still comes is dropped.  From a thread to
-    itself: SynchronousToSelfError.
+    AuthenticationError: nothing was delivered; RemoteError: the other node could not read it;
+    ThreadDied, NodeDown, TimeoutError: it may have run, and a reply that still comes is
+    dropped.  From a thread to itself: SynchronousToSelfError.
     """
     if not isinstance(thread, _Handle):
         raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")
@@ -1813,7 +1816,7 @@ class Node:
     def stats(self) -> dict[str, int]:
         """Count what passed: messages `sent` and `received`; `undelivered` (nobody here is
         meant, or it could not be read) and `refused` by `allow` of those received; `lost` of
-        those sent, as the other nodes say; `strangers` who did not get in.  Never blocks.
+        those sent, as this node or others say; `strangers` who did not get in.  Never blocks.
         """
         with self._lock:
             counts = self._counts.copy()
@@ -2698,7 +2701,7 @@ _clocking = threading.RLock()  # guards: an event's clock and its line are one s
 def trace(directory: "str | os.PathLike[str] | None") -> None:
     """Record what happens in this process to a file of its own in `directory`; None: stop.
 
-    That is: spawns, ends and crashes of threads, sends, receives, time-outs, lost messages and
+    That is: spawns, starts, ends and crashes of threads, sends, receives, time-outs, lost messages and
     lost nodes, each with the thread's Lamport clock.  Nodes made by `spawn_node` from now on
     do so, too, and so does every process with DISTCONC_TRACE=directory in its environment.  The
     directory is made if there is none; each record is written at once, so kill -9 loses none.
