@@ -1432,10 +1432,10 @@ class _Connection:
 
         False if the connection ended before it took it; raises NodeDown if meanwhile.
         """
-        large = len(payload) > LARGE
-        if not (large or self._outbox or self._inside) and monotonic() - self._wrote > BURST:
+        outbox, large = self._outbox, len(payload) > LARGE
+        if not (outbox or large or self._inside) and monotonic() - self._wrote > BURST:
             with self._writing:
-                if not (self._outbox or self._inside or self._shut):
+                if not (outbox or self._inside or self._shut):
                     self._inside = True
                     try:
                         self._write((head,), (payload,))
@@ -1443,10 +1443,10 @@ class _Connection:
                     finally:
                         self._inside = False
         message = head, payload
-        self._outbox.append(message)
-        if large or len(self._outbox) > FULL:
+        outbox.append(message)
+        if large or len(outbox) > FULL:
             self.write()
-        if self._bell.locked() and self._outbox:
+        if self._bell.locked() and outbox:
             _ring(self._bell)
         return not self.ending or self._has_taken(message)
 
@@ -2701,10 +2701,11 @@ _clocking = threading.RLock()  # guards: an event's clock and its line are one s
 def trace(directory: "str | os.PathLike[str] | None") -> None:
     """Record what happens in this process to a file of its own in `directory`; None: stop.
 
-    That is: spawns, starts, ends and crashes of threads, sends, receives, time-outs, lost messages and
-    lost nodes, each with the thread's Lamport clock.  Nodes made by `spawn_node` from now on
-    do so, too, and so does every process with DISTCONC_TRACE=directory in its environment.  The
-    directory is made if there is none; each record is written at once, so kill -9 loses none.
+    That is: spawns, starts, ends and crashes of threads, sends, receives, time-outs, lost
+    messages and lost nodes, each with the thread's Lamport clock.  Nodes made by `spawn_node`
+    from now on do so, too, and so does every process with DISTCONC_TRACE=directory in its
+    environment.  The directory is made if there is none; each record is written at once, so
+    kill -9 loses none.
     Raises OSError, and goes on as before.  Should the disk be full later, the trace ends, with
     a warning.  See `chart`.  Erlang: seq_trace.
     """
