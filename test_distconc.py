@@ -538,6 +538,16 @@ class LinkTests(Case):
 
 
 class MessageTests(Case):
+    def test_a_failure_of_a_kind_of_its_own_is_raised_as_any_linked_error(self):
+        class Own(LinkedError):
+            pass
+        failure = Own(KeyError(1), current_thread())
+        for take in receive, partial(receive_if, int):
+            send(failure, current_thread())
+            with self.assertRaises(Own) as raised:
+                take(0)
+            self.assertIs(raised.exception, failure)
+
     def test_receive_if_leaves_the_others_in_order(self):  # Factor's own
         for message in (1, 2, 3):
             send(message, self.me)
