@@ -51,7 +51,7 @@ losses), the `_gate` of `faults`, each connection's `_writing`, `_clocking` (the
 
 The wire.  After the stock challenge of `multiprocessing.connection` with the key (the dialler
 answers first, then challenges), each side sends with `send_bytes` one hello, its fields joined
-by NUL: "distconc 1", its role ("dialler" or "acceptor"), 16 random bytes in hex, its
+by NUL: "distconc 2", its role ("dialler" or "acceptor"), 16 random bytes in hex, its
 incarnation in hex, its heartbeat, its max_message, its address ("host:port", a path, or "" if
 it does not listen); the dialler also the address it dialled and the one it reached, of which
 one must be the acceptor's.  Then frames, on the bare socket: the lengths of body (at most 16
@@ -1321,7 +1321,7 @@ MAC = 16  # bytes, which follow
 MOST = 1 << 24  # bytes of a body
 ROOM = 1 << 16  # bytes read at once
 LARGE = 2048  # bytes: to copy more into a frame with others costs more than a frame of its own
-VERSION = b"distconc 1"
+VERSION = b"distconc 2"
 
 
 class _Hello:

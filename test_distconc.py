@@ -1621,7 +1621,7 @@ class RawPeer:
     def __init__(self, conn, role, address="", meant=(), key=KEY, heartbeat=10.0):
         self.conn, self.role, self.key = conn, role, key.encode()
         self.incarnation = int.from_bytes(os.urandom(8), "big")
-        self.fields = ["distconc 1", role, os.urandom(16).hex(), f"{self.incarnation:x}",
+        self.fields = ["distconc 2", role, os.urandom(16).hex(), f"{self.incarnation:x}",
                        str(heartbeat), str(1 << 28), address, *meant]
         self.inbox = []
 
@@ -2076,7 +2076,7 @@ class TheWire(Net):
         good = RawPeer.knock(self.node)
         self.addCleanup(good.close)
         name = good.fields[-1]
-        for change in ({1: "acceptor"}, {1: ""}, {0: "distconc 2"}, {0: ""},
+        for change in ({1: "acceptor"}, {1: ""}, {0: "distconc 1"}, {0: ""},
                        {7: "127.0.0.1:1", 8: "127.0.0.1:1"}, {7: "", 8: ""},
                        {7: name + "0", 8: name[:-1]}, {3: "xyz"}, {4: "soon"}, {5: ""}):
             with self.subTest(change):
