@@ -603,27 +603,34 @@ class Thread(_Handle):
             self._end(None)
         except BaseException as error:
             linked = any(debt[2] for debt in map(_debts.get, self._owes.copy()) if debt)
-            try:
-                if not linked:  # print it before anybody hears of it, who might end the process
-                    _print_failure(error, error.__traceback__)
-            finally:
-                heard = self._end(error)
+            heard = self._end(error, show=not linked)
             if linked and not heard:
                 raise  # for threading.excepthook, as who was linked is gone
         else:
             self._end(None)
 
-    def _end(self, reason: BaseException | None) -> bool:
+    def _end(self, reason: BaseException | None, show: bool = False) -> bool:
+        """Take no more messages, print the failure if asked to, tell who awaits the end.
+
+        In this order: who sees the failure finds the thread ended, and who hears of it might
+        end the process.
+        """
         crash = _trace and reason is not None and _record(self, "crash", error=_words(reason))
-        with _because(crash or _record(self, "end")):
-            with _registry:
-                self._ended = True
-                _threads.pop(self._key, None)
-                for name in self._names:
-                    _threads.pop((0, name), None)  # a fork may have cleared them
-            heard = self._default(list(self._owes), partial(_obituary, self, reason))
-        self._show_unread()
-        _ring(self._over)
+        try:
+            with _because(crash or _record(self, "end")):
+                with _registry:
+                    self._ended = True
+                    _threads.pop(self._key, None)
+                    for name in self._names:
+                        _threads.pop((0, name), None)  # a fork may have cleared them
+                try:
+                    if show and reason is not None:
+                        _print_failure(reason, reason.__traceback__)
+                finally:
+                    heard = self._default(list(self._owes), partial(_obituary, self, reason))
+        finally:
+            self._show_unread()
+            _ring(self._over)
         return heard
 
     def _show_unread(self) -> None:

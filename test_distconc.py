@@ -385,6 +385,19 @@ class MailboxTests(Case):
 
 
 class ThreadTests(Case):
+    def test_who_sees_a_failure_finds_that_thread_ended_even_if_to_show_it_fails(self):
+        seen = []
+
+        def hook(about):
+            seen.append((thread.is_alive(), thread.id in threads()))
+            raise ValueError("a bad hook")
+        with mock.patch.object(threading, "excepthook", hook), \
+                contextlib.redirect_stderr(io.StringIO()):
+            thread = spawn(lambda: receive() / 0, name="bad")
+            thread.send(1)
+            self.assertTrue(thread.join(T))
+        self.assertEqual(seen[0], (False, False))
+
     def test_a_failure_that_nobody_is_linked_to_is_shown_with_the_threads_name(self):
         for options in ({"name": "error test"}, {}):
             error = ValueError("Errors, errors")
