@@ -1765,8 +1765,8 @@ class Node:
 
     As a context manager, leaving it stops the node.  Its threads: the accepter, from the start
     to the stop; a doorman for each stranger who knocks and a dialler for each dial, until hands
-    are shaken or the time is up; the warden, from the first connection to the last after the
-    stop, who wakes for their beats.
+    are shaken or a timer, a thread of its own, ends the wait; the warden, from the first
+    connection to the last after the stop, who wakes for their beats.  A connection has its own.
     """
 
     def __init__(self) -> None:
@@ -2735,7 +2735,7 @@ def _traced_to() -> str:
 
 def _record(thread: Thread | None, event: str, cause: Stamp | None = None,
             **about: Any) -> Stamp:
-    """Record an event of `thread`, or of the node; return its stamp.  Not that of a kernel.
+    """Record an event of `thread`, or of the node; return its stamp.  Of no kernel, nor of the ended.
 
     The clock of a thread counts its events, and jumps ahead of the cause of each: so it is
     later in what comes of an event than in the event.
