@@ -2735,7 +2735,7 @@ def _traced_to() -> str:
 
 def _record(thread: Thread | None, event: str, cause: Stamp | None = None,
             **about: Any) -> Stamp:
-    """Record an event of `thread`, or of the node; return its stamp.  Of no kernel, nor of the ended.
+    """Record an event of `thread`, or of the node; return its stamp.  Not of the ended.
 
     The clock of a thread counts its events, and jumps ahead of the cause of each: so it is
     later in what comes of an event than in the event.
