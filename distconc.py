@@ -54,7 +54,7 @@ answers first, then challenges), each side sends with `send_bytes` one hello, it
 by NUL: "distconc 2", its role ("dialler" or "acceptor"), 16 random bytes in hex, its
 incarnation in hex, its heartbeat, its max_message, its address ("host:port", a path, or "" if
 it does not listen); the dialler also the address it dialled and the one it reached, of which
-one must be the acceptor's.  Then frames, on the bare socket: the lengths of body (at most 16
+one must be the acceptor's.  Then frames, on the bare socket: the lengths of body (at most 64
 MiB) and tail (at most max_message), 4 bytes each, big-endian; MAC (16 bytes); body; tail.  MAC:
 BLAKE2b, 16 bytes, with the direction's key, of all frames in that direction up to this one, but
 without their MACs, and with SHA-256 of a body of more than 2048 bytes, or of any tail, in its
@@ -661,7 +661,7 @@ def _obituary(thread: Thread, reason: BaseException | None) -> ThreadDied:
     if reason is None:
         return ThreadDied(f"{thread!r} returned without a reply")
     died = ThreadDied(f"{thread!r} died before it replied: {_words(reason)}", reason)
-    died.__cause__ = RemoteError(type(reason).__name__, _traceback(reason)[-(1 << 16):])
+    died.__cause__ = RemoteError(type(reason).__name__, _traceback(reason)[-TEXT:])
     return died
 
 
@@ -1325,7 +1325,8 @@ SEND, ASK, REPLY, FAILED, FORGET, LOST, STAMP = range(7)  # the kinds of message
 KERNEL = 0  # the id of the thread that does what one node asks of another
 SIZES = struct.Struct(">II")  # what a frame begins with: the lengths of body and tail
 MAC = 16  # bytes, which follow
-MOST = 1 << 24  # bytes of a body
+MOST = 1 << 26  # bytes of a body; MANY heads with two TEXTs each are less
+TEXT = 1 << 14  # letters of an error, or of a traceback
 ROOM = 1 << 16  # bytes read at once
 LARGE = 2048  # bytes: to copy more into a frame with others costs more than a frame of its own
 VERSION = b"distconc 2"
@@ -1339,7 +1340,7 @@ class _Hello:
         if version != VERSION:
             raise AuthenticationError(f"the other side speaks {version!r}, this {VERSION!r}")
         self.line, self.incarnation = line, int(number, 16)
-        self.heartbeat, self.limit = float(beat), int(limit)
+        self.heartbeat, self.limit = min(max(0.01, float(beat)), 1e9), int(limit)
         self.address = _address(address.decode()) if address else None
 
 
@@ -1355,7 +1356,7 @@ class _Seal:
         key = hmac.digest(key, writer + b"".join(hellos), "sha256")
         self._all = hashlib.blake2b(key=key, digest_size=MAC)
 
-    def mac(self, sizes: bytes, body: bytes, tail: bytes) -> bytes:
+    def mac(self, sizes: bytes, body: bytes, tail: bytes | memoryview) -> bytes:
         """Return the MAC of the next frame."""
         short = body if len(body) <= LARGE else hashlib.sha256(body).digest()
         self._all.update(sizes + short)
@@ -1372,20 +1373,26 @@ BURST = 50e-6  # seconds: what is sent so soon after a write is one of many
 
 
 class _Source(io.RawIOBase):
-    """What a connection reads from: its socket.  A large message on its way is no silence."""
+    """What a connection reads from: its socket.
 
-    def __init__(self, connection: "_Connection") -> None:
-        self._connection, self._receive = connection, connection._sock.recv_into
-        self._news = 0  # bytes received since that counted as a sign of life
+    A frame whose length was altered on its way would swallow what follows, perhaps ticks.
+    Within a frame, no more bytes than those in a whole heartbeat are no sign of life.
+    """
+
+    def __init__(self, sock: socket.socket, heartbeat: float) -> None:
+        self._receive, self._heartbeat = sock.recv_into, heartbeat
+        self.since, self._count = 0.0, 0  # when, in this frame, we began to count bytes
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count = self._receive(buffer)
-        self._news += count
-        if self._news > LARGE:
-            self._connection._silent = self._news = 0
+        count, now = self._receive(buffer), monotonic()
+        self._count += count
+        if not self.since or self._count > LARGE:
+            self.since, self._count = now, 0
+        elif now > self.since + self._heartbeat:
+            raise OSError("the rest of a frame did not come")
         return count
 
 
@@ -1395,9 +1402,9 @@ class _Connection:
     Who sends writes, if the last write was a while ago or something was read since.  What
     follows a write at once is one of many: it goes into the outbox, for the writer thread,
     which runs when the sender pauses or the interpreter switches, and writes hundreds in one
-    frame.  The reader thread never writes, so that two nodes that flood each other go on
-    reading.  Both are started by `start`.  Whatever ends the connection, the reader notices,
-    and cleans up.
+    frame, or a tick when nothing came for a while.  The reader thread never writes, so that two
+    nodes that flood each other go on reading.  Both are started by `start`.  Whatever ends the
+    connection, the reader notices, and cleans up; so does a silence for which no tick accounts.
     """
 
     def __init__(self, node: "Node", sock: socket.socket, mine: _Hello, peer: _Hello,
@@ -1409,9 +1416,9 @@ class _Connection:
         self.small = min(self.limit, LARGE)
         self.stamp = self.peer_stamp = 0  # each side's number for it; see Node._introduce
         self.started = self.ending = False  # ending: takes no more messages
-        self.due = float("inf")  # when its next beat is
         self._node, self._sock = node, sock
-        self._file: io.BufferedIOBase = io.BufferedReader(_Source(self), ROOM)
+        self._source = _Source(sock, self.heartbeat)
+        self._file = io.BufferedReader(self._source, ROOM)
         self._writing = threading.RLock()  # guards: the seal, the output, emptying the outbox
         self._inside = False  # its holder writes: a signal's handler within that must not
         self._seal, self._check = seals
@@ -1420,8 +1427,6 @@ class _Connection:
         self._bell = _bell()  # wakes the writer
         self._written = _bell()  # rung at the writer's end, for all
         self._wrote = 0.0  # when a frame was written; 0 after a read: an answer may be due
-        self._idle = True  # nothing was written since the last beat
-        self._silent = -1  # beats since something was read; below 0 while the reader is busy
         self.sent = self.received = 0  # messages; the first guarded by _writing
         self._caller = lru_cache(1000)(  # the handle of a thread over there, by id
             lambda id: RemoteThread(peer.address, id, peer.incarnation))
@@ -1430,7 +1435,11 @@ class _Connection:
                     self._on_forget, self._on_lost, self._on_stamp)
 
     def start(self) -> None:
-        self.started, self.due, self.sent = True, 0.0, 0  # what introduced it is no message
+        self.started, self.sent = True, 0  # what introduced it is no message
+        silence = round(0.7e6 * self.heartbeat)  # microseconds; what is longer ends a read
+        timeval = struct.pack("qq", *divmod(silence, 10 ** 6))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
+                              timeval if os.name == "posix" else silence // 1000)
         _thread("writer", self._write_on)
         _thread("reader", self._read_on)
 
@@ -1473,18 +1482,19 @@ class _Connection:
         self._outbox.append((head, payload))
         _ring(self._bell)
 
-    def write(self) -> None:
-        """Write what is in the outbox, or a tick, if nothing was written for long."""
+    def write(self, tick: bool = False) -> None:
+        """Write what is in the outbox; if that is nothing, perhaps a tick."""
         with self._writing:
             if not self._inside:
                 self._inside = True
                 try:
-                    self._write_all()
+                    self._write_all(tick)
                 finally:
                     self._inside = False
 
-    def _write_all(self) -> None:
-        while (self._outbox or self._idle) and not self._shut:
+    def _write_all(self, tick: bool) -> None:
+        while (self._outbox or tick) and not self._shut:
+            tick = False
             self._write_waiting()
 
     def _write_waiting(self) -> None:
@@ -1507,9 +1517,6 @@ class _Connection:
         nothing can follow it; but all before it shall still arrive.
         """
         body = pickle.dumps((heads, payloads), 5)
-        if len(body) > MOST and waiting > 1:
-            waiting //= 2
-            return self._write(heads[:waiting], payloads[:waiting], waiting)
         try:
             del self._outbox[:waiting]
             if not (_faults and _cut_off(self.names)):
@@ -1522,7 +1529,6 @@ class _Connection:
                 else:
                     self._sock.sendall(frame + tail)
                 self.sent += len(heads)
-            self._idle = False
         except BaseException as error:
             self._say_end()
             if isinstance(error, OSError):
@@ -1533,8 +1539,8 @@ class _Connection:
     def _write_on(self) -> None:
         try:
             while not self.ending:
-                self._bell.acquire()
-                self.write()
+                rung = self._bell.acquire(True, self.heartbeat / 5)
+                self.write(tick=not rung)
             self.write()
         except OSError:
             pass  # the reader will notice, too
@@ -1560,16 +1566,6 @@ class _Connection:
         _hang_up(self._sock)
         self.close()
 
-    def beat(self) -> None:
-        """Five times a heartbeat: let the peer know that we live, look whether it does."""
-        if self._silent > 3:
-            self.cut()
-        elif self._silent >= 0:
-            self._silent += 1
-        if self._idle:
-            _ring(self._bell)
-        self._idle = True
-
     def _read_on(self) -> None:
         _here.cause = UNKNOWN
         try:
@@ -1581,7 +1577,8 @@ class _Connection:
             self.cut()
             _log("INFO", "the connection to %s ended: %s", _text(self.address), _words(error))
         finally:
-            self._silent = 0  # from now on, beats count how long the writer takes
+            if not _hear(self._written, self.heartbeat / 4):
+                self.cut()
             _hear(self._written, -1)
             self._node._forget(self)
             self.release()
@@ -1590,22 +1587,23 @@ class _Connection:
         """Give the descriptor back, which nobody uses any more."""
         with self._writing:
             self._sock.close()
-        self._file = io.BytesIO()  # no buffer: handles may keep this connection for long
+        self._file.close()  # and its buffer: handles may keep this connection for long
         self._caller.cache_clear()
 
-    def read(self) -> tuple[Sequence[Head], Sequence[bytes]]:
+    def read(self) -> tuple[Sequence[Head], Sequence[Any]]:
         """Wait for a frame, check its seal before all else, return its messages."""
-        self._silent = 0
-        read = self._file.read
-        sizes, mac = read(SIZES.size), read(MAC)
-        if len(mac) < MAC:
+        self._source.since = 0.0
+        start = self._file.read(SIZES.size + MAC)
+        if len(start) < SIZES.size + MAC:
             raise EOFError
+        sizes, mac = start[:SIZES.size], start[SIZES.size:]
         body_size, tail_size = SIZES.unpack(sizes)
         if body_size > MOST or tail_size > self._limit:
             raise OSError(f"a frame of {body_size} + {tail_size} bytes is too large")
-        body, tail = read(body_size), read(tail_size)
-        if len(body) + len(tail) < body_size + tail_size:
+        rest = self._file.read(body_size + tail_size)
+        if len(rest) < body_size + tail_size:
             raise EOFError  # its writer was interrupted
+        body, tail = rest[:body_size], memoryview(rest)[body_size:]  # the tail is not copied
         if not hmac.compare_digest(mac, self._check.mac(sizes, body, tail)):
             raise OSError("a frame was altered, repeated, lost or moved on its way")
         heads, payloads = self._node._load(body)
@@ -1615,7 +1613,7 @@ class _Connection:
 
     def _take(self, heads: Sequence[Head], payloads: Sequence[bytes]) -> None:
         """Do what the messages of a frame say."""
-        self._silent, self._wrote = -1, 0.0
+        self._wrote = 0.0
         if heads and heads[0][0] == SEND and heads.count(heads[0]) == len(heads):
             self._on_sends(heads[0], payloads)  # one of a flood
         else:
@@ -1750,6 +1748,15 @@ _starting = threading.RLock()  # guards: _node
 _stamps = itertools.count(1)  # the numbers of this process's connections
 
 
+def _listener(address: Address) -> Listener:
+    try:
+        return Listener(address, backlog=128)
+    except OSError as error:
+        cure = "does a node run there? Choose another address, or 0 for a free port"
+        text = f"cannot listen at {_text(address)}: {error.strerror or error}; {cure}"
+        raise OSError(error.errno, text) from None
+
+
 class _Dial:
     """One dial of a node, for all who wait for it."""
 
@@ -1765,8 +1772,7 @@ class Node:
 
     As a context manager, leaving it stops the node.  Its threads: the accepter, from the start
     to the stop; a doorman for each stranger who knocks and a dialler for each dial, until hands
-    are shaken or a timer, a thread of its own, ends the wait; the warden, from the first
-    connection to the last after the stop, who wakes for their beats.  A connection has its own.
+    are shaken or a timer, a thread of its own, ends the wait.  A connection has its own.
     """
 
     def __init__(self) -> None:
@@ -1784,41 +1790,35 @@ class Node:
         self._calling: deque[socket.socket] = deque()  # those dialled, not answered yet
         self._counts = Counter(
             sent=0, received=0, undelivered=0, refused=0, lost=0, strangers=0)
-        self._warden: threading.Thread | None = None
         self._listener: Listener | None = None
         self._accepter: threading.Thread | None = None
         self._configure()
 
-    def _configure(self, authkey: bytes | str | None = None, advertise: NodeLike | None = None,
-                   allow: Any = None, heartbeat: float = 10.0, connect_timeout: float = 5.0,
+    def _configure(self, address: NodeLike | None = None, authkey: bytes | str | None = None,
+                   advertise: NodeLike | None = None, allow: Any = None,
+                   heartbeat: float = 10.0, connect_timeout: float = 5.0,
                    max_message: int = 1 << 28) -> None:
+        """Take the options of `start_node`, and listen; nothing has changed if that fails."""
         if heartbeat <= 0 or connect_timeout <= 0:
             raise ValueError("heartbeat= and connect_timeout= are seconds above zero")
         if not 0 < max_message < 1 << 32:
             raise ValueError("max_message= is bytes, above zero and below 4 GiB")
-        self._advertise = None if advertise is None else _address(advertise)
-        self._key, self._allow = authkey, allow
-        if allow is not None and allow != "anything":
-            self._allow = tuple(allow)
+        known = None if advertise is None else _address(advertise)
+        bound = None if address is None else _address(address)
+        if allow is None:
+            allow = "anything" if _on_loopback(bound) else ()
+        allow = allow if allow == "anything" else tuple(allow)
+        load = _loader(allow)
+        if bound:
+            authkey = _authkey(authkey, bound)
+            self._listener = _listener(bound)
+            self._bound = bound = _address(self._listener.address)
+        self._key, self._allow, self._load = authkey, allow, load
         self._heartbeat, self._connect_timeout = heartbeat, connect_timeout
         self._max_message = max_message
-        self._load = _loader("anything" if allow is None else self._allow)
-
-    def _listen(self, address: Address) -> None:
-        self._key = _authkey(self._key, address)
-        if self._allow is None and not _on_loopback(address):
-            self._load = _loader(())
-        try:
-            self._listener = Listener(address, backlog=128)
-        except OSError as error:
-            cure = "does a node run there? Choose another address, or 0 for a free port"
-            text = f"cannot listen at {_text(address)}: {error.strerror or error}; {cure}"
-            raise OSError(error.errno, text) from None
-        self._bound = _address(self._listener.address)
-        self.address = self._advertise or self._bound
+        self.address = known or bound
         if self.address and self.address[0] == "0.0.0.0":
             self.address = socket.gethostname(), int(self.address[1])
-        self._accepter = _thread("accepter", self._accept_on, self._listener)
 
     def stats(self) -> dict[str, int]:
         """Count what passed: messages `sent` and `received`; `undelivered` (nobody here is
@@ -1894,7 +1894,7 @@ class Node:
 
     def _check_allowed(self, func: Any) -> None:
         """Raise unless a message may have `func` called; to load it may be allowed, as data."""
-        if self._load is not pickle.loads and func not in (self._allow or ()):
+        if self._allow != "anything" and func not in self._allow:
             self._count("refused")
             text = f"the other node refuses it: {_name_of(func)} is not among what it allows"
             raise RemoteError("Refused", text)
@@ -2102,8 +2102,6 @@ class Node:
                 if key and (key not in self._speaking or self._speaking[key].ending):
                     self._speaking[key] = speaking  # one for all names of that node
             connection.start()
-            if self._warden is None:
-                self._warden = _thread("warden", self._ward)
             self._changed.notify_all()
 
     def _outlive(self, connection: _Connection, oldest: int) -> None:
@@ -2116,16 +2114,6 @@ class Node:
                 other.cut()
             if not self._changed.wait_for(lambda: not older(), self._connect_timeout):
                 raise NodeUnreachable("the connection before this one does not end")
-
-    def _ward(self) -> None:
-        with self._lock:
-            while self._open or not self._stopped:
-                now = monotonic()
-                for connection in self._open:
-                    if connection.due <= now:
-                        connection.beat()
-                        connection.due = now + connection.heartbeat / 5
-                self._changed.wait(min([now + 60] + [c.due for c in self._open]) - now)
 
     def _forget(self, connection: _Connection) -> None:
         """A connection has been read to its end: contact with its peer is lost, all of it.
@@ -2178,19 +2166,11 @@ def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = No
         node = Node() if _node and _node._stopped else local_node()
         if node._started:
             raise RuntimeError(f"{node!r} runs in this process already; stop_node() first")
-        before = vars(node).copy()
-        try:
-            node._configure(authkey, advertise, allow, heartbeat, connect_timeout, max_message)
-            if address is not None:
-                node._listen(_address(address) or "")
-            node._started, _node = True, node
-        except KeyboardInterrupt:  # no half of it stays open
-            _node = node
-            node.stop(1)
-            raise
-        except BaseException:
-            vars(node).update(before)
-            raise
+        node._configure(address, authkey, advertise, allow, heartbeat, connect_timeout,
+                        max_message)
+        node._started, _node = True, node
+        if node._listener:
+            node._accepter = _thread("accepter", node._accept_on, node._listener)
         return node
 
 
@@ -2545,7 +2525,7 @@ def _tell_node(peer: int, tag: str, error: DistconcError) -> bool:
             payload = serialize(error.reason)
         if connection is None or len(payload) > min(connection.limit, 1 << 16):
             payload = b""
-    head = FAILED, tag, type(error).__name__, str(error)[:1 << 16], kind, trace
+    head = FAILED, tag, type(error).__name__, str(error)[:TEXT], kind, trace
     return local_node()._post(peer, head, payload)
 
 
