@@ -1381,18 +1381,21 @@ class _Source(io.RawIOBase):
 
     def __init__(self, sock: socket.socket, heartbeat: float) -> None:
         self._receive, self._heartbeat = sock.recv_into, heartbeat
-        self.since, self._count = 0.0, 0  # when, in this frame, we began to count bytes
+        self.pieces = 0  # of a frame, read so far
+        self._since, self._count = 0.0, 0  # since when, in a frame, we count bytes
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count, now = self._receive(buffer), monotonic()
-        self._count += count
-        if not self.since or self._count > LARGE:
-            self.since, self._count = now, 0
-        elif now > self.since + self._heartbeat:
-            raise OSError("the rest of a frame did not come")
+        count = self._receive(buffer)
+        self.pieces += 1
+        if self.pieces > 1:
+            self._count += count
+            if self.pieces == 2 or self._count > LARGE:
+                self._since, self._count = monotonic(), 0
+            elif monotonic() > self._since + self._heartbeat:
+                raise OSError("the rest of a frame did not come")
         return count
 
 
@@ -1592,7 +1595,7 @@ class _Connection:
 
     def read(self) -> tuple[Sequence[Head], Sequence[Any]]:
         """Wait for a frame, check its seal before all else, return its messages."""
-        self._source.since = 0.0
+        self._source.pieces = 0
         start = self._file.read(SIZES.size + MAC)
         if len(start) < SIZES.size + MAC:
             raise EOFError
@@ -1603,7 +1606,8 @@ class _Connection:
         rest = self._file.read(body_size + tail_size)
         if len(rest) < body_size + tail_size:
             raise EOFError  # its writer was interrupted
-        body, tail = rest[:body_size], memoryview(rest)[body_size:]  # the tail is not copied
+        body = rest[:body_size]
+        tail = memoryview(rest)[body_size:] if tail_size else b""  # not copied
         if not hmac.compare_digest(mac, self._check.mac(sizes, body, tail)):
             raise OSError("a frame was altered, repeated, lost or moved on its way")
         heads, payloads = self._node._load(body)
