@@ -1418,7 +1418,7 @@ class _Connection:
         self.limit, self._limit = min(mine.limit, peer.limit), mine.limit  # out, and in
         self.small = min(self.limit, LARGE)
         self.stamp = self.peer_stamp = 0  # each side's number for it; see Node._introduce
-        self.started = self.ending = False  # ending: takes no more messages
+        self.ending = False  # takes no more messages
         self._node, self._sock = node, sock
         self._source = _Source(sock, self.heartbeat)
         self._file = io.BufferedReader(self._source, ROOM)
@@ -1438,8 +1438,8 @@ class _Connection:
                     self._on_forget, self._on_lost, self._on_stamp)
 
     def start(self) -> None:
-        self.started, self.sent = True, 0  # what introduced it is no message
-        silence = round(0.7e6 * self.heartbeat)  # microseconds; what is longer ends a read
+        self.sent = 0  # what introduced it is no message
+        silence = round(0.8e6 * self.heartbeat)  # microseconds; what is longer ends a read
         timeval = struct.pack("qq", *divmod(silence, 10 ** 6))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
                               timeval if os.name == "posix" else silence // 1000)
@@ -1580,7 +1580,7 @@ class _Connection:
             self.cut()
             _log("INFO", "the connection to %s ended: %s", _text(self.address), _words(error))
         finally:
-            if not _hear(self._written, self.heartbeat / 4):
+            if not _hear(self._written, self.heartbeat / 5):
                 self.cut()
             _hear(self._written, -1)
             self._node._forget(self)
@@ -1787,8 +1787,8 @@ class Node:
         self._started = self._stopped = False
         self._lock = threading.RLock()  # guards: changes of the tables below
         self._changed = threading.Condition(self._lock)  # a connection came or went; the stop
-        self._speaking: dict[Any, _Connection] = {}  # by incarnation and address: where to send
         self._open: set[_Connection] = set()  # all, the half-made and the ending ones, too
+        self._live: list[_Connection] = []  # those that went live, in that order
         self._dials: dict[Address, _Dial] = {}  # under way, shared by senders
         self._knocking: deque[socket.socket] = deque()  # those not in yet, the oldest first
         self._calling: deque[socket.socket] = deque()  # those dialled, not answered yet
@@ -1914,7 +1914,7 @@ class Node:
 
     def _post(self, peer: int, head: Head, payload: bytes = b"") -> bool:
         """Send if there is contact.  Blocks only while a fault that delays is being left."""
-        connection = self._speaking.get(peer)
+        connection = self._speaking(peer)
         if connection is None or connection.ending:
             return False
         head = _stamped(head) if _trace else head
@@ -1926,14 +1926,14 @@ class Node:
     def _depend(self, awaited: _Await, peer: int) -> None:
         """Have the loss of `peer` settle `awaited`."""
         awaited.peer = peer
-        if peer not in self._speaking:  # lost before that was said
+        if not self._speaking(peer):  # lost before that was said
             _settle(awaited.tag, NodeDown("contact was lost at once"))
 
     def _reach(self, address: Address | None, incarnation: int = 0) -> _Connection:
         """Return the connection to speak on; dial if there is none, once for all who wait."""
         deadline = monotonic() + self._connect_timeout
         with self._lock:
-            connection = self._speaking_to(address, incarnation, deadline)
+            connection = self._settled(address, incarnation, deadline)
             if connection:
                 return connection
             if _cut_off({address}):
@@ -1955,12 +1955,18 @@ class Node:
                 raise NodeUnreachable(f"{_text(address)} did not answer within {seconds}")
         if dial.error:
             raise dial.error
-        return self._speaking.get(dial.connection.peer, dial.connection)  # the peer's was first
+        return self._speaking(dial.connection.peer) or dial.connection  # the peer's was first
 
-    def _speaking_to(self, address: Address | None, incarnation: int,
-                     deadline: float) -> _Connection | None:
+    def _speaking(self, incarnation: int, address: Address | None = None) -> _Connection | None:
+        """Return the connection to that node: of several, the first, for the sake of order."""
+        live = self._live.copy()
+        peers = [incarnation] + [one.peer for one in live if address and address in one.names]
+        return next((one for peer in peers for one in live if one.peer == peer), None)
+
+    def _settled(self, address: Address | None, incarnation: int,
+                 deadline: float) -> _Connection | None:
         """Return the connection there is; `_lock` is held, but while one is ending."""
-        while connection := self._speaking.get(incarnation) or self._speaking.get(address):
+        while connection := self._speaking(incarnation, address):
             if not connection.ending:
                 return connection
             if not self._changed.wait(_left(deadline)):
@@ -2099,12 +2105,7 @@ class Node:
         with self._lock:
             if self._stopped:
                 raise NodeDown("this node was stopped")
-            speaking = self._speaking.get(connection.peer, connection)
-            if speaking.ending:
-                speaking = connection
-            for key in connection.peer, connection.address, dialled:
-                if key and (key not in self._speaking or self._speaking[key].ending):
-                    self._speaking[key] = speaking  # one for all names of that node
+            self._live.append(connection)
             connection.start()
             self._changed.notify_all()
 
@@ -2122,7 +2123,7 @@ class Node:
     def _forget(self, connection: _Connection) -> None:
         """A connection has been read to its end: contact with its peer is lost, all of it.
 
-        One that never started takes no other with it, but may be the last to go.
+        One that never went live takes no other with it, but may be the last to go.
         """
         with self._lock:
             lost = connection in self._open and self._remove(connection)
@@ -2136,13 +2137,10 @@ class Node:
         self._open.remove(connection)
         self._counts.update(sent=connection.sent, received=connection.received)
         rest = [other for other in self._open if other.peer == peer]
-        for other in rest if connection.started else ():
-            other.cut()
-        for key in [key for key, value in self._speaking.items() if value is connection]:
-            if rest:
-                self._speaking[key] = rest[0]  # who sends waits until that has ended, too
-            else:
-                del self._speaking[key]
+        if connection in self._live:
+            self._live.remove(connection)
+            for other in rest:
+                other.cut()
         self._changed.notify_all()
         return None if rest else (
             [each for each in list(_awaited.values()) if each.peer == peer],
@@ -2214,8 +2212,8 @@ def nodes() -> list[Address]:
 
     Erlang: nodes(), without the hidden ones.
     """
-    speaking = list(local_node()._speaking.values())
-    return sorted({c.address for c in speaking if c.address and not c.ending}, key=_text)
+    live = local_node()._live.copy()
+    return sorted({one.address for one in live if one.address and not one.ending}, key=_text)
 
 
 def connect(node: NodeLike) -> None:
@@ -2237,7 +2235,7 @@ def disconnect(node: NodeLike) -> None:
     """
     here = local_node()
     with here._lock:
-        connection = here._speaking.get(_address(node))
+        connection = here._speaking(0, _address(node))
         if connection:
             connection.close()
             if not here._changed.wait_for(lambda: connection not in here._open,
@@ -2520,7 +2518,7 @@ def demonitor(monitor: Monitor) -> None:
 def _tell_node(peer: int, tag: str, error: DistconcError) -> bool:
     """Tell another node that what it awaits has failed; False if there is no contact."""
     cause, kind, trace, payload = error.__cause__, "", "", b""
-    connection = local_node()._speaking.get(peer)
+    connection = local_node()._speaking(peer)
     if isinstance(error, RemoteError):
         kind = error.type
     elif isinstance(error, ThreadDied) and isinstance(cause, RemoteError):
