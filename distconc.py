@@ -1406,8 +1406,9 @@ class _Connection:
     follows a write at once is one of many: it goes into the outbox, for the writer thread,
     which runs when the sender pauses or the interpreter switches, and writes hundreds in one
     frame, or a tick when nothing came for a while.  The reader thread never writes, so that two
-    nodes that flood each other go on reading.  Both are started by `start`.  Whatever ends the
-    connection, the reader notices, and cleans up; so does a silence for which no tick accounts.
+    nodes that flood each other go on reading; it is the one that shook hands.  Whatever ends
+    the connection, be it a silence for which no tick accounts, the reader notices, and cleans
+    up.
     """
 
     def __init__(self, node: "Node", sock: socket.socket, mine: _Hello, peer: _Hello,
@@ -1444,7 +1445,6 @@ class _Connection:
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
                               timeval if os.name == "posix" else silence // 1000)
         _thread("writer", self._write_on)
-        _thread("reader", self._read_on)
 
     def send(self, head: Head, payload: bytes) -> bool:
         """Have a message written; wait while too much waits.
@@ -1569,7 +1569,8 @@ class _Connection:
         _hang_up(self._sock)
         self.close()
 
-    def _read_on(self) -> None:
+    def read_on(self) -> None:
+        """Read to the end, of whatever kind, and clean up."""
         _here.cause = UNKNOWN
         try:
             while True:
@@ -1775,8 +1776,8 @@ class Node:
     """This process, as others address it.  Made by `start_node`, or when first needed.
 
     As a context manager, leaving it stops the node.  Its threads: the accepter, from the start
-    to the stop; a doorman for each stranger who knocks and a dialler for each dial, until hands
-    are shaken or a timer, a thread of its own, ends the wait.  A connection has its own.
+    to the stop; a reader for each stranger who knocks and for each dial, who first shakes
+    hands, while a timer, a thread of its own, limits the wait; a writer for each connection.
     """
 
     def __init__(self) -> None:
@@ -1945,7 +1946,7 @@ class Node:
             dial = self._dials.get(address)
             if dial is None:
                 key, dial = _authkey(self._key, address), _Dial()
-                _thread("dialler", self._dial, address, key, dial)
+                _thread("reader", self._dial, address, key, dial)
                 self._dials[address] = dial
         while not _hear(dial.done, min(_left(deadline), 0.2)):  # Ctrl-C may strike between
             if monotonic() >= deadline:  # two waits only, if it comes as one begins
@@ -1974,9 +1975,9 @@ class Node:
         return None
 
     def _dial(self, address: Address, key: bytes, dial: _Dial) -> None:
-        name = _text(address)
+        name, connection = _text(address), None
         try:
-            dial.connection = self._shake(Client(address), key, address)
+            connection = dial.connection = self._shake(Client(address), key, address)
         except AuthenticationError as why:
             dial.error = AuthenticationError(
                 f"{name} and this node do not trust each other: {why}; "
@@ -1991,6 +1992,8 @@ class Node:
             if self._dials.get(address) is dial:
                 del self._dials[address]
         dial.done.release()
+        if connection:
+            connection.read_on()
 
     # Shaking hands
 
@@ -2001,7 +2004,7 @@ class Node:
                 if self._stopped:  # it was `stop` that knocked
                     stranger.close()
                 else:
-                    _thread("doorman", self._admit, stranger)
+                    _thread("reader", self._admit, stranger)
             except (OSError, RuntimeError) as error:  # out of descriptors, or of threads
                 _log("INFO", "nobody can be let in just now: %s", error)
                 with self._lock:
@@ -2011,13 +2014,15 @@ class Node:
 
     def _admit(self, stranger: Any) -> None:
         try:
-            self._shake(stranger, self._key, None)
+            connection = self._shake(stranger, self._key, None)
         except Exception as error:
             self._count("strangers")
             _log("INFO", "a stranger was not let in: %s: %s", type(error).__name__, error)
+        else:
+            connection.read_on()
 
     def _shake(self, stranger: Any, key: Any, dialled: Address | None) -> _Connection:
-        """Shake hands, within the time; return the connection, started."""
+        """Shake hands, within the time; return the connection, for this thread to read."""
         crowd = self._calling if dialled else self._knocking
         tcp = not isinstance(dialled or self._bound, str)
         with stranger:
@@ -2048,7 +2053,7 @@ class Node:
 
     def _meet(self, stranger: Any, sock: socket.socket, key: bytes,
               dialled: Address | None) -> _Connection:
-        """Exchange hellos, by which all is sealed; return the connection, started."""
+        """Exchange hellos, by which all is sealed; return the connection, live."""
         mine = self._hello(sock, dialled)
         stranger.send_bytes(mine.line)
         peer = _Hello(stranger.recv_bytes(4096))
@@ -2060,7 +2065,6 @@ class Node:
         try:
             self._introduce(connection, dialled)
         except BaseException:
-            connection.cut()  # its writer may have been started, and its reader not
             self._forget(connection)
             connection.release()
             raise
@@ -2105,8 +2109,8 @@ class Node:
         with self._lock:
             if self._stopped:
                 raise NodeDown("this node was stopped")
-            self._live.append(connection)
             connection.start()
+            self._live.append(connection)
             self._changed.notify_all()
 
     def _outlive(self, connection: _Connection, oldest: int) -> None:

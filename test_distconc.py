@@ -3964,11 +3964,11 @@ class Strangers(OneChild):
         self.assertLess(monotonic() - start, 10)
         send("stop", kept)
 
-    def test_a_connection_whose_reader_cannot_be_started_leaves_no_writer_behind(self):
+    def test_a_connection_whose_writer_cannot_be_started_leaves_nothing_behind(self):
         start = threading.Thread.start
 
         def refuse(thread):
-            if thread.name == "distconc reader":
+            if thread.name == "distconc writer":
                 raise RuntimeError("can't start new thread")
             start(thread)
         disconnect(self.other)
