@@ -46,8 +46,8 @@ awaits it.
 
 The locks, in the order taken: `_settling` (outcomes), `_starting` (which node this is),
 `Node._lock` (its tables), `_registry` (names and ends of threads), `_losing` (the log of
-losses), the `_gate` of `faults`, each connection's `_writing`, `_clocking` (the trace).  Only
-`_gate` and `_writing` are held while waiting for the network.  Mailboxes need none.
+losses), each connection's `_writing`, `_clocking` (the trace).  Only `_writing` is held while
+waiting for the network.  Mailboxes need none.
 
 The wire.  After the stock challenge of `multiprocessing.connection` with the key (the dialler
 answers first, then challenges), each side sends with `send_bytes` one hello, its fields joined
@@ -99,7 +99,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener, answer_challenge, deliver_challenge
-from queue import SimpleQueue
 from time import monotonic, sleep, time
 from typing import TYPE_CHECKING, Any, Union
 
@@ -1431,6 +1430,7 @@ class _Connection:
         self._bell = _bell()  # wakes the writer
         self._written = _bell()  # rung at the writer's end, for all
         self._wrote = 0.0  # when a frame was written; 0 after a read: an answer may be due
+        self.late = 0.0  # until when a fault holds up what is in the outbox
         self.sent = self.received = 0  # messages; the first guarded by _writing
         self._caller = lru_cache(1000)(  # the handle of a thread over there, by id
             lambda id: RemoteThread(peer.address, id, peer.incarnation))
@@ -1480,10 +1480,11 @@ class _Connection:
             return False
         return True
 
-    def post(self, head: Head, payload: bytes = b"") -> None:
+    def post(self, head: Head, payload: bytes = b"") -> bool:
         """Have a message written soon.  Never blocks: for readers, and threads that end."""
         self._outbox.append((head, payload))
         _ring(self._bell)
+        return not self.ending
 
     def write(self, tick: bool = False) -> None:
         """Write what is in the outbox; if that is nothing, perhaps a tick."""
@@ -1543,6 +1544,7 @@ class _Connection:
         try:
             while not self.ending:
                 rung = self._bell.acquire(True, self.heartbeat / 5)
+                _hold_up(self)
                 self.write(tick=not rung)
             self.write()
         except OSError:
@@ -1841,8 +1843,6 @@ class Node:
         if self.incarnation != _incarnation:
             return  # this is a fork's child, and the node its parent's
         deadline = monotonic() + timeout
-        for fault in _faults.copy():
-            fault._release(timeout / 2)
         with self._lock:
             again, self._stopped, bound, self._bound = self._stopped, True, self._bound, None
             for sock in *self._knocking, *self._calling:
@@ -1914,15 +1914,11 @@ class Node:
     # Sending
 
     def _post(self, peer: int, head: Head, payload: bytes = b"") -> bool:
-        """Send if there is contact.  Blocks only while a fault that delays is being left."""
+        """Send if there is contact.  Never blocks."""
         connection = self._speaking(peer)
         if connection is None or connection.ending:
             return False
-        head = _stamped(head) if _trace else head
-        fault = _faults and _fault(connection.names)
-        if not (fault and fault._hold(0, connection, head, payload)):
-            connection.post(head, payload)
-        return True
+        return connection.post(_stamped(head) if _trace else head, payload)
 
     def _depend(self, awaited: _Await, peer: int) -> None:
         """Have the loss of `peer` settle `awaited`."""
@@ -2608,7 +2604,8 @@ class faults:
     concern one, the last entered counts.  `drop=1` cuts the node off, on this side: nothing
     goes there, heartbeats included, nor can it be dialled or dial this one; so each takes the
     other for lost.  What is dropped, nobody is told; what is still held up goes out when the
-    fault is left, which blocks until it has.  Raises ValueError for what is no probability.
+    fault is left, or when it is too much (2,000 messages for a node).  Entering and leaving
+    never block.  Raises ValueError for what is no probability, RuntimeError if entered twice.
     """
 
     def __init__(self, *, to: NodeLike | None = None, drop: float = 0, delay: float = 0,
@@ -2618,57 +2615,42 @@ class faults:
         self._to = None if to is None else _address(to)
         self._drop, self._delay, self._duplicate = drop, delay, duplicate
         self._seed = seed
-        self._gate = threading.RLock()  # guards: whether messages are still held up, or go on
-        self._late: SimpleQueue[Any] | None = None  # when it is due, where to, and what
 
     def __enter__(self) -> "faults":
         if self in _faults:
             raise RuntimeError("these faults are entered already")
         self._random = random.Random(self._seed)
-        if self._delay:
-            self._late, self._over = SimpleQueue(), threading.Event()
-            self._postman = _thread("postman", self._send_late, self._late)
         _faults.append(self)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        try:
-            self._release()
-        finally:
-            with suppress(ValueError):  # a fork has cleared them
-                _faults.remove(self)
+        with suppress(ValueError):  # a fork has cleared them
+            _faults.remove(self)
+        for connection in local_node()._open.copy():
+            connection.late = 0.0
+            _ring(connection._bell)
 
-    def _release(self, timeout: float | None = None) -> None:
-        """Have what is held up sent now; who sends meanwhile waits, so that order is kept."""
-        with self._gate:
-            if self._late:
-                self._late.put(None)
-                self._over.set()
-                self._postman.join(timeout)
-                self._late = None
-
-    def _send(self, connection: _Connection, *message: Any) -> bool:
+    def _send(self, connection: _Connection, head: Head, payload: bytes) -> bool:
+        """Send, or not, or twice; what is to be late waits in the outbox, so in order."""
         drop, duplicate, delay = (self._random.random() for _ in range(3))
         if drop < self._drop:
             _record(None, "lost", _here.cause, why="dropped by faults")
             return True
-        due = delay * self._delay
-        return any([self._hold(due, connection, *message) or connection.send(*message)
-                    for _ in range(1 + (duplicate < self._duplicate))])
+        send, waiting = connection.send, len(connection._outbox)
+        if self._delay and waiting < FULL:
+            send = connection.post
+            if not waiting:
+                connection.late = monotonic() + delay * self._delay
+        return any([send(head, payload) for _ in range(1 + (duplicate < self._duplicate))])
 
-    def _hold(self, delay: float, connection: _Connection, *message: Any) -> bool:
-        """Hold a message up, behind those that are, if this fault does so."""
-        with self._gate:
-            if self._late:
-                self._late.put((monotonic() + delay, connection, message))
-            return self._late is not None
 
-    def _send_late(self, late: "SimpleQueue[Any]") -> None:
-        while item := late.get():
-            due, connection, message = item
-            self._over.wait(_left(due))
-            with suppress(OSError):
-                connection.send(*message)
+def _hold_up(connection: _Connection) -> None:
+    """Keep the writer waiting while a fault has what it would write be late; ticks go out."""
+    while _faults and not connection.ending and (left := _left(connection.late)):
+        connection._bell.acquire(True, min(left, connection.heartbeat / 5))
+        with connection._writing:
+            if not connection._shut:
+                connection._write((), ())
 
 
 def _fault(names: set[Address | None]) -> faults | None:

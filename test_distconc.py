@@ -4329,6 +4329,26 @@ class Faults(OneChild):
         self.assertEqual(self.through(delay=1000), list(range(200)))
         self.assertLess(monotonic() - start, T)
 
+    def test_what_is_held_up_for_longer_than_a_heartbeat_is_no_silence(self):
+        other = self.child(heartbeat=0.5)
+        target = self.collector(other)
+        watch = monitor(other)
+        with faults(delay=1000, seed=1):
+            send(1, target)
+            self.assertIs(receive(2.0, NOTHING), NOTHING)
+        self.assertEqual(self.got(target, 1), [1])
+        demonitor(watch)
+
+    def test_too_much_to_be_held_up_goes_out_at_once_in_order(self):
+        target = spawn(keep_all, "end", current_thread(), node=self.other)
+        with faults(delay=1000):
+            for number in range(5000):
+                send(number, target)
+            send("end", target)
+            for _ in range(distconc.FULL):
+                send("more", target)
+            self.assertEqual(receive(T), list(range(5000)))
+
     def test_only_the_named_node_and_only_remote_messages_are_concerned(self):
         other = self.child()
         here, there = self.here(collect, name="kept"), self.collector(other)
