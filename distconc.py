@@ -130,7 +130,10 @@ Predicate = Union[Callable[[Any], Any], type, tuple[type, ...], types.UnionType]
 
 
 class DistconcError(Exception):
-    """The base of this module's errors."""
+    """The base of this module's errors.  The last of their `args` is the text."""
+
+    def __str__(self) -> str:
+        return str(self.args[-1]) if self.args else ""
 
 
 class LinkedError(DistconcError):
@@ -159,12 +162,7 @@ class NoSuchThread(DistconcError, LookupError):
 class ThreadDied(DistconcError):
     """The thread ended before it replied, of `.reason` (None: it returned)."""
 
-    def __init__(self, text: str, reason: BaseException | None = None) -> None:
-        super().__init__(text, reason)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+    reason = property(lambda self: self.args[0])
 
 
 class SynchronousToSelfError(DistconcError):
@@ -178,12 +176,7 @@ class SerializationError(DistconcError, ValueError):
 class RemoteError(DistconcError):
     """Stands in for what could not cross: `.type` is its name, the text its traceback."""
 
-    def __init__(self, type: str, text: str) -> None:
-        super().__init__(type, text)
-        self.type = type
-
-    def __str__(self) -> str:
-        return str(self.args[1])
+    type = property(lambda self: self.args[0])
 
 
 ################ Part one: one process ################
@@ -658,8 +651,8 @@ def _print_failure(error: BaseException, trace: types.TracebackType | None) -> N
 def _obituary(thread: Thread, reason: BaseException | None) -> ThreadDied:
     """What the end of `thread` is to those who wait for it."""
     if reason is None:
-        return ThreadDied(f"{thread!r} returned without a reply")
-    died = ThreadDied(f"{thread!r} died before it replied: {_words(reason)}", reason)
+        return ThreadDied(None, f"{thread!r} returned without a reply")
+    died = ThreadDied(reason, f"{thread!r} died before it replied: {_words(reason)}")
     died.__cause__ = RemoteError(type(reason).__name__, _traceback(reason)[-TEXT:])
     return died
 
@@ -1697,7 +1690,7 @@ class _Connection:
 
     def _on_failed(self, head: Head, payload: bytes) -> None:
         _, tag, name, text, kind, trace = head
-        error: DistconcError = ThreadDied(text)
+        error: DistconcError = ThreadDied(None, text)
         if name == "NoSuchThread":
             error = NoSuchThread(f"at {_text(self.address)}: {text}")
         elif name == "RemoteError":
@@ -1707,7 +1700,7 @@ class _Connection:
             with suppress(BaseException):
                 reason = self._node._load(payload)
             cause = RemoteError(kind, trace)
-            error = ThreadDied(text, reason if isinstance(reason, BaseException) else cause)
+            error = ThreadDied(reason if isinstance(reason, BaseException) else cause, text)
             error.__cause__ = cause
         _settle(tag, error)
 

@@ -2901,7 +2901,7 @@ class Plain(Net):
                                  isinstance(item, Thread) else (RemoteThread, item))
         for error in (ValueError("v"), OSError(2, "no"), StopIteration(1),
                       UnicodeDecodeError("u", b"x", 0, 1, "r"), NoSuchThread("n"),
-                      NodeDown("d"), ThreadDied("t", None),
+                      NodeDown("d"), ThreadDied(None, "t"),
                       RemoteError("a", "b"), SerializationError("s"), AuthenticationError("a"),
                       NodeUnreachable("u"), SynchronousToSelfError("s")):
             with self.subTest(error):
