@@ -2598,7 +2598,7 @@ class faults:
     goes there, heartbeats included, nor can it be dialled or dial this one; so each takes the
     other for lost.  What is dropped, nobody is told; what is still held up goes out when the
     fault is left, or when it is too much (2,000 messages for a node).  Entering and leaving
-    never block.  Raises ValueError for what is no probability, RuntimeError if entered twice.
+    never block.  Raises ValueError for what is no probability.
     """
 
     def __init__(self, *, to: NodeLike | None = None, drop: float = 0, delay: float = 0,
@@ -2606,12 +2606,9 @@ class faults:
         if not (0 <= drop <= 1 and 0 <= duplicate <= 1 and delay >= 0):
             raise ValueError("drop= and duplicate= are from 0 to 1, delay= is seconds")
         self._to = None if to is None else _address(to)
-        self._drop, self._delay, self._duplicate = drop, delay, duplicate
-        self._seed = seed
+        self._drop, self._delay, self._duplicate, self._seed = drop, delay, duplicate, seed
 
     def __enter__(self) -> "faults":
-        if self in _faults:
-            raise RuntimeError("these faults are entered already")
         self._random = random.Random(self._seed)
         _faults.append(self)
         return self
@@ -2629,11 +2626,10 @@ class faults:
         if drop < self._drop:
             _record(None, "lost", _here.cause, why="dropped by faults")
             return True
-        send, waiting = connection.send, len(connection._outbox)
-        if self._delay and waiting < FULL:
-            send = connection.post
-            if not waiting:
-                connection.late = monotonic() + delay * self._delay
+        waiting = len(connection._outbox)
+        if not waiting:
+            connection.late = monotonic() + delay * self._delay
+        send = connection.post if self._delay and waiting < FULL else connection.send
         return any([send(head, payload) for _ in range(1 + (duplicate < self._duplicate))])
 
 

@@ -4391,10 +4391,13 @@ class Faults(OneChild):
         self.assertEqual(got[:3], [0, 1, 2])
         self.assertIsInstance(got[3], Down)
 
-    def test_faults_cannot_be_entered_twice_but_again(self):
+    def test_faults_may_be_entered_twice_and_again(self):
         again = faults(delay=0.2, seed=1)
-        with again, self.assertRaises(RuntimeError):
-            again.__enter__()
+        with again:
+            with again:
+                pass
+            self.assertIn(again, distconc._faults)
+        self.assertEqual(distconc._faults, [])
         start = monotonic()
         with again:
             self.assertEqual(ask(self.other, echo, 1), 1)
