@@ -1009,22 +1009,21 @@ def deserialize(data: bytes) -> Any:
     return local_node()._load(data)
 
 
-def _culprit(obj: Any, error: Exception, path: str = "message", depth: int = 100) -> str:
+def _culprit(obj: Any, error: Exception, path: str = "message") -> str:
     """Say which part of `obj`, as small as it can be told, cannot be pickled, and why."""
-    with suppress(Exception):  # a part's own __repr__ may fail
-        for where, part in _parts(obj) if depth else ():
-            try:
-                pickle.dumps(part, 5)
-            except Exception as inner:
-                if part is not obj:
-                    return _culprit(part, inner, path + where, depth - 1)
+    for where, part in _parts(obj) if len(path) < 500 else ():  # there may be cycles
+        try:
+            pickle.dumps(part, 5)
+        except Exception as inner:
+            if part is not obj:
+                return _culprit(part, inner, path + where)
     return (f"{path} is a {type(obj).__name__} and cannot be sent to another node ({error}); "
             "send plain data, something importable, or the handle of a thread that keeps it")
 
 
 def _parts(obj: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(obj, dict):
-        return [(f"[{key!r}]", value) for key, value in obj.items()]
+        return [(f"[{_shown(key)}]", value) for key, value in obj.items()]
     if isinstance(obj, (list, tuple)):
         return [(f"[{index}]", value) for index, value in enumerate(obj)]
     return [(f".{name}", value) for name, value in getattr(obj, "__dict__", {}).items()]
@@ -1036,9 +1035,8 @@ def _loader(allow: str | Sequence[Any]) -> Callable[[Any], Any]:
         return pickle.loads
     import builtins, datetime as dt, decimal, fractions, uuid  # noqa: E401
 
-    plain = [complex, range, set, frozenset, bytearray, decimal.Decimal, fractions.Fraction,
-             uuid.UUID, dt.date, dt.time, dt.datetime, dt.timedelta, dt.timezone,
-             RemoteThread, Synchronous, Reply, Monitor, Down]
+    plain = [complex, range, decimal.Decimal, fractions.Fraction, uuid.UUID, dt.date, dt.time,
+             dt.datetime, dt.timedelta, dt.timezone, RemoteThread, *_Value.__subclasses__()]
     plain += [kind for kind in (*vars(builtins).values(), *globals().values())
               if isinstance(kind, type) and issubclass(kind, BaseException)]
     for item in allow:
