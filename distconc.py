@@ -1079,17 +1079,14 @@ class _Refused(pickle.UnpicklingError):
 def _address(node: Any) -> Address | None:
     """One spelling for all that may stand where a node is asked for; None does not listen."""
     given, node = node, getattr(node, "address", node)
-    if isinstance(node, int) and not isinstance(node, bool):
-        node = "127.0.0.1", node
-    if isinstance(node, str) and "/" not in node and node.rpartition(":")[2].isdecimal():
-        node = node.rpartition(":")[0], int(node.rpartition(":")[2])
-    match node:
-        case None if given is not None:
-            return None
-        case str() | os.PathLike() if {"/", os.sep} & set(os.fspath(node)):
-            return os.path.abspath(node)
-        case str(host), int(port) if 0 <= port < 65536 and ":" not in host:
-            return "127.0.0.1" if host in ("", "localhost") else host, port
+    if node is None and given is not None:
+        return None
+    if isinstance(node, (str, os.PathLike)) and "/" in os.fspath(node):
+        return os.path.abspath(node)
+    text = "%s:%s" % node if isinstance(node, tuple) and len(node) == 2 else str(node)
+    host, _, port = text.rpartition(":")
+    if ":" not in host and port.isdecimal() and int(port) < 65536:
+        return "127.0.0.1" if host in ("", "localhost") else host, int(port)
     spelt = "9000, 'host:9000', ('host', 9000), or a path with a slash"
     raise ValueError(f"not a node: {given!r}; say {spelt}")
 

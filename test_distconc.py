@@ -2271,7 +2271,7 @@ class TwoNodes(OneChild):
             send("x", handle)
         self.assertEqual(self.got(target), ["x"] * len(spellings))
         self.assertEqual(nodes(), [self.other.address])
-        for node in -1, 70000, ("h",), 1.5, True, ("h", "1"), b"127.0.0.1:1", "h", "h:90O0":
+        for node in -1, 70000, ("h",), 1.5, True, ("h", "x"), b"127.0.0.1:1", "h", "h:90O0":
             with self.subTest(node), self.assertRaises((ValueError, TypeError)):
                 connect(node)
 
