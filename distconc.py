@@ -1741,6 +1741,7 @@ CROWD = 256  # strangers who may knock at once: for one more, the oldest has to 
 _node: "Node | None" = None
 _starting = threading.RLock()  # guards: _node
 _stamps = itertools.count(1)  # the numbers of this process's connections
+_sockets: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()  # a fork lets go of them
 
 
 def _listener(address: Address) -> Listener:
@@ -2012,6 +2013,7 @@ class Node:
         with stranger:
             sock = socket.fromfd(stranger.fileno(), socket.AF_INET if tcp else socket.AF_UNIX,
                                  socket.SOCK_STREAM)
+            _sockets.add(sock)
             timer = threading.Timer(self._connect_timeout, _hang_up, [sock])
             timer.daemon = True
             with self._lock:
@@ -2280,9 +2282,6 @@ def _doing(thread: Thread) -> str:
     return f"{word} at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
-_children: "weakref.WeakSet[ChildNode]" = weakref.WeakSet()  # a fork lets go of them
-
-
 class ChildNode:
     """A node in a process of its own, made by `spawn_node`; it ends with its parent.
 
@@ -2393,15 +2392,12 @@ def _after_fork() -> None:
     if _node:
         for connection in _node._open:
             connection.ending = True
-        live = (connection._sock for connection in _node._open)
-        for sock in {*live, *_node._knocking, *_node._calling}:
-            os.close(sock.detach())
         if _node._listener:
             _node._listener.close()
+    for sock in _sockets:
+        sock.close()
     _incarnation, _node, _here = int.from_bytes(os.urandom(8), "big"), None, _Here()
     _reporter = None
-    for child in _children:
-        child._process.stdin.close()  # type: ignore  # or they would not end with the parent
     for thread in _threads.values():
         thread._ended = True
         _ring(thread._over)
