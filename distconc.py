@@ -66,8 +66,8 @@ writing half (in the middle of a frame, that was none), and to read the other's 
 first frame each way, the dialler's first, has one head, a pair: the number that the writer
 gives this connection, counting from 1, and that of the oldest between the two that it still
 counts.  The other heads are these (a target is a pair of incarnation, or 0 for any, and id or
-name; id 0 is the node, which does a call's ("ping",), ("ps",) or ("spawn", func, args, name,
-register, link)):
+name; id 0 is the node, which does a call's ("ps",) or ("spawn", func, args, name, register,
+link)):
 
     0 SEND    target                                   the payload is the message, pickled
     1 ASK     target, caller's id, tag                 a call, so too; or, of 0, a monitor
@@ -89,6 +89,7 @@ import random
 import socket
 import stat
 import struct
+import subprocess
 import sys
 import threading
 import types
@@ -100,10 +101,7 @@ from functools import lru_cache, partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener, answer_challenge, deliver_challenge
 from time import monotonic, sleep, time
-from typing import TYPE_CHECKING, Any, Union
-
-if TYPE_CHECKING:  # what few need is imported by those, so that a script starts fast
-    import subprocess
+from typing import Any, Union
 
 __all__ = """
     Mailbox Thread RemoteThread spawn spawn_linked spawn_server current_thread threads
@@ -1741,7 +1739,7 @@ CROWD = 256  # strangers who may knock at once: for one more, the oldest has to 
 _node: "Node | None" = None
 _starting = threading.RLock()  # guards: _node
 _stamps = itertools.count(1)  # the numbers of this process's connections
-_sockets: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()  # a fork lets go of them
+_ours: "weakref.WeakSet[Any]" = weakref.WeakSet()  # what a fork closes in its child
 
 
 def _listener(address: Address) -> Listener:
@@ -1808,6 +1806,7 @@ class Node:
         if bound:
             authkey = _authkey(authkey, bound)
             self._listener = _listener(bound)
+            _ours.add(self._listener)
             self._bound = bound = _address(self._listener.address)
         self._key, self._allow, self._load = authkey, allow, load
         self._heartbeat, self._connect_timeout = heartbeat, connect_timeout
@@ -2013,7 +2012,7 @@ class Node:
         with stranger:
             sock = socket.fromfd(stranger.fileno(), socket.AF_INET if tcp else socket.AF_UNIX,
                                  socket.SOCK_STREAM)
-            _sockets.add(sock)
+            _ours.add(sock)
             timer = threading.Timer(self._connect_timeout, _hang_up, [sock])
             timer.daemon = True
             with self._lock:
@@ -2246,18 +2245,14 @@ def _ask_node(address: Address | None, *request: Any, timeout: float | None = No
 def _kernel(request: Synchronous, cause: "Stamp") -> None:
     """Do one thing that another node asks for.  Erlang: net_kernel."""
     _here.cause = cause  # that node's act, not this thread's
-    answer: Any = None
+    answer: Any = ValueError("a node of this version cannot do that")
     try:
         match request.data:
             case "spawn", func, args, name, register, link:
                 local_node()._check_allowed(func)
                 answer = _spawn_here(func, args, name, register, link, request.sender._key[0])
-            case ("ping",):
-                pass
             case ("ps",):
                 answer = [_describe(thread) for thread in threads().values()]
-            case other:
-                raise ValueError(f"a node cannot do {other!r}")
     except Exception as error:
         answer = error
     reply_synchronous(answer, request)
@@ -2266,8 +2261,8 @@ def _kernel(request: Synchronous, cause: "Stamp") -> None:
 def _describe(thread: Thread) -> tuple[Any, ...]:
     """What `ps` shows: id, name, registered names, unread messages, seconds, what it does."""
     unread = sum(map(len, list(thread._mailbox._cells)))
-    names = " ".join(thread._names)
-    return (thread.id, thread.name, names, unread, monotonic() - thread._began, _doing(thread))
+    return (thread.id, thread.name, " ".join(thread._names), unread,
+            monotonic() - thread._began, _doing(thread))
 
 
 def _doing(thread: Thread) -> str:
@@ -2290,7 +2285,7 @@ class ChildNode:
 
     def __init__(self, process: "subprocess.Popen[bytes]", address: Address) -> None:
         self._process, self.address, self.pid = process, address, process.pid
-        _children.add(self)
+        _ours.add(process.stdin)  # whose end is the child's
         self._printer = _thread("printer", _print_on, process.stdout)
 
     def is_alive(self) -> bool:
@@ -2299,14 +2294,12 @@ class ChildNode:
 
     def stop(self, timeout: float = 5.0) -> None:
         """Have the child stop its node and end; after `timeout` seconds, kill it."""
-        from subprocess import TimeoutExpired
-
         with suppress(OSError, ValueError), self._process.stdin as orders:  # type: ignore
             orders.write(b"stop")
         try:
             self._process.wait(timeout)
             self._printer.join(timeout)
-        except TimeoutExpired:
+        except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
@@ -2335,8 +2328,6 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
     prints, and ends when this one does, however that is.  Raises what `start_node` raises
     there; RuntimeError if the process ends before that.  Erlang: peer:start.
     """
-    import subprocess
-
     if options.get("authkey") is None:
         options["authkey"] = _authkey(local_node()._key, _address(address))
     boot = ("import sys, pickle; sys.path[:] = pickle.load(sys.stdin.buffer); "
@@ -2389,13 +2380,10 @@ def _after_fork() -> None:
     """Leave the parent its connections: a forked child is another node, not started."""
     global _incarnation, _node, _here, _reporter
     global _registry, _settling, _losing, _starting, _clocking
-    if _node:
-        for connection in _node._open:
-            connection.ending = True
-        if _node._listener:
-            _node._listener.close()
-    for sock in _sockets:
-        sock.close()
+    for connection in _node._open if _node else ():
+        connection.ending = True
+    for each in _ours:
+        each.close()
     _incarnation, _node, _here = int.from_bytes(os.urandom(8), "big"), None, _Here()
     _reporter = None
     for thread in _threads.values():
@@ -3129,7 +3117,7 @@ def _send(target: str, message: str, timeout: float = 10.0) -> None:
     """Send a message; status 1 if it was lost."""
     thread = _target(target)
     send(_literal(message), thread)
-    _ask_node(thread.node, "ping", timeout=timeout)
+    _ask_node(thread.node, "ps", timeout=timeout)  # whose answer comes after news of a loss
     sys.exit(local_node().stats()["lost"] and 1)
 
 

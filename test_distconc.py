@@ -7475,7 +7475,7 @@ def _soak_reset(times, node):
     for _ in range(times):
         with RawPeer.knock(node) as peer:
             _bench_no_delay(peer.conn)
-            peer.challenge().greet().introduce().call(("ping",), 0)
+            peer.challenge().greet().introduce().call(("ps",), 0)
             peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
