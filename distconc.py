@@ -91,6 +91,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 import weakref
@@ -1118,12 +1119,10 @@ def _authkey(key: bytes | str | None, address: Address | None) -> bytes:
 def _cookie(path: str) -> bytes:
     """Read the cookie file, made first if there is none."""
     if not os.path.exists(path):
-        draft = f"{path}.{os.getpid()}.{threading.get_ident()}"
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(os.urandom(32).hex() + "\n")
-        with suppress(FileExistsError):
-            os.link(draft, path)  # unlike a rename, fails if another process was first
-        os.unlink(draft)
+        with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path) or ".") as draft:
+            print(os.urandom(32).hex(), file=draft, flush=True)  # of mode 0600, from the start
+            with suppress(FileExistsError):
+                os.link(draft.name, path)  # unlike a rename, fails if another process was first
     with open(path, "rb") as file:
         if os.name == "posix" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
             raise PermissionError(f"others can read the key in {path}; chmod 600 {path}")
@@ -3050,8 +3049,6 @@ def _as_shiviz(shown: list[_Event], past: list[_Event]) -> str:
 
 def _demo() -> None:
     """Run the example that started it all, on two nodes."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as directory:
         if not _trace:
             trace(directory)
