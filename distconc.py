@@ -2337,7 +2337,8 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
         start_new_session=True)  # Ctrl-C at the terminal is for the parent, which may go on
     try:
         assert process.stdin and process.stdout
-        process.stdin.write(pickle.dumps(sys.path) + pickle.dumps((_address(address), options)))
+        options["address"] = _address(address)
+        process.stdin.write(pickle.dumps(sys.path) + pickle.dumps(options))
         process.stdin.flush()
         answer = pickle.load(process.stdout)
         if isinstance(answer, Exception):
@@ -2356,8 +2357,7 @@ def _be_child() -> None:
     orders, answers = sys.stdin.buffer, os.dup(1)
     os.dup2(2, 1)  # what is printed meanwhile is no answer
     try:
-        address, options = pickle.load(orders)
-        answer: Any = start_node(address, **options).address
+        answer: Any = start_node(**pickle.load(orders)).address
     except Exception as error:
         answer = error
     os.write(answers, pickle.dumps(answer))

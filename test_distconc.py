@@ -3144,6 +3144,8 @@ class Processes(Net):
             spawn_node(heartbeat=-1)
         with self.assertRaises(ValueError):
             spawn_node(authkey=b"")
+        with mock.patch("sys.executable", shutil.which("false")):
+            self.assertRaisesRegex(RuntimeError, "status 1", spawn_node)
 
     def test_ctrl_c_that_the_parent_survives_ends_no_child(self):
         done = script("""
