@@ -3728,7 +3728,7 @@ os.waitpid(pid, 0)
 
     def test_a_crowd_of_strangers_cuts_no_dial_of_ours(self):
         self.addCleanup(setattr, distconc, "CROWD", distconc.CROWD)
-        distconc.CROWD = 2
+        distconc.CROWD, self.node._connect_timeout = 2, T
         with socket.create_server(("127.0.0.1", 0)) as silent, ExitStack() as stack:
             here = spawn(connect, silent.getsockname())
             dialled = stack.enter_context(silent.accept()[0])
