@@ -628,7 +628,7 @@ class Thread(_Handle):
         """Print the failures of linked threads that nobody can receive any more."""
         for error in itertools.chain(*list(self._mailbox._cells)):
             if isinstance(error, LinkedError):
-                _print_failure(error, error.error.__traceback__)
+                _print_failure(error, getattr(error.error, "__traceback__", None))
 
     def __repr__(self) -> str:
         return f"<Thread {self.id} {self.name!r}{', ended' if self._ended else ''}>"

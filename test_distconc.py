@@ -485,6 +485,15 @@ class LinkTests(Case):
             self.assertIs(child, linked.thread)
             self.assertTrue(child.join(WAIT))
 
+    def test_an_unread_linked_error_of_anything_at_all_lets_the_thread_end(self):
+        go_on = threading.Event()
+        thread = spawn(go_on.wait, WAIT)
+        send(LinkedError("no exception", None), thread)
+        go_on.set()
+        self.assertTrue(thread.join(WAIT))
+        self.assertTrue(distconc._hear(thread._over, 0))
+        self.assertIs(LinkedError, self.failure_shown().exc_type)
+
     def test_each_crash_is_delivered_once_after_what_the_child_sent(self):
         children = {spawn_linked(lambda at: (send(at, self.me), fail(ValueError())), at): at
                     for at in range(50)}
