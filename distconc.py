@@ -51,14 +51,14 @@ waiting for the network.  Mailboxes need none.
 
 The wire.  After the stock challenge of `multiprocessing.connection` with the key (the dialler
 answers first, then challenges), each side sends with `send_bytes` one hello, its fields joined
-by NUL: "distconc 2", its role ("dialler" or "acceptor"), 16 random bytes in hex, its
+by NUL: "distconc 3", its role ("dialler" or "acceptor"), 16 random bytes in hex, its
 incarnation in hex, its heartbeat, its max_message, its address ("host:port", a path, or "" if
 it does not listen); the dialler also the address it dialled and the one it reached, of which
 one must be the acceptor's.  Then frames, on the bare socket: the lengths of body (at most 64
-MiB) and tail (at most max_message), 4 bytes each, big-endian; MAC (16 bytes); body; tail.  MAC:
-BLAKE2b, 16 bytes, with the direction's key, of all frames in that direction up to this one, but
-without their MACs, and with SHA-256 of a body of more than 2048 bytes, or of any tail, in its
-place.  The direction's key is HMAC-SHA256(authkey, role of the writer + SHA-256(dialler's
+MiB) and tail (at most max_message, or 64 KiB if that is more), 4 bytes each, big-endian; MAC
+(16 bytes); body; tail.  MAC: BLAKE2b, 16 bytes, with the direction's key, of all frames in that
+direction up to this one, but without their MACs, and with SHA-256 of a body of more than 2048
+bytes, or of any tail, in its place.  The direction's key is HMAC-SHA256(authkey, role of the writer + SHA-256(dialler's
 hello) + SHA-256(acceptor's hello)).  A body is a pickled pair: the heads of messages, and their
 payloads; if the last of these is None, the tail is meant.  No heads are a tick: who has nothing
 else to say owes five in the smaller of the two heartbeats.  To end is to shut down one's
@@ -72,7 +72,7 @@ link)):
     0 SEND    target                                   the payload is the message, pickled
     1 ASK     target, caller's id, tag                 a call, so too; or, of 0, a monitor
     2 REPLY   tag                                      the payload is the reply, pickled
-    3 FAILED  tag, error, text, type, traceback        the payload: the reason, up to 64 KiB
+    3 FAILED  tag, error          of this module; payload: a ThreadDied's reason, up to 64 KiB
     4 FORGET  tag                                      who asked needs no answer any more
     5 LOST    id or name, why, how many                sends that nobody could take
     6 STAMP   an event (incarnation in hex, thread, clock), then another head, sent in it
@@ -159,9 +159,15 @@ class NoSuchThread(DistconcError, LookupError):
 
 
 class ThreadDied(DistconcError):
-    """The thread ended before it replied, of `.reason` (None: it returned)."""
+    """The thread ended before it replied, of `.reason` (None: it returned).
 
-    reason = property(lambda self: self.args[0])
+    If it failed, `__cause__` is a RemoteError whose text is the traceback.
+    """
+
+    def __init__(self, reason: BaseException | None, cause: "RemoteError | None",
+                 text: str) -> None:
+        super().__init__(reason, cause, text)
+        self.reason, self.__cause__ = reason, cause
 
 
 class SynchronousToSelfError(DistconcError):
@@ -650,10 +656,9 @@ def _print_failure(error: BaseException, trace: types.TracebackType | None) -> N
 def _obituary(thread: Thread, reason: BaseException | None) -> ThreadDied:
     """What the end of `thread` is to those who wait for it."""
     if reason is None:
-        return ThreadDied(None, f"{thread!r} returned without a reply")
-    died = ThreadDied(reason, f"{thread!r} died before it replied: {_words(reason)}")
-    died.__cause__ = RemoteError(type(reason).__name__, _traceback(reason)[-TEXT:])
-    return died
+        return ThreadDied(None, None, f"{thread!r} returned without a reply")
+    cause = RemoteError(type(reason).__name__, _traceback(reason)[-TEXT:])
+    return ThreadDied(reason, cause, f"{thread!r} died before it replied: {_words(reason)}")
 
 
 def _traceback(error: BaseException, *, whole: bool = True) -> str:
@@ -1049,7 +1054,7 @@ def _loader(allow: str | Sequence[Any]) -> Callable[[Any], Any]:
         def find_class(self, module: str, name: str) -> Any:
             item = known.get((module, name))
             if item is None:
-                raise _Refused(f"{module}.{name} is not among what it allows")
+                raise _Refused(f"{module}.{name}"[:300] + " is not among what it allows")
             if item in (uuid.UUID, *allow):
                 return item
             call = partial(item)  # can be called, but no pickle can change the class through it
@@ -1313,7 +1318,7 @@ MOST = 1 << 26  # bytes of a body; MANY heads with two TEXTs each are less
 TEXT = 1 << 14  # letters of an error, or of a traceback
 ROOM = 1 << 16  # bytes read at once
 LARGE = 2048  # bytes: to copy more into a frame with others costs more than a frame of its own
-VERSION = b"distconc 2"
+VERSION = b"distconc 3"
 
 
 class _Hello:
@@ -1400,7 +1405,7 @@ class _Connection:
         self.peer, self.address = peer.incarnation, peer.address
         self.names = {peer.address}  # all addresses by which it is known here
         self.heartbeat = min(mine.heartbeat, peer.heartbeat)
-        self.limit, self._limit = min(mine.limit, peer.limit), mine.limit  # out, and in
+        self.limit, self._limit = min(mine.limit, peer.limit), max(mine.limit, ROOM)  # out, in
         self.small = min(self.limit, LARGE)
         self.stamp = self.peer_stamp = 0  # each side's number for it; see Node._introduce
         self.ending = False  # takes no more messages
@@ -1681,19 +1686,16 @@ class _Connection:
             _settle(tag, RemoteError(type(error).__name__, text))
 
     def _on_failed(self, head: Head, payload: bytes) -> None:
-        _, tag, name, text, kind, trace = head
-        error: DistconcError = ThreadDied(None, text)
-        if name == "NoSuchThread":
-            error = NoSuchThread(f"at {_text(self.address)}: {text}")
-        elif name == "RemoteError":
-            error = RemoteError(kind, text)
-        elif kind:
-            reason: Any = None
+        _, tag, error = head
+        if isinstance(error, NoSuchThread):
+            error = NoSuchThread(f"at {_text(self.address)}: {error}")
+        elif isinstance(error, ThreadDied):
             with suppress(BaseException):
                 reason = self._node._load(payload)
-            cause = RemoteError(kind, trace)
-            error = ThreadDied(reason if isinstance(reason, BaseException) else cause, text)
-            error.__cause__ = cause
+                if isinstance(reason, BaseException):
+                    error = ThreadDied(reason, *error.args[1:])
+        if not isinstance(error, DistconcError):
+            raise TypeError(f"{error!r} is no failure")
         _settle(tag, error)
 
     def _on_forget(self, head: Head, _: bytes) -> None:
@@ -2488,18 +2490,14 @@ def demonitor(monitor: Monitor) -> None:
 
 def _tell_node(peer: int, tag: str, error: DistconcError) -> bool:
     """Tell another node that what it awaits has failed; False if there is no contact."""
-    cause, kind, trace, payload = error.__cause__, "", "", b""
-    connection = local_node()._speaking(peer)
-    if isinstance(error, RemoteError):
-        kind = error.type
-    elif isinstance(error, ThreadDied) and isinstance(cause, RemoteError):
-        kind, trace = cause.type, str(cause)
-        with suppress(SerializationError, SystemExit):  # then its name and traceback must do
-            payload = serialize(error.reason)
-        if connection is None or len(payload) > min(connection.limit, 1 << 16):
-            payload = b""
-    head = FAILED, tag, type(error).__name__, str(error)[:TEXT], kind, trace
-    return local_node()._post(peer, head, payload)
+    payload = b""
+    if isinstance(error, ThreadDied):
+        reason, cause, text = error.args
+        error = ThreadDied(cause, cause, text)  # which must do, if the reason cannot cross
+        with suppress(SerializationError, SystemExit):
+            payload = serialize(reason)
+    small = payload if len(payload) <= ROOM else b""
+    return local_node()._post(peer, (FAILED, tag, error), small)
 
 
 def _contact_lost(name: str, awaited: list[_Await], owed: list[str]) -> None:

@@ -1643,7 +1643,7 @@ class RawPeer:
     def __init__(self, conn, role, address="", meant=(), key=KEY, heartbeat=10.0):
         self.conn, self.role, self.key = conn, role, key.encode()
         self.incarnation = int.from_bytes(os.urandom(8), "big")
-        self.fields = ["distconc 2", role, os.urandom(16).hex(), f"{self.incarnation:x}",
+        self.fields = ["distconc 3", role, os.urandom(16).hex(), f"{self.incarnation:x}",
                        str(heartbeat), str(1 << 28), address, *meant]
         self.inbox = []
 
@@ -1847,9 +1847,9 @@ class TheWire(Net):
         peer.ask(None, "held", "m1", caller=0)
         self.assertEqual(peer.call(1, "echo"), 1)  # so the monitor stands
         thread.send("end")
-        kind, tag, name, text, error, trace, payload = peer.read()
-        self.assertEqual((kind, tag, name), (FAILED, "m1", "ThreadDied"))
-        self.assertEqual((error, payload), ("", b""))
+        kind, tag, error, payload = peer.read()
+        self.assertEqual((kind, tag, type(error)), (FAILED, "m1", ThreadDied))
+        self.assertEqual((error.reason, pickle.loads(payload)), (None, None))
 
     def test_a_thread_that_dies_says_why(self):
         hook, threading.excepthook = threading.excepthook, lambda *_: None
@@ -1857,11 +1857,13 @@ class TheWire(Net):
         peer = self.dial()
         self.here(fail_when_called, KeyError("k"), name="doomed")
         peer.ask("die", "doomed", "t")
-        kind, tag, name, text, error, trace, payload = peer.read()
-        self.assertEqual((kind, tag, name, error), (FAILED, "t", "ThreadDied", "KeyError"))
+        kind, tag, error, payload = peer.read()
+        self.assertEqual((kind, tag, type(error)), (FAILED, "t", ThreadDied))
         self.assertEqual(pickle.loads(payload).args, ("k",))
-        self.assertIn("Traceback", trace)
-        self.assertIn("fail_when_called", trace)
+        self.assertIs(error.reason, error.__cause__)
+        self.assertEqual(error.reason.type, "KeyError")
+        self.assertIn("Traceback", str(error.reason))
+        self.assertIn("fail_when_called", str(error.reason))
 
     def test_nobody_hears_of_what_was_forgotten(self):
         peer, thread = self.dial(), self.here(hold, name="held")
@@ -1929,8 +1931,8 @@ class TheWire(Net):
         self.assertIn("'kept'", why)
         for target in (0, "kepd"), (0, 1 << 40), (12345, self.kept.id), (12345, "kept"):
             peer.ask(1, target[1], "t", incarnation=target[0])
-            kind, tag, name, text, *_ = peer.read()
-            self.assertEqual((kind, tag, name), (FAILED, "t", "NoSuchThread"), target)
+            kind, tag, error, _ = peer.read()
+            self.assertEqual((kind, tag, type(error)), (FAILED, "t", NoSuchThread), target)
         self.assertEqual(self.got(self.kept), [])
 
     def test_what_cannot_be_read_is_told(self):
@@ -1940,9 +1942,16 @@ class TheWire(Net):
         kind, name, why, times, _ = peer.read()
         self.assertEqual((kind, name, times), (LOST, "kept", 1))
         peer.write([(ASK, (0, "echo"), 1, "t", payload)])
-        kind, tag, name, text, error, *_ = peer.read()
-        self.assertEqual((kind, tag, name), (FAILED, "t", "RemoteError"))
-        self.assertEqual(error, "AttributeError")
+        kind, tag, error, _ = peer.read()
+        self.assertEqual((kind, tag, type(error)), (FAILED, "t", RemoteError))
+        self.assertEqual(error.type, "AttributeError")
+
+    def test_what_is_no_failure_ends_the_connection_and_reaches_no_caller(self):
+        for bad in "why", None, SystemExit(), ValueError("why"), ThreadDied, object():
+            with self.subTest(bad):
+                peer = self.dial()
+                peer.write([(FAILED, "t", bad, b"")])
+                self.assertTrue(peer.is_cut())
 
     def test_an_idle_node_ticks_within_the_heartbeat(self):
         peer = self.dial(heartbeat=1.0)
@@ -2010,21 +2019,25 @@ class TheWire(Net):
         reply = self.ask_raw(peer, address, lambda tag: [
             (REPLY, "0" * 16, pickle.dumps("forged")), (REPLY, tag, pickle.dumps("true")),
             (REPLY, tag, pickle.dumps("second")),
-            (FAILED, tag, "NoSuchThread", "", "", "", b"")])
+            (FAILED, tag, NoSuchThread(""), b"")])
         self.assertEqual(reply, "true")
         error = self.ask_raw(peer, address, lambda tag: [
-            (FAILED, tag, "NoSuchThread", "no such", "", "", b"")])
+            (FAILED, tag, NoSuchThread("no such"), b"")])
         self.assertIsInstance(error, NoSuchThread)
         self.assertIn("no such", str(error))
         error = self.ask_raw(peer, address, lambda tag: [
-            (FAILED, tag, "ThreadDied", "died", "KeyError", "the trace",
+            (FAILED, tag, ThreadDied(*[RemoteError("KeyError", "the trace")] * 2, "died"),
              pickle.dumps(KeyError(1)))])
         self.assertIsInstance(error, ThreadDied)
         self.assertIsInstance(error.reason, KeyError)
         self.assertIsInstance(error.__cause__, RemoteError)
         self.assertIn("the trace", str(error.__cause__))
+        for unreadable in b"", b"junk", pickle.dumps(3), pickle.dumps(SystemExit):
+            error = self.ask_raw(peer, address, lambda tag: [
+                (FAILED, tag, ThreadDied(*[RemoteError("E", "trace")] * 2, "died"), unreadable)])
+            self.assertEqual((type(error.reason), error.reason.type), (RemoteError, "E"))
         error = self.ask_raw(peer, address, lambda tag: [
-            (FAILED, tag, "RemoteError", "unreadable", "ImportError", "", b"")])
+            (FAILED, tag, RemoteError("ImportError", "unreadable"), b"")])
         self.assertIsInstance(error, RemoteError)
         self.assertEqual(error.type, "ImportError")
         self.assertIs(receive(0, NOTHING), NOTHING)
@@ -2035,13 +2048,13 @@ class TheWire(Net):
         watch = monitor(target)
         kind, where, caller, tag, payload = peer.read()
         self.assertEqual((kind, where, caller, payload), (ASK, (0, "there"), 0, b""))
-        peer.write([(FAILED, tag, "ThreadDied", "returned", "", "", b"")])
+        peer.write([(FAILED, tag, ThreadDied(None, None, "returned"), b"")])
         self.assertEqual(receive(T), Down(watch, target, None))
         watch = monitor(target)
         tag = peer.read()[3]
         demonitor(watch)
         self.assertEqual(peer.read(), (FORGET, tag, b""))
-        peer.write([(FAILED, tag, "ThreadDied", "returned", "", "", b"")])
+        peer.write([(FAILED, tag, ThreadDied(None, None, "returned"), b"")])
         peer.send("after", current_thread().id)
         self.assertEqual(receive(T), "after")
 
@@ -2910,7 +2923,7 @@ class Plain(Net):
                                  isinstance(item, Thread) else (RemoteThread, item))
         for error in (ValueError("v"), OSError(2, "no"), StopIteration(1),
                       UnicodeDecodeError("u", b"x", 0, 1, "r"), NoSuchThread("n"),
-                      NodeDown("d"), ThreadDied(None, "t"),
+                      NodeDown("d"), ThreadDied(None, None, "t"),
                       RemoteError("a", "b"), SerializationError("s"), AuthenticationError("a"),
                       NodeUnreachable("u"), SynchronousToSelfError("s")):
             with self.subTest(error):
@@ -3639,14 +3652,16 @@ os.waitpid(pid, 0)
                         and not any(step.offset in offsets for offsets in covered)):
                     self.assertIn(code.co_qualname, ours | plain, f"line {line}")
 
-    def test_messages_that_are_long_of_themselves_go_in_as_many_frames_as_they_need(self):
+    def test_as_many_of_the_longest_failures_as_go_in_one_frame_are_not_too_much_for_it(self):
         target = self.collector(self.child())
         connect(target.node)
         connection, = self.node._open
+        died = distconc._obituary(current_thread(), ValueError("\U0001F600" * 100_000))
+        died = ThreadDied(died.__cause__, died.__cause__, str(died))
         with connection._writing:
             connection._inside = True  # so that all wait together
-            for number in range(300):
-                connection.post((FAILED, f"tag {number}", "ThreadDied", "x" * 100_000, "", ""))
+            for number in range(distconc.MANY):
+                connection.post((FAILED, f"tag {number}", died))
             send("after them", target)
             connection._inside = False
         self.assertEqual(self.got(target), ["after them"])
