@@ -386,7 +386,8 @@ def _accepts(pred: Predicate, also: tuple[type, ...] = ()) -> Callable[[Any], An
 ######## Outcomes: whatever awaits one is one entry in one table, settled once
 
 _awaited: dict[str, "_Await"] = {}  # by tag: what this process waits for
-_debts: dict[str, "tuple[Thread, int, bool]"] = {}  # by tag: who owes it, to which node, linked
+_Debts = dict[str, tuple[int, bool]]  # of a thread, by tag: which node hears of its end, linked
+_debts: dict[str, _Debts] = {}  # by tag: where it stands
 _settling = threading.RLock()  # guards: to take from _awaited and to tell who waits is one step
 
 
@@ -399,8 +400,8 @@ class _Await:
         self.tag = os.urandom(8).hex()  # not to be guessed, so that nobody can forge an outcome
         _awaited[self.tag] = self
 
-    def settle(self, error: DistconcError | None, reply: Any = None) -> bool:
-        """Take the outcome; must not block.  True if it is of use to somebody."""
+    def settle(self, error: DistconcError | None, reply: Any = None) -> bool | None:
+        """Take the outcome; must not block.  True if that is in vain."""
         raise NotImplementedError
 
     def excuse(self) -> None:
@@ -411,18 +412,26 @@ class _Await:
             _strike(self.tag)
 
 
-def _settle(tag: str, error: DistconcError | None, reply: Any = None) -> bool:
+def _settle(tag: str, error: DistconcError | None, reply: Any = None,
+            peer: int = 0) -> bool | None:
+    """Give what is awaited its outcome, which came from `peer`; True if that is in vain."""
+    awaited = _awaited.get(tag)
+    if awaited and not (peer and awaited.peer == peer):
+        awaited.excuse()  # who was called had passed it on, perhaps
     with _settling:
         awaited = _awaited.pop(tag, None)
-        return awaited is not None and awaited.settle(error, reply)
+        return awaited is None or awaited.settle(error, reply)
 
 
-def _strike(tag: str) -> "tuple[Thread, int, bool] | None":
+def _strike(tag: str) -> tuple[int, bool] | None:
     """Nobody needs to hear any more of the debt `tag`; return it, if it stood."""
-    debt = _debts.pop(tag, None)
-    if debt:
-        debt[0]._owes.discard(tag)
-    return debt
+    return _debts.pop(tag, {}).pop(tag, None)
+
+
+def _pay(tag: str, error: DistconcError) -> bool | None:
+    """Settle the debt `tag` with `error`; True if that is in vain."""
+    debt = _strike(tag)
+    return debt is None or _fail(debt[0], tag, error)
 
 
 class _Call(_Await):
@@ -432,10 +441,9 @@ class _Call(_Await):
         self.answered = _bell()
         super().__init__()
 
-    def settle(self, error: DistconcError | None, reply: Any = None) -> bool:
+    def settle(self, error: DistconcError | None, reply: Any = None) -> None:
         self.error, self.reply, self.cause = error, reply, _here.cause
         self.answered.release()
-        return True
 
 
 class _Link(_Await):
@@ -450,15 +458,14 @@ class _Link(_Await):
 
     def settle(self, error: DistconcError | None, reply: Any = None) -> bool:
         self.failure = error.reason if isinstance(error, ThreadDied) else error
-        self.deliver()
-        return self.parent.is_alive()
+        self.deliver(self.child)
+        return self.parent._ended
 
-    def deliver(self) -> None:
-        """Send the failure, once both that and the child are known."""
-        with _settling:
-            if self.failure is not None and self.child:
-                self.parent._put(LinkedError(self.failure, self.child))
-                self.failure = None
+    def deliver(self, child: Handle | None) -> None:
+        """Send the failure, once both that and the child are known; `_settling` is held."""
+        self.child = child
+        if child and self.failure is not None:
+            self.parent._put(LinkedError(self.failure, child))
 
 
 ######## Threads: Thread, current_thread, threads, spawn, spawn_linked, spawn_server
@@ -501,7 +508,7 @@ class Thread(_Handle):
         self._ident: int | None = None  # what the `threading` module calls it, once it runs
         self._key = (_incarnation, self.id)
         self._mailbox = Mailbox()
-        self._owes: set[str] = set()  # the tags of its debts: who hears of its end
+        self._owes: _Debts = {}  # who hears of its end
         self._names: tuple[str, ...] = ()  # registered; guarded by _registry
         self._ended = False  # guarded by _registry
         self._over = _bell()  # rung at the end, for all
@@ -552,8 +559,7 @@ class Thread(_Handle):
 
     def _answer(self, data: Any, tag: str) -> None:
         """Settle a call of this thread; the tag may be forged, and anything."""
-        if isinstance(tag, str) and (awaited := _awaited.get(tag)):
-            awaited.excuse()
+        if isinstance(tag, str):
             _settle(tag, None, data)
 
     def _put(self, message: Any) -> None:
@@ -568,28 +574,18 @@ class Thread(_Handle):
 
     def _owe(self, tag: str, creditor: int = 0, linked: bool = False) -> bool:
         """Have this thread's end told to who awaits `tag`; False if it has ended already."""
-        _debts[tag] = self, creditor, linked
-        self._owes.add(tag)
+        self._owes[tag] = creditor, linked
+        _debts[tag] = self._owes
         if self._ended:  # perhaps just now, before it could see this debt
-            self._default([tag], lambda: NoSuchThread(f"{self!r} has ended"))
+            _pay(tag, NoSuchThread(f"{self!r} has ended"))
         return not self._ended
-
-    def _default(self, tags: list[str], error: Callable[[], DistconcError]) -> bool:
-        """Settle these debts of this thread with `error`; True if a link took it."""
-        heard = False
-        for tag in tags:
-            if debt := _strike(tag):
-                _, creditor, linked = debt
-                told = _tell_node(creditor, tag, error()) if creditor else _settle(tag, error())
-                heard = heard or told and linked
-        return heard
 
     def _start(self, func: Callable[..., Any], *args: Any) -> None:
         run = threading.Thread(target=self._run, args=(func, args), name=self.name, daemon=True)
         try:
             run.start()
         except BaseException as error:
-            self._end(error)
+            self._end(error, show=False)
             raise
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -599,15 +595,12 @@ class Thread(_Handle):
         except SystemExit:
             self._end(None)
         except BaseException as error:
-            linked = any(debt[2] for debt in map(_debts.get, self._owes.copy()) if debt)
-            heard = self._end(error, show=not linked)
-            if linked and not heard:
-                raise  # for threading.excepthook, as who was linked is gone
+            self._end(error)
         else:
             self._end(None)
 
-    def _end(self, reason: BaseException | None, show: bool = False) -> bool:
-        """Take no more messages, print the failure if asked to, tell who awaits the end.
+    def _end(self, reason: BaseException | None, show: bool = True) -> None:
+        """Take no more messages, print the failure if nobody is linked, pay what is owed.
 
         In this order: who sees the failure finds the thread ended, and who hears of it might
         end the process.
@@ -620,15 +613,21 @@ class Thread(_Handle):
                     _threads.pop(self._key, None)
                     for name in self._names:
                         _threads.pop((0, name), None)  # a fork may have cleared them
-                try:
-                    if show and reason is not None:
-                        _print_failure(reason, reason.__traceback__)
-                finally:
-                    heard = self._default(list(self._owes), partial(_obituary, self, reason))
+                self._pay_all(reason, reason if show else None)
         finally:
             self._show_unread()
             _ring(self._over)
-        return heard
+
+    def _pay_all(self, reason: BaseException | None, failure: BaseException | None) -> None:
+        owed = self._owes.copy()
+        links = {tag for tag, (_, linked) in owed.items() if linked}
+        try:
+            if not links:
+                _print_failure(failure)
+        finally:
+            vain = {tag for tag in owed if _pay(tag, _obituary(self, reason))}
+        if links & vain:  # who was linked is gone
+            _print_failure(failure)
 
     def _show_unread(self) -> None:
         """Print the failures of linked threads that nobody can receive any more."""
@@ -648,9 +647,10 @@ class Thread(_Handle):
     __copy__ = __deepcopy__
 
 
-def _print_failure(error: BaseException, trace: types.TracebackType | None) -> None:
-    about = type(error), error, trace, threading.current_thread()
-    threading.excepthook(threading.ExceptHookArgs(about))
+def _print_failure(error: BaseException | None, trace: Any = None) -> None:
+    if error is not None:
+        about = type(error), error, trace or error.__traceback__, threading.current_thread()
+        threading.excepthook(threading.ExceptHookArgs(about))
 
 
 def _obituary(thread: Thread, reason: BaseException | None) -> ThreadDied:
@@ -743,12 +743,13 @@ def spawn_linked(func: Callable[..., Any], *args: Any, **options: Any) -> Handle
     """
     link = _Link(current_thread())
     try:
-        link.child = _spawn(link, func, args, **options)
+        child = _spawn(link, func, args, **options)
     except BaseException:
         _awaited.pop(link.tag, None)  # what is raised here is the one error
         raise
-    link.deliver()
-    return link.child
+    with _settling:
+        link.deliver(child)
+    return child
 
 
 def spawn_server(func: Callable[..., Any], *args: Any, **options: Any) -> Handle:
@@ -1197,7 +1198,7 @@ class RemoteThread(_Handle):
 
     def _answer(self, data: Any, tag: str) -> None:
         if self._is_here():
-            current_thread()._answer(data, tag)  # any thread of this node will do
+            _settle(tag, None, data)
         else:
             self._deliver((REPLY, tag), serialize(data))
             _strike(tag)
@@ -1652,7 +1653,7 @@ class _Connection:
             thread = self._node._threads.get(target) or self._node._find(target)
             data = self._node._load(payload) if caller else None
         except BaseException as error:
-            _tell_node(self.peer, tag, self._refusal(error))
+            _fail(self.peer, tag, self._refusal(error))
             return
         if thread._owe(tag, self.peer) and caller:
             request = Synchronous(data, self._caller(caller), tag)
@@ -1676,14 +1677,11 @@ class _Connection:
 
     def _on_reply(self, head: Head, payload: bytes) -> None:
         _, tag = head
-        awaited = _awaited.get(tag)
-        if awaited and awaited.peer != self.peer:  # the called passed it on: its debt is paid
-            awaited.excuse()
         try:
-            _settle(tag, None, self._node._load(payload))
+            _settle(tag, None, self._node._load(payload), self.peer)
         except BaseException as error:
             text = f"the reply cannot be read here: {_words(error)}"
-            _settle(tag, RemoteError(type(error).__name__, text))
+            _settle(tag, RemoteError(type(error).__name__, text), None, self.peer)
 
     def _on_failed(self, head: Head, payload: bytes) -> None:
         _, tag, error = head
@@ -1696,7 +1694,7 @@ class _Connection:
                     error = ThreadDied(reason, *error.args[1:])
         if not isinstance(error, DistconcError):
             raise TypeError(f"{error!r} is no failure")
-        _settle(tag, error)
+        _settle(tag, error, None, self.peer)
 
     def _on_forget(self, head: Head, _: bytes) -> None:
         _strike(head[1])
@@ -2134,7 +2132,7 @@ class Node:
         self._changed.notify_all()
         return None if rest else (
             [each for each in list(_awaited.values()) if each.peer == peer],
-            [tag for tag, debt in list(_debts.items()) if debt[1] == peer])
+            [tag for tag, owes in list(_debts.items()) if owes.get(tag, (0,))[0] == peer])
 
 
 def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = None,
@@ -2439,10 +2437,9 @@ class _Watch(_Await):
         super().__init__()
         self.monitor = Monitor(target, self.tag)
 
-    def settle(self, error: DistconcError | None, reply: Any = None) -> bool:
+    def settle(self, error: DistconcError | None, reply: Any = None) -> None:
         reason = error.reason if isinstance(error, ThreadDied) else error
         self.watcher._put(Down(self.monitor, self.monitor.target, reason))
-        return True
 
 
 def monitor(thread_or_node: Handle | NodeLike) -> Monitor:
@@ -2488,8 +2485,10 @@ def demonitor(monitor: Monitor) -> None:
 ######## Loss: of nodes, and of messages that nobody could take
 
 
-def _tell_node(peer: int, tag: str, error: DistconcError) -> bool:
-    """Tell another node that what it awaits has failed; False if there is no contact."""
+def _fail(peer: int, tag: str, error: DistconcError) -> bool | None:
+    """Tell who awaits `tag`, here (0) or on another node, of `error`; True if in vain."""
+    if not peer:
+        return _settle(tag, error)
     payload = b""
     if isinstance(error, ThreadDied):
         reason, cause, text = error.args
@@ -2497,7 +2496,7 @@ def _tell_node(peer: int, tag: str, error: DistconcError) -> bool:
         with suppress(SerializationError, SystemExit):
             payload = serialize(reason)
     small = payload if len(payload) <= ROOM else b""
-    return local_node()._post(peer, (FAILED, tag, error), small)
+    return not local_node()._post(peer, (FAILED, tag, error), small)
 
 
 def _contact_lost(name: str, awaited: list[_Await], owed: list[str]) -> None:
