@@ -1859,8 +1859,7 @@ class Node:
         self._threads = {}
         for connection in self._open.copy():  # something is being loaded there, for too long
             self._forget(connection)
-        for target in list(_losses):
-            _report(target)
+        _report()
 
     def __enter__(self) -> "Node":
         return self
@@ -2509,8 +2508,8 @@ def _contact_lost(name: str, awaited: list[_Await], owed: list[str]) -> None:
         _strike(tag)
 
 
-_losses: dict[str, tuple[int, str, float]] = {}  # by target: how many since, why; the last line
-_reporter: threading.Thread | None = None  # looks through them, while there are any
+_losses: dict[str, tuple[int, str]] = {}  # by target: how many since its last line, and why
+_reporter: threading.Thread | None = None  # runs while there are any
 _losing = threading.RLock()  # guards: _losses, _reporter
 
 
@@ -2520,42 +2519,40 @@ def _undelivered(target: Handle, why: object) -> None:
 
 
 def _lose(target: str, why: str, times: int = 1) -> None:
-    """Log lost messages: at most one line a second for a target, whose counts add up to all."""
+    """Log lost messages: at once, or, if any were in the last second, when that is over.
+
+    So there is at most one line a second for a target, and the counts add up to all.
+    """
+    global _reporter
     local_node()._count("lost", times)
     _record(None, "lost", _here.cause, why=f"{times} to {target}: {why}")
     with _losing:
-        before, _, last = _losses.get(target, (0, why, 0.0))
-        _losses[target] = before + times, why, last or monotonic()
-    if not last:
-        _report(target)
-
-
-def _report(target: str) -> None:
-    """Log what was lost since the last line about that target; forget it if nothing was."""
-    global _reporter
-    with _losing:
-        times, why, _ = _losses.pop(target, (0, "", 0.0))
-        if not times:
+        _losses[target] = _losses.get(target, (0,))[0] + times, why
+        if _reporter:
             return
-        _losses[target] = 0, why, monotonic()
-        if _reporter is None:
-            with suppress(RuntimeError):  # at exit, no thread starts any more
-                _reporter = _thread("reporter", _report_on)
-    _log("WARNING", "lost %d message%s to %s: %s", times, "s" * (times > 1), target, why)
+        with suppress(RuntimeError):  # at exit, no thread starts any more
+            _reporter = _thread("reporter", _report_on)
+    _report()
+
+
+def _report() -> None:
+    with _losing:
+        losses = _losses.copy()
+        _losses.clear()
+    for target, (times, why) in losses.items():
+        _log("WARNING", "lost %d message%s to %s: %s", times, "s" * (times > 1), target, why)
 
 
 def _report_on() -> None:
-    """Twice a second, report on each target whose last line is a second old."""
+    """Once a second, log what was lost since; end when nothing was."""
     global _reporter
     while True:
-        sleep(0.5)
+        sleep(1)
         with _losing:
             if not _losses:
                 _reporter = None
                 return
-            due = [target for target, loss in _losses.items() if loss[2] < monotonic() - 1]
-        for target in due:
-            _report(target)
+        _report()
 
 
 ######## Faults: a network that can be broken
