@@ -476,20 +476,26 @@ _threads: dict[Target, "Thread"] = {}  # the living: by incarnation and id, by 0
 _registry = threading.RLock()  # guards: a thread's end and the change of its names is one step
 
 
-class _Handle:
-    """What `Thread` and `RemoteThread` share: they are equal if they mean the same thread."""
+class _Fixed:
+    """Something immutable that is equal to whatever has the same key."""
 
-    __slots__ = ("_key",)
-    _key: tuple[Any, Any]
+    __slots__ = ()
+    _key: Any
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Handle) and self._key == other._key
+        return isinstance(other, _Fixed) and bool(self._key == other._key)
 
     def __hash__(self) -> int:
         return hash(self._key)
 
     def __setstate__(self, state: Any) -> None:
-        raise TypeError("a handle cannot be changed, nor by a pickle")
+        raise TypeError(f"a {type(self).__name__} cannot be changed, nor by a pickle")
+
+
+class _Handle(_Fixed):
+    """What `Thread` and `RemoteThread` share: they are equal if they mean the same thread."""
+
+    __slots__ = ("_key",)
 
 
 class Thread(_Handle):
@@ -871,37 +877,29 @@ def _instead(default: Any, what: str, timeout: float | None) -> Any:
 ######## Synchronous sends: Synchronous, Reply, send_, reply_, handle_synchronous
 
 
-_set = object.__setattr__
+class _Value(_Fixed):
+    """A message made, matched, compared and pickled by its attributes."""
 
-
-class _Value:
-    """An immutable message, made, matched, compared and pickled by its attributes."""
-
-    __slots__: tuple[str, ...] = ()
+    __match_args__: tuple[str, ...] = ()
+    _key = property(lambda self: self.__reduce__())
 
     def __setattr__(self, name: str, value: Any = None) -> None:
         raise AttributeError(f"a {type(self).__name__} cannot be changed")
 
     __delattr__ = __setattr__
 
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.__reduce__() == other.__reduce__()
-
-    def __hash__(self) -> int:
-        return hash(self.__reduce__())
-
     def __repr__(self) -> str:
-        shown = (f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        shown = (f"{name}={getattr(self, name)!r}" for name in self.__match_args__)
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(getattr(self, name) for name in self.__slots__)
+        return type(self), tuple(getattr(self, name) for name in self.__match_args__)
 
 
 class Synchronous(_Value):
     """A message whose `sender` waits for a reply.  Factor: synchronous."""
 
-    __slots__ = __match_args__ = "data", "sender", "tag"
+    __match_args__ = "data", "sender", "tag"
     data: Any
     sender: Handle
     tag: str
@@ -909,21 +907,18 @@ class Synchronous(_Value):
     def __init__(self, data: Any, sender: Handle, tag: str) -> None:
         if not isinstance(sender, _Handle) or not isinstance(tag, str):
             raise TypeError(f"Synchronous(data, sender, tag): not {sender!r}, {tag!r}")
-        _set(self, "data", data)
-        _set(self, "sender", sender)
-        _set(self, "tag", tag)
+        self.__dict__.update(data=data, sender=sender, tag=tag)
 
 
 class Reply(_Value):
     """The answer to the `Synchronous` of the same `tag`.  Factor: reply."""
 
-    __slots__ = __match_args__ = "data", "tag"
+    __match_args__ = "data", "tag"
     data: Any
     tag: str
 
     def __init__(self, data: Any, tag: str) -> None:
-        _set(self, "data", data)
-        _set(self, "tag", tag)
+        self.__dict__.update(data=data, tag=tag)
 
 
 def send_synchronous(message: Any, thread: Handle, timeout: float | None = None) -> Any:
@@ -2405,27 +2400,24 @@ if hasattr(os, "register_at_fork"):
 class Monitor(_Value):
     """What `monitor` returned: `target` is watched.  Erlang: a monitor's reference."""
 
-    __slots__ = __match_args__ = "target", "tag"
+    __match_args__ = "target", "tag"
     target: Any
     tag: str
 
     def __init__(self, target: Any, tag: str) -> None:
-        _set(self, "target", target)
-        _set(self, "tag", tag)
+        self.__dict__.update(target=target, tag=tag)
 
 
 class Down(_Value):
     """The message that `target` ended of `reason`; see `monitor`.  Erlang: 'DOWN'."""
 
-    __slots__ = __match_args__ = "monitor", "target", "reason"
+    __match_args__ = "monitor", "target", "reason"
     monitor: Monitor
     target: Any
     reason: BaseException | None
 
     def __init__(self, monitor: Monitor, target: Any, reason: BaseException | None) -> None:
-        _set(self, "monitor", monitor)
-        _set(self, "target", target)
-        _set(self, "reason", reason)
+        self.__dict__.update(monitor=monitor, target=target, reason=reason)
 
 
 class _Watch(_Await):

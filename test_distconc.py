@@ -642,6 +642,14 @@ class MessageTests(Case):
 ######## Synchronous sends
 
 
+class Reduced:
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def __reduce__(self):
+        return self.parts
+
+
 def go(request):
     receive_if(lambda message: message == "go", WAIT)
 
@@ -847,6 +855,8 @@ class SynchronousTests(Case):
                 before = getattr(message, name)
                 self.assertRaises(AttributeError, setattr, message, name, 3)
                 self.assertRaises(AttributeError, delattr, message, name)
+                forged = Reduced(*message.__reduce__(), {name: 3})
+                self.assertRaises(TypeError, pickle.loads, pickle.dumps(forged))
                 self.assertIs(before, getattr(message, name))
 
 
