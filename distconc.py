@@ -188,13 +188,6 @@ class RemoteError(DistconcError):
 ######## Waiting: deadlines, and locks that serve as bells
 
 
-def _deadline(timeout: float | None) -> float | None:
-    try:
-        return None if timeout is None else monotonic() + timeout
-    except TypeError:
-        raise TypeError(f"a timeout is seconds, or None, not {timeout!r}") from None
-
-
 def _left(deadline: float | None) -> float:
     """The seconds until `deadline`, as `Lock.acquire` takes them: -1 means for ever."""
     if deadline is None:
@@ -308,7 +301,7 @@ class Mailbox:
         return message
 
     def _get_if(self, accepts: Callable[[Any], Any] | None, timeout: float | None) -> Any:
-        deadline = None if timeout is None else _deadline(timeout)
+        deadline = None if timeout is None else monotonic() + timeout
         bell = _bell()
         news: list[list[Any]] = []
         self._waiters[bell] = news  # before looking: nothing may slip in unseen
@@ -519,9 +512,7 @@ class Thread(_Handle):
         self._ended = False  # guarded by _registry
         self._over = _bell()  # rung at the end, for all
 
-    @property
-    def node(self) -> Address | None:
-        return local_node().address
+    node = property(lambda self: local_node().address)
 
     def is_alive(self) -> bool:
         """Whether the thread has not ended.  Never blocks."""
@@ -534,7 +525,7 @@ class Thread(_Handle):
         """
         if _here.thread is self:
             raise RuntimeError("a thread cannot wait for its own end")
-        _hear(self._over, _left(_deadline(timeout)))
+        _hear(self._over, _left(None if timeout is None else monotonic() + timeout))
         return self._ended
 
     def send(self, message: Any) -> None:
@@ -557,16 +548,14 @@ class Thread(_Handle):
             with _sending(message, self):
                 self._send(message)
         elif message.__class__ is Reply:
-            self._answer(message.data, message.tag)
+            self._answer(message.data, str(message.tag))  # it may be forged, and anything
         elif self._ended:
             _undelivered(self, "it has ended")
         else:
             self._put(message)
 
     def _answer(self, data: Any, tag: str) -> None:
-        """Settle a call of this thread; the tag may be forged, and anything."""
-        if isinstance(tag, str):
-            _settle(tag, None, data)
+        _settle(tag, None, data)
 
     def _put(self, message: Any) -> None:
         self._mailbox._add(_Traced(message, _here.cause) if _trace else [message])
@@ -932,7 +921,7 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     """
     if not isinstance(thread, _Handle):
         raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")
-    deadline = None if timeout is None else _deadline(timeout)
+    deadline = None if timeout is None else monotonic() + timeout
     call, caller = _Call(), _here.thread or current_thread()
     traced = _trace and _here.cause is None
     try:
@@ -1144,10 +1133,8 @@ class RemoteThread(_Handle):
     __slots__ = ("_node", "_id", "_target", "_head", "_route")
 
     def __init__(self, node: NodeLike | None, id: int | str, incarnation: int = 0) -> None:
-        if not isinstance(id, (int, str)) or len(str(id)) > 255:
+        if not isinstance(id, (int, str)) or len(str(id)) > 255 or type(incarnation) is not int:
             raise TypeError(f"an id is an int, or a name of up to 255 letters, not {id!r}")
-        if not isinstance(incarnation, int):
-            raise TypeError(f"an incarnation is an int, not {incarnation!r}")
         if not incarnation:
             self._node: Any = _address(node)
             if self._node is None:  # nobody can dial that node; but it may be this one
@@ -1218,8 +1205,7 @@ class RemoteThread(_Handle):
                 _check_size(len(payload), route.limit)
             stamped = _stamped(head) if _trace else head
             fault = _faults and _fault(route.names)
-            send = partial(fault._send, route) if fault else route.send
-            if send(stamped, payload):
+            if fault._send(route, stamped, payload) if fault else route.send(stamped, payload):
                 return
         raise NodeDown(f"two connections to {_text(self._node)} ended before they took it")
 
@@ -1291,13 +1277,10 @@ def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
 
     if isinstance(name_or_id, int):
         return NoSuchThread(f"no living thread has the id {name_or_id}")
-    text = f"no thread is registered as {name_or_id!r}"
     names = _registered()
-    if near := get_close_matches(name_or_id, names, cutoff=0.5):
-        text += f"; did you mean {' or '.join(map(repr, near))}?"
-    elif names:
-        text += f"; registered are {', '.join(map(repr, sorted(names)[:5]))}"
-    return NoSuchThread(text)
+    near = get_close_matches(name_or_id, names, cutoff=0.5) or sorted(names)[:5]
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return NoSuchThread(f"no thread is registered as {name_or_id!r}{hint}")
 
 
 def _registered() -> list[str]:
