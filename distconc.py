@@ -385,17 +385,23 @@ _settling = threading.RLock()  # guards: to take from _awaited and to tell who w
 
 
 class _Await:
-    """A call, link or monitor: it awaits a reply, the end of a thread, the loss of a node."""
+    """A call, or, as a link or monitor, more than that: something that awaits an outcome.
+
+    That is a reply, the end of a thread, or the loss of a node.
+    """
 
     peer = 0  # the incarnation of the node whose loss settles it; 0: this node
 
     def __init__(self) -> None:
         self.tag = os.urandom(8).hex()  # not to be guessed, so that nobody can forge an outcome
+        self.settled = _bell()
         _awaited[self.tag] = self
 
     def settle(self, error: DistconcError | None, reply: Any = None) -> bool | None:
         """Take the outcome; must not block.  True if that is in vain."""
-        raise NotImplementedError
+        self.error, self.reply, self.cause = error, reply, _here.cause
+        self.settled.release()
+        return None
 
     def excuse(self) -> None:
         """Whoever owes it need not tell any more: it came another way, or nobody waits."""
@@ -425,18 +431,6 @@ def _pay(tag: str, error: DistconcError) -> bool | None:
     """Settle the debt `tag` with `error`; True if that is in vain."""
     debt = _strike(tag)
     return debt is None or _fail(debt[0], tag, error)
-
-
-class _Call(_Await):
-    """A caller that waits for its reply."""
-
-    def __init__(self) -> None:
-        self.answered = _bell()
-        super().__init__()
-
-    def settle(self, error: DistconcError | None, reply: Any = None) -> None:
-        self.error, self.reply, self.cause = error, reply, _here.cause
-        self.answered.release()
 
 
 class _Link(_Await):
@@ -587,10 +581,8 @@ class Thread(_Handle):
         _here.thread, self._ident = self, threading.get_ident()
         try:
             func(*args)
-        except SystemExit:
-            self._end(None)
         except BaseException as error:
-            self._end(error)
+            self._end(None if isinstance(error, SystemExit) else error)
         else:
             self._end(None)
 
@@ -652,26 +644,25 @@ def _obituary(thread: Thread, reason: BaseException | None) -> ThreadDied:
     """What the end of `thread` is to those who wait for it."""
     if reason is None:
         return ThreadDied(None, None, f"{thread!r} returned without a reply")
-    cause = RemoteError(type(reason).__name__, _traceback(reason)[-TEXT:])
+    cause = RemoteError(type(reason).__name__, "".join(_traceback(reason))[-TEXT:])
     return ThreadDied(reason, cause, f"{thread!r} died before it replied: {_words(reason)}")
 
 
-def _traceback(error: BaseException, *, whole: bool = True) -> str:
-    """The traceback, or its last line; safe even from an error that cannot be printed."""
+def _traceback(error: BaseException) -> list[str]:
+    """The lines of its traceback; safe even from an error that cannot be printed."""
     try:
         import traceback
 
-        if whole:
-            return "".join(traceback.format_exception(error))
-        lines = traceback.format_exception_only(error)
-        return next((line for line in lines if type(error).__name__ in line), lines[-1])
+        return traceback.format_exception(error)
     except Exception:
-        return f"{type(error).__name__} (its traceback cannot be printed)"
+        return [f"{type(error).__name__} (its traceback cannot be printed)"]
 
 
 def _words(error: BaseException) -> str:
-    """The last line of a traceback, cut to size."""
-    return _traceback(error, whole=False).strip()[:1000]
+    """The line of its traceback that names it, cut to size."""
+    lines = _traceback(error)
+    named = (line for line in reversed(lines) if type(error).__name__ in line)
+    return next(named, lines[-1]).strip()[:1000]
 
 
 class _Guest:
@@ -922,7 +913,7 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     if not isinstance(thread, _Handle):
         raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")
     deadline = None if timeout is None else monotonic() + timeout
-    call, caller = _Call(), _here.thread or current_thread()
+    call, caller = _Await(), _here.thread or current_thread()
     traced = _trace and _here.cause is None
     try:
         if traced:
@@ -930,7 +921,7 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
                 thread._ask(call, caller, message)
         else:
             thread._ask(call, caller, message)
-        if not call.answered.acquire(True, -1 if deadline is None else _left(deadline)):
+        if not call.settled.acquire(True, -1 if deadline is None else _left(deadline)):
             _record(caller, "timeout", what="call")
             raise TimeoutError(f"no reply within {timeout} seconds; the call may still run")
         if traced:
