@@ -392,7 +392,8 @@ class _Await:
 
     peer = 0  # the incarnation of the node whose loss settles it; 0: this node
 
-    def __init__(self) -> None:
+    def __init__(self, thread: "Thread") -> None:
+        self.thread = thread
         self.tag = os.urandom(8).hex()  # not to be guessed, so that nobody can forge an outcome
         self.settled = _bell()
         _awaited[self.tag] = self
@@ -439,20 +440,16 @@ class _Link(_Await):
     child: Handle | None = None  # unknown yet if the child ends before its start has answered
     failure: BaseException | None = None
 
-    def __init__(self, parent: "Thread") -> None:
-        self.parent = parent
-        super().__init__()
-
     def settle(self, error: DistconcError | None, reply: Any = None) -> bool:
         self.failure = error.reason if isinstance(error, ThreadDied) else error
         self.deliver(self.child)
-        return self.parent._ended
+        return self.thread._ended
 
     def deliver(self, child: Handle | None) -> None:
         """Send the failure, once both that and the child are known; `_settling` is held."""
         self.child = child
         if child and self.failure is not None:
-            self.parent._put(LinkedError(self.failure, child))
+            self.thread._put(LinkedError(self.failure, child))
 
 
 ######## Threads: Thread, current_thread, threads, spawn, spawn_linked, spawn_server
@@ -913,7 +910,8 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     if not isinstance(thread, _Handle):
         raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")
     deadline = None if timeout is None else monotonic() + timeout
-    call, caller = _Await(), _here.thread or current_thread()
+    caller = _here.thread or current_thread()
+    call = _Await(caller)
     traced = _trace and _here.cause is None
     try:
         if traced:
@@ -2397,14 +2395,11 @@ class Down(_Value):
 class _Watch(_Await):
     """A thread that wants to hear of an end."""
 
-    def __init__(self, target: Any) -> None:
-        self.watcher = current_thread()
-        super().__init__()
-        self.monitor = Monitor(target, self.tag)
+    monitor: Monitor
 
     def settle(self, error: DistconcError | None, reply: Any = None) -> None:
         reason = error.reason if isinstance(error, ThreadDied) else error
-        self.watcher._put(Down(self.monitor, self.monitor.target, reason))
+        self.thread._put(Down(self.monitor, self.monitor.target, reason))
 
 
 def monitor(thread_or_node: Handle | NodeLike) -> Monitor:
@@ -2418,7 +2413,8 @@ def monitor(thread_or_node: Handle | NodeLike) -> Monitor:
     and can be sent to when it is back.  But a monitor or link that has told of a loss is over.
     Nothing more comes of it, also when the thread ends indeed; monitor it anew.
     """
-    watch = _Watch(thread_or_node)
+    watch = _Watch(current_thread())
+    watch.monitor = Monitor(thread_or_node, watch.tag)
     try:
         if isinstance(thread_or_node, _Handle):
             thread_or_node._ask(watch)

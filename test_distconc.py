@@ -1118,7 +1118,8 @@ class SerializeTests(Case):
 class MonitorTests(Case):
     def test_who_comes_late_to_an_end_changes_nothing_for_who_was_there(self):
         thread, obituary = spawn(receive), distconc._obituary
-        late = [distconc._Watch(thread)]
+        late = [distconc._Watch(self.me)]
+        late[0].monitor = Monitor(thread, late[0].tag)
 
         def late_monitor(*about):
             if late:
