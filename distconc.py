@@ -398,11 +398,10 @@ class _Await:
         self.settled = _bell()
         _awaited[self.tag] = self
 
-    def settle(self, error: DistconcError | None, reply: Any = None) -> bool | None:
-        """Take the outcome; must not block.  True if that is in vain."""
+    def settle(self, error: DistconcError | None, reply: Any = None) -> None:
+        """Take the outcome; must not block."""
         self.error, self.reply, self.cause = error, reply, _here.cause
         self.settled.release()
-        return None
 
     def excuse(self) -> None:
         """Whoever owes it need not tell any more: it came another way, or nobody waits."""
@@ -412,15 +411,15 @@ class _Await:
             _strike(self.tag)
 
 
-def _settle(tag: str, error: DistconcError | None, reply: Any = None,
-            peer: int = 0) -> bool | None:
-    """Give what is awaited its outcome, which came from `peer`; True if that is in vain."""
+def _settle(tag: str, error: DistconcError | None, reply: Any = None, peer: int = 0) -> bool:
+    """Give what is awaited its outcome, which came from `peer`; False if nobody hears it."""
     awaited = _awaited.get(tag)
     if awaited and not (peer and awaited.peer == peer):
         awaited.excuse()  # who was called had passed it on, perhaps
     with _settling:
-        awaited = _awaited.pop(tag, None)
-        return awaited is None or awaited.settle(error, reply)
+        if awaited := _awaited.pop(tag, None):
+            awaited.settle(error, reply)
+    return awaited is not None and not awaited.thread._ended
 
 
 def _strike(tag: str) -> tuple[int, bool] | None:
@@ -428,10 +427,10 @@ def _strike(tag: str) -> tuple[int, bool] | None:
     return _debts.pop(tag, {}).pop(tag, None)
 
 
-def _pay(tag: str, error: DistconcError) -> bool | None:
-    """Settle the debt `tag` with `error`; True if that is in vain."""
+def _pay(tag: str, error: DistconcError) -> bool:
+    """Settle the debt `tag` with `error`; False if nobody hears it."""
     debt = _strike(tag)
-    return debt is None or _fail(debt[0], tag, error)
+    return debt is not None and _fail(debt[0], tag, error)
 
 
 class _Link(_Await):
@@ -440,10 +439,9 @@ class _Link(_Await):
     child: Handle | None = None  # unknown yet if the child ends before its start has answered
     failure: BaseException | None = None
 
-    def settle(self, error: DistconcError | None, reply: Any = None) -> bool:
+    def settle(self, error: DistconcError | None, reply: Any = None) -> None:
         self.failure = error.reason if isinstance(error, ThreadDied) else error
         self.deliver(self.child)
-        return self.thread._ended
 
     def deliver(self, child: Handle | None) -> None:
         """Send the failure, once both that and the child are known; `_settling` is held."""
@@ -609,8 +607,8 @@ class Thread(_Handle):
             if not links:
                 _print_failure(failure)
         finally:
-            vain = {tag for tag in owed if _pay(tag, _obituary(self, reason))}
-        if links & vain:  # who was linked is gone
+            heard = {tag for tag in owed if _pay(tag, _obituary(self, reason))}
+        if links - heard:  # who was linked is gone
             _print_failure(failure)
 
     def _show_unread(self) -> None:
@@ -2446,8 +2444,8 @@ def demonitor(monitor: Monitor) -> None:
 ######## Loss: of nodes, and of messages that nobody could take
 
 
-def _fail(peer: int, tag: str, error: DistconcError) -> bool | None:
-    """Tell who awaits `tag`, here (0) or on another node, of `error`; True if in vain."""
+def _fail(peer: int, tag: str, error: DistconcError) -> bool:
+    """Tell who awaits `tag`, here (0) or on another node; False if nobody hears it."""
     if not peer:
         return _settle(tag, error)
     payload = b""
@@ -2457,7 +2455,7 @@ def _fail(peer: int, tag: str, error: DistconcError) -> bool | None:
         with suppress(SerializationError, SystemExit):
             payload = serialize(reason)
     small = payload if len(payload) <= ROOM else b""
-    return not local_node()._post(peer, (FAILED, tag, error), small)
+    return local_node()._post(peer, (FAILED, tag, error), small)
 
 
 def _contact_lost(name: str, awaited: list[_Await], owed: list[str]) -> None:
