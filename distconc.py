@@ -1192,7 +1192,8 @@ class RemoteThread(_Handle):
                 _check_size(len(payload), route.limit)
             stamped = _stamped(head) if _trace else head
             fault = _faults and _fault(route.names)
-            if fault._send(route, stamped, payload) if fault else route.send(stamped, payload):
+            send = partial(fault._send, route) if fault else route.send
+            if send(stamped, payload):
                 return
         raise NodeDown(f"two connections to {_text(self._node)} ended before they took it")
 
@@ -2463,7 +2464,7 @@ def _contact_lost(name: str, awaited: list[_Await], owed: list[str]) -> None:
     text = f"contact with {name} was lost"
     with _because(None if local_node()._stopped else _record(None, "down", why=text)):
         for each in awaited:
-            _settle(each.tag, NodeDown(text))
+            _settle(each.tag, NodeDown(text), None, each.peer)  # which needs no excuse
     for tag in owed:
         _strike(tag)
 
