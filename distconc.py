@@ -3035,7 +3035,10 @@ def _call_back(parent: Handle) -> None:
 
 
 def _run_node(address: str | int = 0, script: str = "") -> None:
-    """Run a node with a Python prompt, or with a script."""
+    """Run a node, with a Python prompt, or with SCRIPT, after which it stays up.
+
+    ADDRESS is 9000, host:9000, or a path; without it, a free port is taken.
+    """
     import code
 
     if os.path.isfile(str(address)):
@@ -3065,16 +3068,22 @@ def _run_script(path: str, main: types.ModuleType) -> None:
         sys.exit(1)
 
 
-def _send(target: str, message: str, timeout: float = 10.0) -> None:
-    """Send a message; status 1 if it was lost."""
+def _send(target: str, message: str, *, timeout: float = 10.0) -> None:
+    """Send MESSAGE to TARGET, and wait until it is there; status 1 if it was lost.
+
+    TARGET is such as 127.0.0.1:9000/logger; MESSAGE a Python literal, such as '("hello", 1)'.
+    """
     thread = _target(target)
     send(_literal(message), thread)
     _ask_node(thread.node, "ps", timeout=timeout)  # whose answer comes after news of a loss
     sys.exit(local_node().stats()["lost"] and 1)
 
 
-def _call(target: str, message: str, timeout: float = 10.0) -> None:
-    """Send a message and print the reply."""
+def _call(target: str, message: str, *, timeout: float = 10.0) -> None:
+    """Send MESSAGE to TARGET as `send` does, and print the reply.
+
+    Without one within the --timeout, of 10 seconds, it fails.
+    """
     print(repr(send_synchronous(_literal(message), _target(target), timeout)))
 
 
@@ -3096,7 +3105,7 @@ def _literal(text: str) -> Any:
 
 
 def _ps(node: str) -> None:
-    """List the threads of a node."""
+    """List the threads of NODE, such as 9000 or 127.0.0.1:9000."""
     rows = [("id", "name", "registered", "unread", "age", "in")]
     for id, name, names, unread, age, doing in _ask_node(_address(node), "ps"):
         rows.append((str(id), name, names, str(unread), f"{age:.0f} s", doing))
@@ -3105,54 +3114,51 @@ def _ps(node: str) -> None:
         print("  ".join(map(str.ljust, map(_plain, row), widths)).rstrip())
 
 
-def _chart(directory: str, output: str = "", **how: Any) -> None:
-    """Draw what was traced to a directory."""
-    drawing = chart(directory, **how)
+def _chart(directory: str, *, output: str = "", format: str = "svg", first: int = 0,
+           last: float = float("inf"), threads: str = "") -> None:
+    """Draw what was traced to DIRECTORY: as svg, text or shiviz; to standard output, or -o.
+
+    --from and --to narrow it to these Lamport clocks, --thread to the threads of these names,
+    such as logger or 127.0.0.1:9000/logger, with commas in between.
+    """
+    names = threads.split(",") if threads else ()
+    drawing = chart(directory, format, first=first, last=last, threads=names)
     with open(output, "w", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
         file.write(drawing)
 
 
-_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
-    "demo": (_demo, ""), "node": (_run_node, "address script"), "ps": (_ps, "node"),
-    "send": (_send, "target message --timeout"), "call": (_call, "target message --timeout"),
-    "chart": (_chart, "directory -o --format --from --to --thread")}
-_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "address": {"nargs": "?", "help": "9000, host:9000, a path"},
-    "script": {"nargs": "?", "help": "a file to run there; the node stays up after it"},
-    "node": {"help": "which, such as 9000 or 127.0.0.1:9000"},
-    "target": {"help": "where to, such as 127.0.0.1:9000/logger"},
-    "message": {"help": "a Python literal, such as '(\"hello\", 1)'"},
-    "--timeout": {"type": float, "help": "seconds to wait (10)"},
-    "directory": {"help": "the one given to trace(), or in DISTCONC_TRACE"},
-    "-o": {"dest": "output", "metavar": "FILE", "help": "where to (standard output)"},
-    "--format": {"choices": ["svg", "text", "shiviz"], "help": "svg"},
-    "--from": {"dest": "first", "type": int, "metavar": "CLOCK", "help": "the first"},
-    "--to": {"dest": "last", "type": int, "metavar": "CLOCK", "help": "the last"},
-    "--thread": {"dest": "threads", "action": "append", "metavar": "NAME",
-                 "help": "only threads of this name, or node/name; may be repeated"}}
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": _demo, "node": _run_node, "send": _send, "call": _call, "ps": _ps, "chart": _chart}
+_FLAGS = {"output": "-o", "first": "--from", "last": "--to", "threads": "--thread"}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Do what the shell command `arguments` says."""
+    """Threads that send, on any node.
+
+    In the environment: DISTCONC_AUTHKEY, the key; DISTCONC_COOKIE, the file that has it
+    otherwise; DISTCONC_TRACE, a directory to write traces to.
+    """
     import argparse
+    import inspect
     import logging
 
     for stream in sys.stdout, sys.stderr:  # any text can be printed there, or to nowhere
         with suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     logging.basicConfig(format="distconc: %(message)s")
-    parser = argparse.ArgumentParser(
-        "distconc", description="Threads that send, on any node.",
-        epilog="In the environment: DISTCONC_AUTHKEY, the key; DISTCONC_COOKIE, the file that "
-               "has it otherwise; DISTCONC_TRACE, a directory to write traces to.")
+    parser = argparse.ArgumentParser("distconc", description=main.__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command, (run, flags) in _COMMANDS.items():  # a default is that of the function
+    for command, run in _COMMANDS.items():  # which takes what its function does
         sub = commands.add_parser(command, help=run.__doc__, description=run.__doc__,
                                   argument_default=argparse.SUPPRESS)
         sub.set_defaults(run=run)
-        for flag in flags.split():
-            sub.add_argument(flag, **_ARGUMENTS[flag])
+        for name, given in inspect.signature(run).parameters.items():
+            if given.kind is given.KEYWORD_ONLY:
+                flag = _FLAGS.get(name, f"--{name}")
+                sub.add_argument(flag, dest=name, type=type(given.default))
+            else:
+                sub.add_argument(name, nargs=None if given.default is given.empty else "?")
     options = vars(parser.parse_args(arguments))
     try:
         options.pop("run")(**options)

@@ -5179,7 +5179,7 @@ class Shell(Net):
     def test_the_demo_is_traced_to_where_the_environment_says(self):
         shell("demo", DISTCONC_TRACE=self.dir)
         self.assertEqual(len({record["process"] for record in records(self.dir)}), 2)
-        result = shell("chart", self.dir, "--format", "text", "--thread", "logger")
+        result = shell("chart", self.dir, "--format", "text", "--thread", "logger,nobody")
         self.assertEqual(result.status, 0, result.err)
         self.assertIn("'hello'", result.out)
         self.assertNotIn("greeter", result.out)
