@@ -3012,26 +3012,17 @@ def _demo() -> None:
             spawn_server(_log_message, node=child, name="logger", register=True)
             logger = RemoteThread(child, "logger")
             send("hello", logger)
-            greeter = spawn(handle_synchronous, _greet, name="greeter", node=child)
-            print("a call:", send_synchronous("how are you?", greeter), flush=True)
+            shouter = spawn(handle_synchronous, str.upper, name="shouter", node=child)
+            print("a call:", send_synchronous("can you hear me?", shouter), flush=True)
             send(current_thread(), logger)
-            spawn(_call_back, current_thread(), name="caller", node=child)
-            handle_synchronous(lambda question: "my child")
-            print("told:", receive())
+            spawn(send, "thank you", current_thread(), name="thanker", node=child)
+            print("through a handle that travelled:", receive())
         print("\nAll of it, time running down:\n\n" + chart(_traced_to(), "text").rstrip())
 
 
 def _log_message() -> bool:
     print("logger:", receive(), flush=True)
     return True
-
-
-def _greet(question: str) -> str:
-    return "fine"
-
-
-def _call_back(parent: Handle) -> None:
-    send(send_synchronous("who am I?", parent).upper(), parent)
 
 
 def _run_node(address: str | int = 0, script: str = "") -> None:

@@ -5182,7 +5182,7 @@ class Shell(Net):
         result = shell("chart", self.dir, "--format", "text", "--thread", "logger,nobody")
         self.assertEqual(result.status, 0, result.err)
         self.assertIn("'hello'", result.out)
-        self.assertNotIn("greeter", result.out)
+        self.assertNotIn("shouter", result.out)
         path = os.path.join(self.dir, "chart.svg")
         result = shell("chart", self.dir, "-o", path, "--from", "2", "--to", "6")
         self.assertEqual((result.status, result.out, result.err), (0, "", ""))
