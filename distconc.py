@@ -2738,9 +2738,10 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
     """Return the traces in `directory` as one space-time diagram.
 
     A column is a thread; time runs down, so no arrow points up.  `format` is "svg" (a page for
-    any browser: point at what you want to know more of), "text" (80 columns) or "shiviz"
-    (vector clocks, for the tool of that name).  `first` and `last` narrow it to these Lamport
-    clocks, `threads` to those called so, such as "logger" or "127.0.0.1:9000/logger".
+    any browser: point at what you want to know more of), "text" (for a terminal, 80 characters
+    wide for up to 20 threads) or "shiviz" (vector clocks, for the tool of that name).  `first`
+    and `last` narrow it to these Lamport clocks, `threads` to those called so, such as "logger"
+    or "127.0.0.1:9000/logger".
 
     What is damaged is left out, and logged.  Raises FileNotFoundError if no trace is there;
     ValueError for another format, and if nothing is left to draw.
@@ -2752,27 +2753,27 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
     past = _read_traces(directory)
     shown = [event for event in past if first <= event.clock <= last and (
         not wanted or wanted & {event.name, f"{event.node}/{event.name}"})]
-    if past and not shown:
+    if not shown:
         raise ValueError("nothing is left to draw: no event is of such a clock and thread")
     return formats[format](shown, past)
 
 
-_MARKS = {  # of an event: in text, what it means, what it tells, in SVG
-    "start": ("o", "start", "", "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z"),
-    "spawn": ("+", "spawn", "spawns {child}", "M-5 0H5M0-5V5"),
-    "send": ("*", "message", "{message}", "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z"),
-    "receive": ("*", "message", "{message}", "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z"),
-    "end": ("=", "end", "", "M-7 0H7"),
-    "crash": ("X", "crash", "{error}", "M0-9 3-3 9 0 3 3 0 9-3 3-9 0-3-3z"),
-    "lost": ("x", "lost", "lost: {why}", "M-5-5 5 5M-5 5 5-5"),
-    "down": ("!", "node lost", "{why}", "M3-9-5 1H0L-3 9 5-2H0z"),
-    "timeout": ("?", "time-out", "{what} timed out", "M-5-7H5L-5 7H5z"),
-    "half": ("~", "message whose other end is not shown", "{message}",
-             "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z"),
+_MARKS = {  # of an event: in text and in SVG, what it means, what it tells
+    "start": ("o\u25cb", "start", ""),
+    "spawn": ("++", "spawn", "spawns {child}"),
+    "send": ("*\u25cf", "message", "{message}"),
+    "receive": ("*\u25cf", "message", "{message}"),
+    "end": ("=\u2534", "end", ""),
+    "crash": ("XX", "crash", "{error}"),
+    "lost": ("xx", "lost", "lost: {why}"),
+    "down": ("!!", "node lost", "{why}"),
+    "timeout": ("??", "time-out", "{what} timed out"),
+    "half": ("~\u25cc", "message whose other end is not shown", "{message}"),
 }
-_Event = types.SimpleNamespace  # a line of a trace; _name_columns and _rows tell it more
+_BAR = "|\u2502"  # of a lifeline
+_Event = types.SimpleNamespace  # a line of a trace; _name_columns, _rows and _draw tell it more
 _Row = list[_Event]
-_Column = tuple[int, str, int, str]  # the place and name of the node, the thread's id and name
+_Column = tuple[int, int, str]  # the place of the node, the thread's id, what it is called
 
 
 def _read_traces(directory: "str | os.PathLike[str]") -> list[_Event]:
@@ -2830,11 +2831,11 @@ def _name_columns(events: list[_Event]) -> None:
     for event in events:
         place = places.setdefault(event.process, len(places))
         event.node = homes.get(event.process, f"process {event.process[:4]}")
-        event.who = f"{event.node}/{names[event.key[:2]]}"
-        numbers = alike.setdefault(event.who.replace(" ", "_"), {})
+        event.who = f"{event.node}/{names[event.key[:2]]}".replace(" ", "_")
+        numbers = alike.setdefault(event.who, {})
         number = numbers.setdefault(event.key[:2], len(numbers) + 1)
         event.who += f"#{number}" if number > 1 else ""  # of a later run of the node, perhaps
-        event.column = place, event.node, event.key[1], event.who[len(event.node) + 1:]
+        event.column = place, event.key[1], event.who
 
 
 def _cut(text: str, most: int) -> str:
@@ -2864,20 +2865,42 @@ def _rows(shown: list[_Event]) -> list[_Row]:
     return rows
 
 
-def _headings(shown: list[_Event], most: int) -> list[str]:
-    """The lines above a picture, as wide as it; tell events their `x`, in characters."""
-    nodes = names = " " * 7
-    at = dict[_Column, int]()
+def _draw(shown: list[_Event], svg: bool) -> Iterator[tuple[str, _Row]]:
+    """Yield the lines of the picture, each with the row of events that it shows, if one.
+
+    They have 80 characters at most; more, if there are more than 20 columns; and more for SVG,
+    which draws the arrows by itself.  Tell events their `x`, in characters.
+    """
     columns = sorted({event.column for event in shown})
-    for (_, node), threads in itertools.groupby(columns, lambda column: column[:2]):
-        names = names.ljust(len(nodes))  # right of the heading before
-        nodes = nodes.ljust(len(names)) + _cut(node, 22) + "  "
-        for column in threads:
-            at[column] = len(names)
-            names += _cut(column[3], most).ljust(3) + "  "
-    for event in shown:
-        event.x = at[event.column]
-    return ["", nodes.ljust(len(names)), names.ljust(len(nodes))]
+    pitch = max(2, min(6, 40 // len(columns))) * (2 if svg else 1)
+    at = {column: 7 + pitch * place for place, column in enumerate(columns)}
+    width, alive = 7 + pitch * len(columns), set[int]()
+    most = max(80, width + (80 if svg else 33))
+    for number, row in enumerate(_rows(shown)):
+        for place, (*_, name) in enumerate(columns if number % 40 == 0 else ()):
+            yield f"{'':7}{_BAR[svg].ljust(pitch) * place}{name[-33:]}", []
+        for event in row:
+            event.x = at[event.column]
+        line = _picture(f"{row[0].clock:>5}".ljust(width), row, alive, svg)
+        yield _cut(line + _told(row), most), row
+    *marks, half = dict.fromkeys(f"{mark[svg]} {what}" for mark, what, _ in _MARKS.values())
+    yield from (("", []), ("  ".join(marks), []), (half, []))
+
+
+def _picture(blank: str, row: _Row, alive: set[int], svg: bool) -> str:
+    """Draw the lifelines and the arrow of a row; afterwards, `alive` is where others go on."""
+    line, start, stop = list(blank), row[-1].x if svg else row[-1].origin.x, row[-1].x
+    alive.update(event.x for event in row)
+    for x in alive | {start}:
+        line[x] = _BAR[svg]
+    if start < stop:
+        line[start + 1:stop] = ">".rjust(stop - start - 1, "-")
+    elif stop < start:
+        line[stop + 1:start] = "<".ljust(start - stop - 1, "-")
+    for event in row:
+        line[event.x] = _MARKS[event.mark][0][svg]
+    alive.difference_update(event.x for event in row if event.event in ("end", "crash"))
+    return "".join(line)
 
 
 def _told(row: _Row) -> str:
@@ -2886,95 +2909,44 @@ def _told(row: _Row) -> str:
 
 
 def _as_text(shown: list[_Event], _: Any) -> str:
-    """Draw what fits into 80 characters, and beside it what happens; else name the threads."""
-    for most in 16, 12, 10, 8, 6:
-        heads = _headings(shown, most)
-        if fits := len(heads[1]) <= 60:
-            break
-    lines, alive = list[str](), set[int]()
-    for number, row in enumerate(_rows(shown)):
-        lines += heads if fits and number % 40 == 0 else []
-        line = f"{row[0].clock:>5}".ljust(len(heads[1]))
-        lines.append((_picture(line, row, alive) if fits else _naming(row)) + _told(row))
-    *marks, half = dict.fromkeys(f"{mark} {what}" for mark, what, _, _ in _MARKS.values())
-    lines += ["", "  ".join(marks), half, ""]
-    return "\n".join(_cut(line, 80).rstrip() for line in lines).lstrip("\n")
-
-
-def _picture(blank: str, row: _Row, alive: set[int]) -> str:
-    """Draw the lifelines and the arrow of a row; afterwards, `alive` is where others go on."""
-    line, start, stop = list(blank), row[-1].origin.x, row[-1].x
-    alive.update(event.x for event in row)
-    for x in alive | {start}:
-        line[x] = "|"
-    if start < stop:
-        line[start + 1:stop] = ">".rjust(stop - start - 1, "-")
-    elif stop < start:
-        line[stop + 1:start] = "<".ljust(start - stop - 1, "-")
-    for event in row:
-        line[event.x] = _MARKS[event.mark][0]
-    alive.difference_update(event.x for event in row if event.event in ("end", "crash"))
-    return "".join(line)
-
-
-def _naming(row: _Row) -> str:
-    """For a row that is too wide for a picture."""
-    names = " -> ".join(dict.fromkeys(each.who[-22:] for each in (row[-1].origin, row[-1])))
-    marks = "".join(_MARKS[each.mark][0] for each in row)
-    return f"{row[0].clock:>5}  {marks:<2} {names:<49}"
+    return "".join(f"{line.rstrip()}\n" for line, _ in _draw(shown, svg=False))
 
 
 _STYLE = """<style>
 svg { color-scheme: light dark; background: Canvas; font: 13.3px ui-monospace, monospace }
-text { fill: CanvasText; white-space: pre } svg > text { font-weight: bold }
-path { fill: none; stroke: #888; stroke-width: 1.3 } #lost, .lost .arrow { stroke: #e5484d }
-#start, #end, #spawn, #timeout { fill: Canvas; stroke: CanvasText; stroke-width: 2 }
-#send, #receive { fill: #2f7de1; stroke: none } #crash, #down { fill: #e5484d; stroke: none }
-#half { fill: Canvas; stroke: #2f7de1 }
-.arrow { marker-end: url(#tip) } .receive .arrow { stroke: #2f7de1 }
-.start .arrow { stroke-dasharray: 2 3 } .lost .arrow { marker-end: none }
-#lost, g:hover .arrow { stroke-width: 3 } #tip path { fill: context-stroke; stroke: none }
-</style><defs><marker id="tip" viewBox="0 0 10 10" refX="14" refY="5" markerWidth="9"
+text { fill: CanvasText; white-space: pre }
+path { fill: none; stroke: #2f7de1; stroke-width: 1.3; marker-end: url(#tip) }
+.start path { stroke: #888; stroke-dasharray: 2 3 } .lost path { marker-end: none }
+:is(.crash, .down, .lost) text { fill: #e5484d } :is(.crash, .lost) path { stroke: #e5484d }
+g:hover path { stroke-width: 3 } #tip path { fill: context-stroke; stroke: none }
+</style><marker id="tip" viewBox="0 0 10 10" refX="14" refY="5" markerWidth="9"
 markerHeight="9" markerUnits="userSpaceOnUse" orient="auto"><path d="M0 1 10 5 0 9z"/>
 </marker>"""
 
 
 def _as_svg(shown: list[_Event], _: Any) -> str:
-    """Draw the rows that the text has, with arrows that slope; a character is 8 pixels wide."""
-    _, *heads = _headings(shown, 24)
-    lines, lives, y = list[str](), dict[int, list[_Event]](), 0
-    for number, row in enumerate(_rows(shown)):
-        y = 26 * number + 60 * (number // 40) + 86
-        if number % 40 == 0:
-            lines += [_svg_line(y - 46, heads[0]), _svg_line(y - 26, heads[1])]
+    """Typeset the picture, with arrows that slope, in characters 8 pixels wide and 16 high."""
+    drawn, wide, y = list[str](), 0, 0
+    for line, row in _draw(shown, svg=True):
+        y, wide = y + 16, max(wide, 8 * len(line))
         for event in row:
-            event.y = y + 10 * (event is not row[0])
-            lives.setdefault(8 * event.x, []).append(event)
-        lines.append(_svg_row(row, f"{row[0].clock:>5}".ljust(len(heads[0]))))
-    for x, life in lives.items():
-        stop = life[-1].y if life[-1].event in ("end", "crash") else y
-        lines.insert(0, f'<path d="M{x} {life[0].y}V{stop}"/>')
-    shapes = (f'<path id="{mark}" d="{_MARKS[mark][3]}"/>' for mark in _MARKS)
-    size = f'width="{8 * len(heads[0]) + 640}" height="{y + 30}"'
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{_STYLE}', *shapes,
-                      "</defs>", *lines, "</svg>\n"])
+            event.y = y
+        text = f'<text y="{y + 5}" textLength="{8 * len(line)}">{_escaped(line)}</text>'
+        drawn.append(_svg_row(row, text) if row else text)
+    size = f'width="{wide + 20}" height="{y + 20}"'
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{_STYLE}', *drawn,
+                      "</svg>\n"])
 
 
-def _svg_row(row: _Row, line: str) -> str:
-    """The arrow, the marks and the words of a row, which tells all to who points at it."""
-    event, told = row[-1], _told(row)
-    ends = [event] if event.origin is event else [event.origin, event]
-    path = "L".join(f"{8 * each.x} {each.y}" for each in ends)
-    arrow = f'<path class="arrow" d="M{path}"/>' if len(ends) > 1 else ""
-    marks = (f'<use href="#{each.mark}" x="{8 * each.x}" y="{each.y}"/>' for each in row)
+def _svg_row(row: _Row, text: str) -> str:
+    """A line with its arrow, which tells all of it to who points there."""
+    last, kinds = row[-1], " ".join(event.event for event in row)
+    ends = [last] if last.origin is last else [last.origin, last]
+    path = "L".join(f"{8 * each.x + 4} {each.y}" for each in ends)
     where = (f"{each.event} at {each.who}, clock {each.clock}" for each in ends)
-    title = _escaped("\n".join([told, *where]).lstrip("\n"))
-    return (f'<g class="{event.event}"><title>{title}</title>{arrow}{"".join(marks)}'
-            f'{_svg_line(row[0].y + 4, line + _cut(told, 80))}</g>')
-
-
-def _svg_line(y: int, line: str) -> str:
-    return f'<text y="{y}" textLength="{8 * len(line)}">{_escaped(line)}</text>'
+    title = _escaped("\n".join([_told(row), *where]).lstrip("\n"))
+    arrow = f'<path d="M{path}"/>' if len(ends) > 1 else ""
+    return f'<g class="{kinds}"><title>{title}</title>{arrow}{text}</g>'
 
 
 def _escaped(text: str) -> str:
@@ -2992,9 +2964,8 @@ def _as_shiviz(shown: list[_Event], past: list[_Event]) -> str:
     for event in past:  # what is not drawn hands on what it knows, too
         clock = known.get(event.key[:2], Counter()) | known.get(event.cause, Counter())
         if event.key in drawn:
-            host = event.who.replace(" ", "_")
-            clock[host] += 1
-            lines += f"{host} {json.dumps(clock)}\n{event.words or event.event}\n"
+            clock[event.who] += 1
+            lines += f"{event.who} {json.dumps(clock)}\n{event.words or event.event}\n"
         known[event.key] = known[event.key[:2]] = clock
     return lines
 

@@ -4676,7 +4676,7 @@ class Traces(OneChild):
         self.assertIn(f"contact with {self.node} was lost",
                       {why for process, why in lost if process != here})
         self.assertRegex(chart(self.traces, "text"), r"\n +\d+ [ |]*! .*contact with 127")
-        self.assertIn('href="#down"', chart(self.traces))
+        self.assertRegex(chart(self.traces), '<g class="down')
 
     def test_dropped_messages_are_lost_ones(self):
         target = self.collector(self.child())
@@ -4918,12 +4918,21 @@ class Charts(Case):
                 yield (x, y), (right, down), title.text
 
     def marks(self, **narrow):
+        """Parse a drawing: each mark, where it is, and the clock of its event."""
         root = ElementTree.fromstring(chart(self.dir, **narrow))
+        lines = [text.text for text in root.findall(SVG + "text")]
+        columns = [re.match("[ \u2502]*", line).end() for line in lines
+                   if line and line[:7].isspace()]
         for group in root.iter(SVG + "g"):
-            marks = group.findall(SVG + "use")
-            clocks = re.findall(r" at .*, clock (\d+)(?:\n|$)", group.find(SVG + "title").text)
-            for mark, clock in zip(marks, clocks[-len(marks):]):
-                yield mark.get("href")[1:], int(mark.get("x")), int(mark.get("y")), int(clock)
+            line = group.find(SVG + "text")
+            marks = [at for at in sorted({*columns}) if line.text[at] not in " \u2502"]
+            ends = re.findall(r"at (.*), clock (\d+)(?:\n|$)", group.find(SVG + "title").text)
+            y = int(line.get("y")) - 5
+            if len(marks) > 1:
+                path = re.findall(r"\d+", group.find(SVG + "path").get("d"))
+                marks = [(int(x) - 4) // 8 for x in path[::2]]
+            for at, (_, clock) in zip(marks, ends[-len(marks):]):
+                yield line.text[at], 8 * at + 4, y, int(clock)
 
     @given(STEPS)
     @settings(deadline=None, max_examples=60)
@@ -4937,13 +4946,13 @@ class Charts(Case):
             or record["event"] == "send" and key(record) not in caused)]
         arrows, marks = list(self.arrows()), list(self.marks())
         check(len(arrows) == len(joined))
-        check(len(halves) == [mark for mark, *_ in marks].count("half"))
+        check(len(halves) == [mark for mark, *_ in marks].count("\u25cc"))
         places = {(x, y) for _, x, y, _ in marks}
         check(len(places) == len(marks) == len(records))
         for start, stop, _ in arrows:
-            check(start[1] < stop[1] and {start, stop} <= places)
+            check(start[1] <= stop[1] and {start, stop} <= places)
         lost = [record for record in joined if record["event"] == "lost"]
-        check(len(re.findall('<g class="lost"><title>[^<]+</title><path', chart(self.dir))) ==
+        check(len(re.findall('<g class="[a-z ]*lost"><title>[^<]+</title><path', chart(self.dir))) ==
               len(lost))
         for column in {x for _, x, _, _ in marks}:
             own = sorted((clock, y) for _, x, y, clock in marks if x == column)
@@ -4978,7 +4987,8 @@ class Charts(Case):
     def test_text_fits_80_columns_and_no_effect_is_above_its_cause(self, steps):
         records = self.ran(steps)
         lines = chart(self.dir, "text").splitlines()
-        check(max(map(len, lines)) <= 80)
+        columns = len(set(key(record)[:2] for record in records))
+        check(max(map(len, lines)) <= max(80, 40 + 2 * columns))
         for record in records:
             if record["event"] == "send":
                 told = [at for at, line in enumerate(lines) if record["message"] in line]
@@ -4999,7 +5009,7 @@ class Charts(Case):
         self.lines(*(json.dumps(record).encode() + b"\n" for record in records), rest)
         logging.disable(logging.WARNING)
         try:
-            check("half" in [mark for mark, *_ in self.marks()])
+            check("\u25cc" in [mark for mark, *_ in self.marks()])
             check(all(start[1] <= stop[1] for start, stop, _ in self.arrows()))
             lines = chart(self.dir, "text").splitlines()
             check(all(line.isprintable() and len(line) <= 80 for line in lines))
@@ -5036,7 +5046,7 @@ class Charts(Case):
             self.raised(ValueError, partial(chart, self.dir, **narrow))
         self.lines(b"", name="%016x.jsonl" % 0), self.lines(b"", name="%016x.jsonl" % 1)
         for format in "svg", "text", "shiviz":
-            self.assertIsInstance(chart(self.dir, format), str)
+            self.assertIn("nothing", str(self.raised(ValueError, chart, self.dir, format)))
 
     def test_text_reads_as_a_student_would_draw_it(self):
         self.ran([("spawn", 0, 1), ("send", 0, 0), ("receive", 2, 0), ("send", 2, 1),
@@ -5044,21 +5054,25 @@ class Charts(Case):
                   ("send", 3, 0), ("crash", 3, 0), ("receive", 0, 2), ("send", 0, 0),
                   ("down", 0, 0), ("end", 0, 0)])
         self.assertEqual("""\
-       127.0.0.1:9000         127.0.0.1:9001
-       node  MainThread  w    node  MainThread  a b
+       127.0.0.1:9000/node
+       |     127.0.0.1:9000/MainThread
+       |     |     127.0.0.1:9000/w
+       |     |     |     127.0.0.1:9001/node
+       |     |     |     |     127.0.0.1:9001/MainThread
+       |     |     |     |     |     127.0.0.1:9001/a_b
     1        o
-    1        |                      o
-    1  !     |                      |                contact was lost
-    2  |     +--------------------------------->o    spawns a b
-    2  |     |           o<---------+           |    spawns w
-    3  |     *--------------------------------->*    <'4'>
-    4  |     ?           |          |           |    receive timed out
-    4  |     |           ~          |           |    <'12'> to x
-    5  |     |           |    x<----------------*    <'6'>; lost: dropped
-    5  |     ~           |    |     |           |    <'9'>
-    5  |     *<----------X    |     |           |    E; Down
-    7  |     ~                |     |           |    <'15'> to x
-    8  |     =                |     |           |
+    1        |                 o
+    1  !     |                 |           contact was lost
+    2  |     +---------------------->o     spawns a b
+    2  |     |     o<----------+     |     spawns w
+    3  |     *---------------------->*     <'4'>
+    4  |     ?     |           |     |     receive timed out
+    4  |     |     ~           |     |     <'12'> to x
+    5  |     |     |     x<----------*     <'6'>; lost: dropped
+    5  |     ~     |     |     |     |     <'9'>
+    5  |     *<----X     |     |     |     E; Down
+    7  |     ~           |     |     |     <'15'> to x
+    8  |     =           |     |     |
 
 o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
 ~ message whose other end is not shown
@@ -5068,31 +5082,34 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
         self.ran([("spawn", 1, 1), ("send", 0, 0), ("send", 0, 0), ("receive", 1, 1),
                   ("receive", 1, 0), ("receive", 2, 1)])
         self.assertEqual("""\
-       127.0.0.1:9000  127.0.0.1:9001
-       MainThread      MainThread  a b
+       127.0.0.1:9000/MainThread
+       |     127.0.0.1:9001/MainThread
+       |     |     127.0.0.1:9001/a_b
     1  o
-    1  |               o
-    2  |               +---------->o    spawns a b
-    2  *               |           |    <'4'> to x
-    3  *-------------->*           |    <'5'>
-    4  |-------------------------->*    <'5'>
-    5  |-------------->*           |    <'4'>""", chart(self.dir, "text").split("\n\n")[0])
+    1  |     o
+    2  |     +---->o     spawns a b
+    2  *     |     |     <'4'> to x
+    3  *---->*     |     <'5'>
+    4  |---------->*     <'5'>
+    5  |---->*     |     <'4'>""", chart(self.dir, "text").split("\n\n")[0])
 
-    def test_with_too_many_threads_text_names_them(self):
+    def test_with_many_threads_text_names_them_all_and_grows_wide_at_last(self):
         self.ran([("spawn", at, at) for at in range(12)] + [("send", 1, 0), ("receive", 0, 0),
                                                             ("crash", 2, 0)])
-        events = chart(self.dir, "text").split("\n\n")[0].splitlines()
+        lines = chart(self.dir, "text").splitlines()
         for line in """\
-    3  ** .0.0.1:9001/MainThread -> .0.0.1:9000/MainThread <'26'>
-    5  X  127.0.0.1:9000/worker                            E
-   12  +o 27.0.0.1:9001/worker#2 -> 127.0.0.1:9001/w#2     spawns w""".splitlines():
-            self.assertIn(line, events)
+       | | | | | 127.0.0.1:9000/w#2
+    3  *<------------* |           <'26'>
+    5  | X |         | | |         E
+   12  |   | | | | | | | | | | +>o spawns w""".splitlines():
+            self.assertIn(line, lines)
+        self.ran([("spawn", at, at) for at in range(30)] + [("send", 31, 0), ("receive", 0, 0)])
+        self.assertRegex(chart(self.dir, "text"), r"\n   32  \*<-{60}\* <'62'>\n")
 
     def test_a_later_run_of_a_node_has_columns_of_its_own(self):
         self.ran([("restart", 1, 0), ("send", 1, 0), ("receive", 2, 0)])
         drawing = chart(self.dir)
-        self.assertRegex(drawing, " 127.0.0.1:9001 +127.0.0.1:9001 ")
-        self.assertRegex(drawing, " MainThread +MainThread#2 ")
+        self.assertRegex(drawing, r">[^<]+ 127.0.0.1:9001/MainThread#2</text>")
         (left, _), (right, _), _ = next(self.arrows())
         self.assertLess(left, right)
 
@@ -5140,10 +5157,8 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
         drawing, marks = chart(self.dir), list(self.marks())
         self.assertLess(perf_counter() - start, WAIT)
         self.assertEqual(2000 + 38 * 2 + 2, len(marks))
-        headings = [*map(int, re.findall('(?m)^<text y="([0-9]+)"', drawing))]
-        self.assertEqual(2 * -(-drawing.count("<g ") // 40), len(headings))
-        for at in headings:
-            self.assertFalse([y for _, _, y, _ in marks if abs(y - at) < 10])
+        headings = re.findall("(?m)^<text [^>]+>[ &#;0-9]{6,} 127.+:900[01]/.+</text>", drawing)
+        self.assertEqual(40 * -(-drawing.count("<g ") // 40), len(headings))
         for (_, up), (_, down), _ in self.arrows():
             self.assertLessEqual(up, down)
 
