@@ -913,7 +913,7 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     traced = _trace and _here.cause is None
     try:
         if traced:
-            with _sending(message, thread, "call"):
+            with _sending(message, thread):
                 thread._ask(call, caller, message)
         else:
             thread._ask(call, caller, message)
@@ -2298,7 +2298,7 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
             f"from {__name__} import _be_child; _be_child()")
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", boot], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, "DISTCONC_TRACE": _traced_to()},
+        env={**os.environ, "DISTCONC_TRACE": _trace},
         start_new_session=True)  # Ctrl-C at the terminal is for the parent, which may go on
     try:
         assert process.stdin and process.stdout
@@ -2357,7 +2357,7 @@ def _after_fork() -> None:
         table.clear()
     _registry, _settling, _losing, _starting, _clocking = (
         threading.RLock() for _ in range(5))
-    trace(_traced_to() or None)
+    trace(_trace or None)
 
 
 if hasattr(os, "register_at_fork"):
@@ -2590,7 +2590,7 @@ def _cut_off(names: set[Address | None]) -> bool:
 
 Stamp = tuple[Any, ...]  # an event of a trace: incarnation, thread's id, its Lamport clock
 UNKNOWN: Stamp = ()
-_trace: tuple[str, int] | None = None  # the directory; the file of this process there
+_trace, _file = "", -1  # the directory, and the file of this process there; "": no trace
 _clocks: dict[int, int] = {}  # Lamport's, by thread's id; 0 is the node
 _clocking = threading.RLock()  # guards: an event's clock and its line are one step
 
@@ -2606,21 +2606,17 @@ def trace(directory: "str | os.PathLike[str] | None") -> None:
     Raises OSError, and goes on as before.  Should the disk be full later, the trace ends, with
     a warning.  See `chart`.  Erlang: seq_trace.
     """
-    global _trace
-    new = None
+    global _trace, _file
+    new, file = "", -1
     if directory is not None:
-        directory = os.path.abspath(os.fsdecode(directory))
-        os.makedirs(directory, exist_ok=True)
-        path = os.path.join(directory, f"{_incarnation:016x}.jsonl")
-        new = directory, os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        new = os.path.abspath(os.fsdecode(directory))
+        os.makedirs(new, exist_ok=True)
+        path = os.path.join(new, f"{_incarnation:016x}.jsonl")
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     with _clocking:
-        old, _trace = _trace, new
-        if old:
-            os.close(old[1])
-
-
-def _traced_to() -> str:
-    return _trace[0] if _trace else ""
+        old, _trace, _file = _file, new, file
+        if old >= 0:
+            os.close(old)
 
 
 def _record(thread: Thread | None, event: str, cause: Stamp | None = None,
@@ -2632,8 +2628,10 @@ def _record(thread: Thread | None, event: str, cause: Stamp | None = None,
     """
     if not _trace or thread and thread._key not in _threads:
         return UNKNOWN
-    process, node = f"{_incarnation:016x}", str(local_node())
+    import json
+
     id, name = (thread.id, thread.name) if thread else (0, "node")
+    about.update(process=f"{_incarnation:016x}", node=str(local_node()), thread=id, name=name)
     if cause:
         about["cause"] = cause
     with _clocking:
@@ -2641,20 +2639,14 @@ def _record(thread: Thread | None, event: str, cause: Stamp | None = None,
             _record(thread, "start")
         seen = [_clocks.get(id, 0)] if id else _clocks.values()  # a node saw all before
         clock = _clocks[id] = max([0, *seen, *(cause or UNKNOWN)[2:]]) + 1
-        if _trace:  # or it has just ended
-            _write(*_trace, {"process": process, "node": node, "thread": id, "name": name,
-                             "clock": clock, "time": time(), "event": event, **about})
-    return process, id, clock
-
-
-def _write(directory: str, file: int, record: dict[str, Any]) -> None:
-    import json
-
-    try:
-        os.write(file, json.dumps(record).encode() + b"\n")
-    except OSError as error:  # a full disk is no reason to stop the program
-        trace(None)
-        _log("WARNING", "the trace in %s ends here: %s", directory, error)
+        about.update(event=event, clock=clock, time=time())
+        try:
+            if _trace:  # it may have ended just now
+                os.write(_file, json.dumps(about).encode() + b"\n")
+        except OSError as error:  # a full disk is no reason to stop the program
+            trace(None)
+            _log("WARNING", "the trace of this process ends here: %s", error)
+    return about["process"], id, clock
 
 
 class _because:
@@ -2671,11 +2663,10 @@ class _because:
 
 
 @contextmanager
-def _sending(message: Any, thread: Handle, kind: str = "send") -> Iterator[None]:
+def _sending(message: Any, thread: Handle) -> Iterator[None]:
     """Record that this thread sends `message`, and have that be the cause of its arrival."""
-    kind = "reply" if message.__class__ is Reply else kind
     to = thread.name if isinstance(thread, Thread) else f"{_text(thread.node)}/{thread.id}"
-    sent = _record(current_thread(), "send", message=_shown(message), to=to, kind=kind)
+    sent = _record(current_thread(), "send", message=_shown(message), to=to)
     try:
         with _because(sent):
             yield
@@ -2694,8 +2685,6 @@ class _Traced(list[Any]):
 
     Who only looks iterates over it; `cell[0]` is for who takes.
     """
-
-    __slots__ = ("_cause",)
 
     def __init__(self, message: Any, cause: Stamp | None) -> None:
         super().__init__([message])
@@ -2716,8 +2705,6 @@ def _shown(message: Any) -> str:
             return _shown(data)
         case Down(_, target, reason):
             return f"Down: {_shown(target)}, {_shown(reason)}"
-        case LinkedError():
-            return f"LinkedError: {_shown(message.thread)}, {_shown(message.error)}"
     short = reprlib.Repr()
     short.maxstring = short.maxother = 100
     try:
@@ -2988,7 +2975,7 @@ def _demo() -> None:
             send(current_thread(), logger)
             spawn(send, "thank you", current_thread(), name="thanker", node=child)
             print("through a handle that travelled:", receive())
-        print("\nAll of it, time running down:\n\n" + chart(_traced_to(), "text").rstrip())
+        print("\nAll of it, time running down:\n\n" + chart(_trace, "text").rstrip())
 
 
 def _log_message() -> bool:

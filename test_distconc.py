@@ -4637,9 +4637,8 @@ class Traces(OneChild):
         kinds = {record["event"] for record in found}
         self.assertLessEqual({"start", "spawn", "send", "receive", "timeout", "lost"}, kinds)
         self.assertEqual(len({record["process"] for record in found}), 2)
-        shown = [(r["event"], r["kind"], r["message"]) for r in found if r["event"] == "send"]
-        self.assertIn(("send", "call", "'hello'"), shown)
-        self.assertIn(("send", "reply", "'hello'"), shown)
+        shown = [r["message"] for r in found if r["event"] == "send"]
+        self.assertEqual(2, shown.count("'hello'"))  # the call and the reply
         lost = [tuple(r["cause"]) for r in found if r["event"] == "lost"]
         late = [(r["process"], r["thread"], r["clock"]) for r in found
                 if r["event"] == "send" and r["message"] == "'late'"]
@@ -4800,7 +4799,7 @@ ANY = st.none() | st.text() | st.integers() | st.floats() | st.booleans()
 FIELDS = {
     "process": st.text(max_size=3), "node": st.text(), "thread": st.integers(),
     "name": st.text(), "clock": st.integers(), "time": st.floats(),
-    "event": st.sampled_from(WHAT), "message": st.text(), "to": st.text(), "kind": st.text(),
+    "event": st.sampled_from(WHAT), "message": st.text(), "to": st.text(),
     "child": st.text(), "error": st.text(), "why": st.text(), "what": st.text(),
     "cause": st.lists(ANY) | st.tuples(st.text(), st.integers(), st.integers())}
 CHANGES = st.lists(st.sampled_from(sorted(FIELDS)), max_size=3).flatmap(
@@ -4840,8 +4839,7 @@ class Execution:
             run, name = self.runs[which % len(self.runs)], ("worker", "a b", "w")[which % 3]
             self.begin(run, name, self.log(thread, "spawn", child=name))
         elif what == "send":
-            kind = ("send", "reply")[which % 2]
-            sent = self.log(thread, "send", message=message, to="x", kind=kind)
+            sent = self.log(thread, "send", message=message, to="x")
             self.sent.append((sent, message))
         elif what == "receive" and self.sent:  # which may come twice
             sent, message = self.sent[which % len(self.sent)]
@@ -5003,8 +5001,7 @@ class Charts(Case):
     def test_whatever_is_in_the_files_is_drawn_or_left_out(self, changes, foreign, rest):
         whole = {"process": "é\ud800", "node": "<&\"'>\n\x00", "thread": 1,
                  "name": " \u2028\ufeff", "clock": 5, "time": 1, "event": "send",
-                 "message": "]]>\x1b[2J\ud800\r\n{}" + "x" * 99, "to": "\u202e",
-                 "kind": "\"><script>"}
+                 "message": "]]>\x1b[2J\ud800\r\n{}" + "x" * 99, "to": "\"><script>\u202e"}
         records = [whole, *({**whole, **change} for change in changes), *foreign]
         self.lines(*(json.dumps(record).encode() + b"\n" for record in records), rest)
         logging.disable(logging.WARNING)
