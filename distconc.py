@@ -97,7 +97,7 @@ import types
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from functools import lru_cache, partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener, answer_challenge, deliver_challenge
@@ -2662,17 +2662,17 @@ class _because:
         _here.cause = self._before
 
 
-@contextmanager
-def _sending(message: Any, thread: Handle) -> Iterator[None]:
-    """Record that this thread sends `message`, and have that be the cause of its arrival."""
-    to = thread.name if isinstance(thread, Thread) else f"{_text(thread.node)}/{thread.id}"
-    sent = _record(current_thread(), "send", message=_shown(message), to=to)
-    try:
-        with _because(sent):
-            yield
-    except Exception as error:
-        _record(current_thread(), "lost", sent, why=_words(error))
-        raise
+class _sending(_because):
+    """This thread sends `message`, which is the cause of what comes of it meanwhile."""
+
+    def __init__(self, message: Any, thread: Handle) -> None:
+        to = thread.name if isinstance(thread, Thread) else f"{_text(thread.node)}/{thread.id}"
+        super().__init__(_record(current_thread(), "send", message=_shown(message), to=to))
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        super().__exit__()
+        if isinstance(error, Exception):
+            _record(current_thread(), "lost", self._cause, why=_words(error))
 
 
 def _stamped(head: Head, cause: Stamp | None = None) -> Head:
@@ -2805,9 +2805,8 @@ def _read_event(line: bytes) -> _Event:
 
 
 def _plain(text: str) -> str:
-    """`text` in one line, fit for XML: what is not printable is escaped, as in a repr."""
-    return text if text.isprintable() else "".join(
-        each if each.isprintable() else repr(each)[1:-1] for each in text)
+    """`text` in one line, fit for XML: as in a repr, if not all of it is printable."""
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _name_columns(events: list[_Event]) -> None:
@@ -2913,33 +2912,27 @@ markerHeight="9" markerUnits="userSpaceOnUse" orient="auto"><path d="M0 1 10 5 0
 
 def _as_svg(shown: list[_Event], _: Any) -> str:
     """Typeset the picture, with arrows that slope, in characters 8 pixels wide and 16 high."""
+    from html import escape
+
     drawn, wide, y = list[str](), 0, 0
     for line, row in _draw(shown, svg=True):
         y, wide = y + 16, max(wide, 8 * len(line))
-        for event in row:
-            event.y = y
-        text = f'<text y="{y + 5}" textLength="{8 * len(line)}">{_escaped(line)}</text>'
-        drawn.append(_svg_row(row, text) if row else text)
+        line = f'<text y="{y + 5}" textLength="{8 * len(line)}">{escape(line)}</text>'
+        if row:  # pointing there tells all of it
+            for event in row:
+                event.y = y
+            ends = row[-1:] if row[-1].origin is row[-1] else [row[-1].origin, row[-1]]
+            path = "L".join(f"{8 * each.x + 4} {each.y}" for each in ends)
+            arrow = f'<path d="M{path}"/>' if len(ends) > 1 else ""
+            where = (f"{each.event} at {each.who}, clock {each.clock}" for each in ends)
+            title = escape("\n".join([_told(row), *where]).lstrip("\n"))
+            kinds = " ".join(event.event for event in row)
+            line = f'<g class="{kinds}"><title>{title}</title>{arrow}{line}</g>'
+        drawn.append(line)
     size = f'width="{wide + 20}" height="{y + 20}"'
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{_STYLE}', *drawn,
-                      "</svg>\n"])
-
-
-def _svg_row(row: _Row, text: str) -> str:
-    """A line with its arrow, which tells all of it to who points there."""
-    last, kinds = row[-1], " ".join(event.event for event in row)
-    ends = [last] if last.origin is last else [last.origin, last]
-    path = "L".join(f"{8 * each.x + 4} {each.y}" for each in ends)
-    where = (f"{each.event} at {each.who}, clock {each.clock}" for each in ends)
-    title = _escaped("\n".join([_told(row), *where]).lstrip("\n"))
-    arrow = f'<path d="M{path}"/>' if len(ends) > 1 else ""
-    return f'<g class="{kinds}"><title>{title}</title>{arrow}{text}</g>'
-
-
-def _escaped(text: str) -> str:
-    from html import escape
-
-    return escape(text).encode("ascii", "xmlcharrefreplace").decode()  # for any encoding
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{_STYLE}'
+    svg = "\n".join([svg, *drawn, "</svg>\n"])
+    return svg.encode("ascii", "xmlcharrefreplace").decode()  # for any encoding
 
 
 def _as_shiviz(shown: list[_Event], past: list[_Event]) -> str:
