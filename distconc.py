@@ -2755,7 +2755,6 @@ _MARKS = {  # of an event: in text and in SVG, what it means, what it tells
     "lost": ("xx", "lost", "lost: {why}"),
     "down": ("!!", "node lost", "{why}"),
     "timeout": ("??", "time-out", "{what} timed out"),
-    "half": ("~\u25cc", "message whose other end is not shown", "{message}"),
 }
 _BAR = "|\u2502"  # of a lifeline
 _Event = types.SimpleNamespace  # a line of a trace; _name_columns, _rows and _draw tell it more
@@ -2832,15 +2831,12 @@ def _rows(shown: list[_Event]) -> list[_Row]:
     """An event is put into the row of its cause, if its thread does nothing in between.
 
     So rows are in an order that causes allow, and mostly a message takes one.  Tell events
-    their `mark`, and their `origin`: their cause, or, if that is not shown, themselves.
+    their `origin`: their cause, or, if that is not shown, themselves.
     """
     rows, latest, before = list[_Row](), dict[_Column, int](), dict[Stamp, _Event]()
-    causes = {event.cause for event in shown}
     for event in shown:
-        event.mark, event.row = event.event, -1  # in none yet
+        event.row = -1  # in none yet
         event.origin = before.get(event.cause, event)
-        if event.event in ("send", "receive") and event.origin is event:
-            event.mark = event.event if event.key in causes else "half"
         event.row = event.origin.row
         if event.row <= latest.get(event.column, -1) or len(rows[event.row]) > 1:
             event.row = len(rows)
@@ -2869,8 +2865,8 @@ def _draw(shown: list[_Event], svg: bool) -> Iterator[tuple[str, _Row]]:
             event.x = at[event.column]
         line = _picture(f"{row[0].clock:>5}".ljust(width), row, alive, svg)
         yield _cut(line + _told(row), most), row
-    *marks, half = dict.fromkeys(f"{mark[svg]} {what}" for mark, what, _ in _MARKS.values())
-    yield from (("", []), ("  ".join(marks), []), (half, []))
+    marks = dict.fromkeys(f"{mark[svg]} {what}" for mark, what, _ in _MARKS.values())
+    yield from (("", []), ("  ".join(marks), []))
 
 
 def _picture(blank: str, row: _Row, alive: set[int], svg: bool) -> str:
@@ -2884,7 +2880,7 @@ def _picture(blank: str, row: _Row, alive: set[int], svg: bool) -> str:
     elif stop < start:
         line[stop + 1:start] = "<".ljust(start - stop - 1, "-")
     for event in row:
-        line[event.x] = _MARKS[event.mark][0][svg]
+        line[event.x] = _MARKS[event.event][0][svg]
     alive.difference_update(event.x for event in row if event.event in ("end", "crash"))
     return "".join(line)
 
