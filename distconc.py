@@ -1668,9 +1668,7 @@ class _Connection:
     def _on_stamp(self, head: Head, payload: bytes) -> None:
         stamp, head = head[1], head[2:]
         process, id, clock = str(stamp[0])[:16], int(stamp[1]), int(stamp[2])
-        if not (0 <= id < 1 << 53 and 0 < clock < 1 << 53):
-            raise ValueError("not the stamp of an event")
-        known = clock < 1 << 52  # beyond that, our own clocks would soon be too large
+        known = 0 <= id < 1 << 52 and 0 < clock < 1 << 52  # or ours would be pushed too far
         with _because((process, id, clock) if known else UNKNOWN):
             self._on[head[0]](head, payload)
 
@@ -2771,13 +2769,12 @@ def _read_traces(directory: "str | os.PathLike[str]") -> list[_Event]:
         raise FileNotFoundError(f"there are no traces (*.jsonl) in {os.fspath(directory)!r}")
     found: dict[Stamp, _Event] = {}
     for path in paths:
-        bad = 0
-        for line in path.read_bytes().splitlines():
-            try:
+        lines = path.read_bytes().splitlines()
+        bad = len(lines)
+        for line in lines:
+            with suppress(Exception):  # of as many kinds as there are ways to damage a file
                 event = _read_event(line)
-                bad += found.setdefault(event.key, event) is not event
-            except Exception:  # of as many kinds as there are ways to damage a file
-                bad += 1
+                bad -= found.setdefault(event.key, event) is event
         if bad:
             _log("WARNING", "%s: %d of its lines are no events, and left out", path, bad)
     events = sorted(found.values(), key=lambda event: (event.clock, event.time, event.key))
