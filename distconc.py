@@ -2633,8 +2633,6 @@ def _record(thread: Thread | None, event: str, cause: Stamp | None = None,
     if cause:
         about["cause"] = cause
     with _clocking:
-        if event != "start" and id not in _clocks:
-            _record(thread, "start")
         seen = [_clocks.get(id, 0)] if id else _clocks.values()  # a node saw all before
         clock = _clocks[id] = max([0, *seen, *(cause or UNKNOWN)[2:]]) + 1
         about.update(event=event, clock=clock, time=time())
