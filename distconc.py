@@ -2846,15 +2846,16 @@ def _draw(shown: list[_Event], svg: bool) -> Iterator[tuple[str, _Row]]:
     """Yield the lines of the picture, each with the row of events that it shows, if one.
 
     They have 80 characters at most; more, if there are more than 20 columns; and more for SVG,
-    which draws the arrows by itself.  Tell events their `x`, in characters.
+    which draws the arrows by itself.  The columns are named again and again, as the first names
+    scroll away.  Tell events their `x`, in characters.
     """
     columns = sorted({event.column for event in shown})
     pitch = max(2, min(6, 40 // len(columns))) * (2 if svg else 1)
     at = {column: 7 + pitch * place for place, column in enumerate(columns)}
     width, alive = 7 + pitch * len(columns), set[int]()
-    most = max(80, width + (80 if svg else 33))
+    most, often = max(80, width + (80 if svg else 33)), 30 + 2 * len(columns)
     for number, row in enumerate(_rows(shown)):
-        for place, (*_, name) in enumerate(columns if number % 40 == 0 else ()):
+        for place, (*_, name) in enumerate(columns if number % often == 0 else ()):
             yield f"{'':7}{_BAR[svg].ljust(pitch) * place}{name[-33:]}", []
         for event in row:
             event.x = at[event.column]

@@ -5152,7 +5152,7 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
         self.assertLess(perf_counter() - start, WAIT)
         self.assertEqual(2000 + 38 * 2 + 2, len(marks))
         headings = re.findall("(?m)^<text [^>]+>[ &#;0-9]{6,} 127.+:900[01]/.+</text>", drawing)
-        self.assertEqual(40 * -(-drawing.count("<g ") // 40), len(headings))
+        self.assertEqual(40 * -(-drawing.count("<g ") // 110), len(headings))
         for (_, up), (_, down), _ in self.arrows():
             self.assertLessEqual(up, down)
 
