@@ -2717,14 +2717,14 @@ if os.environ.get("DISTCONC_TRACE") and __name__ != "__main__":
 
 
 def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: int = 0,
-          last: float = float("inf"), threads: str | Iterable[str] | None = None) -> str:
+          last: float = float("inf"), threads: str | Iterable[str] = ()) -> str:
     """Return the traces in `directory` as one space-time diagram.
 
     A column is a thread; time runs down, so no arrow points up.  `format` is "svg" (a page for
     any browser: point at what you want to know more of), "text" (for a terminal, 80 characters
     wide for up to 20 threads) or "shiviz" (vector clocks, for the tool of that name).  `first`
     and `last` narrow it to these Lamport clocks, `threads` to those called so, such as "logger"
-    or "127.0.0.1:9000/logger".
+    or "logger,127.0.0.1:9001/MainThread", or a list of such.
 
     What is damaged is left out, and logged.  Raises FileNotFoundError if no trace is there;
     ValueError for another format, and if nothing is left to draw.
@@ -2732,7 +2732,7 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
     formats = {"svg": _as_svg, "text": _as_text, "shiviz": _as_shiviz}
     if format not in formats:
         raise ValueError(f"{format!r} is no format of a chart; there are {', '.join(formats)}")
-    wanted = {threads} if isinstance(threads, str) else {*(threads or ())}
+    wanted = {*(threads.split(",") if isinstance(threads, str) else threads)} - {""}
     past = _read_traces(directory)
     shown = [event for event in past if first <= event.clock <= last and (
         not wanted or wanted & {event.name, f"{event.node}/{event.name}"})]
@@ -3055,8 +3055,7 @@ def _chart(directory: str, *, output: str = "", format: str = "svg", first: int 
     --from and --to narrow it to these Lamport clocks, --thread to the threads of these names,
     such as logger or 127.0.0.1:9000/logger, with commas in between.
     """
-    names = threads.split(",") if threads else ()
-    drawing = chart(directory, format, first=first, last=last, threads=names)
+    drawing = chart(directory, format, first=first, last=last, threads=threads)
     with open(output, "w", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
         file.write(drawing)
 

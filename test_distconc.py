@@ -4958,7 +4958,7 @@ class Charts(Case):
     @settings(deadline=None, max_examples=60)
     def test_vector_clocks_order_what_happened_before_and_no_more(self, steps, first, mains):
         records = self.ran(steps)
-        narrow = {"first": first, "threads": ["MainThread"] if mains else None}
+        narrow = {"first": first, "threads": "MainThread" if mains else ()}
         shown = [record for record in in_lamport_order(records) if record["clock"] >= first
                  and (not mains or record["name"] == "MainThread")]
         if not shown:
