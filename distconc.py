@@ -2665,7 +2665,7 @@ class _sending(_because):
         to = thread.name if isinstance(thread, Thread) else f"{_text(thread.node)}/{thread.id}"
         super().__init__(_record(current_thread(), "send", message=_shown(message), to=to))
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
         super().__exit__()
         if isinstance(error, Exception):
             _record(current_thread(), "lost", self._cause, why=_words(error))
