@@ -58,16 +58,16 @@ one must be the acceptor's.  Then frames, on the bare socket: the lengths of bod
 MiB) and tail (at most max_message, or 64 KiB if that is more), 4 bytes each, big-endian; MAC
 (16 bytes); body; tail.  MAC: BLAKE2b, 16 bytes, with the direction's key, of all frames in that
 direction up to this one, but without their MACs, and with SHA-256 of a body of more than 2048
-bytes, or of any tail, in its place.  The direction's key is HMAC-SHA256(authkey, role of the writer + SHA-256(dialler's
-hello) + SHA-256(acceptor's hello)).  A body is a pickled pair: the heads of messages, and their
-payloads; if the last of these is None, the tail is meant.  No heads are a tick: who has nothing
-else to say owes five in the smaller of the two heartbeats.  To end is to shut down one's
-writing half (in the middle of a frame, that was none), and to read the other's to its end.  The
-first frame each way, the dialler's first, has one head, a pair: the number that the writer
-gives this connection, counting from 1, and that of the oldest between the two that it still
-counts.  The other heads are these (a target is a pair of incarnation, or 0 for any, and id or
-name; id 0 is the node, which does a call's ("ps",) or ("spawn", func, args, name, register,
-link)):
+bytes, or of any tail, in its place.  The direction's key is HMAC-SHA256(authkey, role of the
+writer + SHA-256(dialler's hello) + SHA-256(acceptor's hello)).  A body is a pickled pair: the
+heads of messages, and their payloads; if the last of these is None, the tail is meant.  No
+heads are a tick: who has nothing else to say owes five in the smaller of the two heartbeats.
+To end is to shut down one's writing half (in the middle of a frame, that was none), and to read
+the other's to its end.  The first frame each way, the dialler's first, has one head, a pair:
+the number that the writer gives this connection, counting from 1, and that of the oldest
+between the two that it still counts.  The other heads are these (a target is a pair of
+incarnation, or 0 for any, and id or name; id 0 is the node, which does a call's ("ps",) or
+("spawn", func, args, name, register, link)):
 
     0 SEND    target                                   the payload is the message, pickled
     1 ASK     target, caller's id, tag                 a call, so too; or, of 0, a monitor
@@ -900,7 +900,7 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     """Send `message`, wait for its reply, return that.  Factor: send-synchronous.
 
     Blocks at most `timeout` seconds (None: until there is an outcome), and to connect as `send`
-    does.  Leaves the mailbox alone.  Raises SerializationError, NodeUnreachable, NoSuchThread:
+    does.  Leaves the mailbox alone.  Raises SerializationError, NodeUnreachable, NoSuchThread,
     AuthenticationError: nothing was delivered; RemoteError: the other node could not read it;
     ThreadDied, NodeDown, TimeoutError: it may have run, and a reply that still comes is
     dropped.  From a thread to itself: SynchronousToSelfError.

@@ -2486,7 +2486,7 @@ class TwoNodes(OneChild):
         server = spawn(fail_with_all, node=self.other)
         watch = monitor(self.other)
         with self.assertRaises(ThreadDied) as caught:
-            send_synchronous(20_000, server, T)
+            send_synchronous(100_000, server, T)
         self.assertIsInstance(caught.exception.reason, RemoteError)
         self.assertEqual(caught.exception.reason.type, "ValueError")
         demonitor(watch)
