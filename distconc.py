@@ -129,7 +129,7 @@ Predicate = Union[Callable[[Any], Any], type, tuple[type, ...], types.UnionType]
 
 
 class DistconcError(Exception):
-    """The base of this module's errors.  The last of their `args` is the text."""
+    """The base of this module's errors; its text is the last of its `args`."""
 
     def __str__(self) -> str:
         return str(self.args[-1]) if self.args else ""
@@ -161,13 +161,15 @@ class NoSuchThread(DistconcError, LookupError):
 class ThreadDied(DistconcError):
     """The thread ended before it replied, of `.reason` (None: it returned).
 
-    If it failed, `__cause__` is a RemoteError whose text is the traceback.
+    If it failed, `__cause__` is a RemoteError whose text is (the end of) the traceback.
     """
+
+    reason = property(lambda self: self.args[0])
 
     def __init__(self, reason: BaseException | None, cause: "RemoteError | None",
                  text: str) -> None:
         super().__init__(reason, cause, text)
-        self.reason, self.__cause__ = reason, cause
+        self.__cause__ = cause
 
 
 class SynchronousToSelfError(DistconcError):
@@ -186,6 +188,13 @@ class RemoteError(DistconcError):
 
 ################ Part one: one process ################
 ######## Waiting: deadlines, and locks that serve as bells
+
+
+def _deadline(timeout: float | None) -> float | None:
+    try:
+        return None if timeout is None else monotonic() + timeout
+    except TypeError:
+        raise TypeError(f"a timeout is seconds, or None, not {timeout!r}") from None
 
 
 def _left(deadline: float | None) -> float:
@@ -301,7 +310,7 @@ class Mailbox:
         return message
 
     def _get_if(self, accepts: Callable[[Any], Any] | None, timeout: float | None) -> Any:
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = None if timeout is None else _deadline(timeout)
         bell = _bell()
         news: list[list[Any]] = []
         self._waiters[bell] = news  # before looking: nothing may slip in unseen
@@ -385,10 +394,7 @@ _settling = threading.RLock()  # guards: to take from _awaited and to tell who w
 
 
 class _Await:
-    """A call, or, as a link or monitor, more than that: something that awaits an outcome.
-
-    That is a reply, the end of a thread, or the loss of a node.
-    """
+    """What awaits a reply, the end of a thread or the loss of a node.  As it is, a call."""
 
     peer = 0  # the incarnation of the node whose loss settles it; 0: this node
 
@@ -441,13 +447,13 @@ class _Link(_Await):
 
     def settle(self, error: DistconcError | None, reply: Any = None) -> None:
         self.failure = error.reason if isinstance(error, ThreadDied) else error
-        self.deliver(self.child)
+        self.deliver()
 
-    def deliver(self, child: Handle | None) -> None:
+    def deliver(self) -> None:
         """Send the failure, once both that and the child are known; `_settling` is held."""
-        self.child = child
-        if child and self.failure is not None:
-            self.thread._put(LinkedError(self.failure, child))
+        if self.child and self.failure is not None:
+            self.thread._put(LinkedError(self.failure, self.child))
+            self.failure = None
 
 
 ######## Threads: Thread, current_thread, threads, spawn, spawn_linked, spawn_server
@@ -514,7 +520,7 @@ class Thread(_Handle):
         """
         if _here.thread is self:
             raise RuntimeError("a thread cannot wait for its own end")
-        _hear(self._over, _left(None if timeout is None else monotonic() + timeout))
+        _hear(self._over, _left(_deadline(timeout)))
         return self._ended
 
     def send(self, message: Any) -> None:
@@ -537,7 +543,8 @@ class Thread(_Handle):
             with _sending(message, self):
                 self._send(message)
         elif message.__class__ is Reply:
-            self._answer(message.data, str(message.tag))  # it may be forged, and anything
+            if isinstance(message.tag, str):  # it may be forged, and anything
+                self._answer(message.data, message.tag)
         elif self._ended:
             _undelivered(self, "it has ended")
         else:
@@ -601,6 +608,7 @@ class Thread(_Handle):
             _ring(self._over)
 
     def _pay_all(self, reason: BaseException | None, failure: BaseException | None) -> None:
+        """Tell who awaits the end; print the failure if nobody who is linked can hear of it."""
         owed = self._owes.copy()
         links = {tag for tag, (_, linked) in owed.items() if linked}
         try:
@@ -639,25 +647,26 @@ def _obituary(thread: Thread, reason: BaseException | None) -> ThreadDied:
     """What the end of `thread` is to those who wait for it."""
     if reason is None:
         return ThreadDied(None, None, f"{thread!r} returned without a reply")
-    cause = RemoteError(type(reason).__name__, "".join(_traceback(reason))[-TEXT:])
+    cause = RemoteError(type(reason).__name__, _traceback(reason)[-TEXT:])
     return ThreadDied(reason, cause, f"{thread!r} died before it replied: {_words(reason)}")
 
 
-def _traceback(error: BaseException) -> list[str]:
-    """The lines of its traceback; safe even from an error that cannot be printed."""
+def _traceback(error: BaseException, *, whole: bool = True) -> str:
+    """The traceback, or its last line; safe even from an error that cannot be printed."""
     try:
         import traceback
 
-        return traceback.format_exception(error)
+        if whole:
+            return "".join(traceback.format_exception(error))
+        lines = traceback.format_exception_only(error)
+        return next((line for line in lines if type(error).__name__ in line), lines[-1])
     except Exception:
-        return [f"{type(error).__name__} (its traceback cannot be printed)"]
+        return f"{type(error).__name__} (its traceback cannot be printed)"
 
 
 def _words(error: BaseException) -> str:
-    """The line of its traceback that names it, cut to size."""
-    lines = _traceback(error)
-    named = (line for line in reversed(lines) if type(error).__name__ in line)
-    return next(named, lines[-1]).strip()[:1000]
+    """The last line of a traceback, cut to size."""
+    return _traceback(error, whole=False).strip()[:1000]
 
 
 class _Guest:
@@ -724,13 +733,13 @@ def spawn_linked(func: Callable[..., Any], *args: Any, **options: Any) -> Handle
     """
     link = _Link(current_thread())
     try:
-        child = _spawn(link, func, args, **options)
+        link.child = _spawn(link, func, args, **options)
     except BaseException:
         _awaited.pop(link.tag, None)  # what is raised here is the one error
         raise
     with _settling:
-        link.deliver(child)
-    return child
+        link.deliver()
+    return link.child
 
 
 def spawn_server(func: Callable[..., Any], *args: Any, **options: Any) -> Handle:
@@ -907,7 +916,7 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     """
     if not isinstance(thread, _Handle):
         raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")
-    deadline = None if timeout is None else monotonic() + timeout
+    deadline = None if timeout is None else _deadline(timeout)
     caller = _here.thread or current_thread()
     call = _Await(caller)
     traced = _trace and _here.cause is None
@@ -974,7 +983,10 @@ def serialize(obj: Any) -> bytes:
     try:
         return pickle.dumps(obj, 5)
     except Exception as error:
-        raise SerializationError(_culprit(obj, error)) from error
+        text = f"message is a {type(obj).__name__} and cannot be sent to another node"
+        with suppress(Exception):  # a part of it may not let itself be looked at, either
+            text = _culprit(obj, error)
+        raise SerializationError(text) from error
 
 
 def deserialize(data: bytes) -> Any:
@@ -1055,14 +1067,17 @@ class _Refused(pickle.UnpicklingError):
 def _address(node: Any) -> Address | None:
     """One spelling for all that may stand where a node is asked for; None does not listen."""
     given, node = node, getattr(node, "address", node)
-    if node is None and given is not None:
-        return None
-    if isinstance(node, (str, os.PathLike)) and "/" in os.fspath(node):
-        return os.path.abspath(node)
-    text = "%s:%s" % node if isinstance(node, tuple) and len(node) == 2 else str(node)
-    host, _, port = text.rpartition(":")
-    if ":" not in host and port.isdecimal() and int(port) < 65536:
-        return "127.0.0.1" if host in ("", "localhost") else host, int(port)
+    if isinstance(node, int) and not isinstance(node, bool):
+        node = "127.0.0.1", node
+    if isinstance(node, str) and "/" not in node and node.rpartition(":")[2].isdecimal():
+        node = node.rpartition(":")[0], int(node.rpartition(":")[2])
+    match node:
+        case None if given is not None:
+            return None
+        case str() | os.PathLike() if "/" in str(os.fspath(node)):
+            return os.path.abspath(node)
+        case str(host), int(port) if 0 <= port < 65536 and ":" not in host:
+            return "127.0.0.1" if host in ("", "localhost") else host, port
     spelt = "9000, 'host:9000', ('host', 9000), or a path with a slash"
     raise ValueError(f"not a node: {given!r}; say {spelt}")
 
@@ -1096,10 +1111,12 @@ def _authkey(key: bytes | str | None, address: Address | None) -> bytes:
 def _cookie(path: str) -> bytes:
     """Read the cookie file, made first if there is none."""
     if not os.path.exists(path):
-        with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path) or ".") as draft:
-            print(os.urandom(32).hex(), file=draft, flush=True)  # of mode 0600, from the start
-            with suppress(FileExistsError):
-                os.link(draft.name, path)  # unlike a rename, fails if another process was first
+        draft = f"{path}.{os.getpid()}.{threading.get_ident()}"
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(os.urandom(32).hex() + "\n")
+        with suppress(FileExistsError):
+            os.link(draft, path)  # unlike a rename, fails if another process was first
+        os.unlink(draft)
     with open(path, "rb") as file:
         if os.name == "posix" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
             raise PermissionError(f"others can read the key in {path}; chmod 600 {path}")
@@ -1633,7 +1650,7 @@ class _Connection:
         """Count a message that cannot be delivered; return what its sender is told."""
         self._node._count("refused" if isinstance(error, _Refused) else "undelivered")
         if isinstance(error, NoSuchThread):
-            return error
+            return NoSuchThread(str(error)[:TEXT])
         if isinstance(error, _Refused):
             return RemoteError("Refused", f"the other node refuses it: {error}")
         text = f"the other node cannot read it: {_words(error)}"
@@ -1654,11 +1671,12 @@ class _Connection:
         if isinstance(error, NoSuchThread):
             error = NoSuchThread(f"at {_text(self.address)}: {error}")
         elif isinstance(error, ThreadDied):
+            (_, cause, text), reason = error.args, None
             with suppress(BaseException):
                 reason = self._node._load(payload)
-                if isinstance(reason, BaseException):
-                    error = ThreadDied(reason, *error.args[1:])
-        if not isinstance(error, DistconcError):
+            known = isinstance(reason, BaseException)
+            error = ThreadDied(reason if known else cause, cause, text)
+        elif not isinstance(error, RemoteError):
             raise TypeError(f"{error!r} is no failure")
         _settle(tag, error, None, self.peer)
 
@@ -2340,14 +2358,14 @@ def _print_on(source: Any) -> None:
 
 def _after_fork() -> None:
     """Leave the parent its connections: a forked child is another node, not started."""
-    global _incarnation, _node, _here, _reporter
+    global _incarnation, _node, _here, _reporting
     global _registry, _settling, _losing, _starting, _clocking
     for connection in _node._open if _node else ():
         connection.ending = True
     for each in _ours:
         each.close()
     _incarnation, _node, _here = int.from_bytes(os.urandom(8), "big"), None, _Here()
-    _reporter = None
+    _reporting = False
     for thread in _threads.values():
         thread._ended = True
         _ring(thread._over)
@@ -2451,7 +2469,7 @@ def _fail(peer: int, tag: str, error: DistconcError) -> bool:
     if isinstance(error, ThreadDied):
         reason, cause, text = error.args
         error = ThreadDied(cause, cause, text)  # which must do, if the reason cannot cross
-        with suppress(SerializationError, SystemExit):
+        with suppress(BaseException):
             payload = serialize(reason)
     small = payload if len(payload) <= ROOM else b""
     return local_node()._post(peer, (FAILED, tag, error), small)
@@ -2468,8 +2486,8 @@ def _contact_lost(name: str, awaited: list[_Await], owed: list[str]) -> None:
 
 
 _losses: dict[str, tuple[int, str]] = {}  # by target: how many since its last line, and why
-_reporter: threading.Thread | None = None  # runs while there are any
-_losing = threading.RLock()  # guards: _losses, _reporter
+_reporting = False  # a thread does, while there are any
+_losing = threading.RLock()  # guards: _losses, _reporting
 
 
 def _undelivered(target: Handle, why: object) -> None:
@@ -2482,34 +2500,36 @@ def _lose(target: str, why: str, times: int = 1) -> None:
 
     So there is at most one line a second for a target, and the counts add up to all.
     """
-    global _reporter
+    global _reporting
     local_node()._count("lost", times)
     _record(None, "lost", _here.cause, why=f"{times} to {target}: {why}")
     with _losing:
         _losses[target] = _losses.get(target, (0,))[0] + times, why
-        if _reporter:
-            return
-        with suppress(RuntimeError):  # at exit, no thread starts any more
-            _reporter = _thread("reporter", _report_on)
-    _report()
+        first, _reporting = not _reporting, True
+    if first:
+        try:
+            _thread("reporter", _report_on)
+        except RuntimeError:  # at exit, no thread starts any more
+            _reporting = False
+        _report()
 
 
 def _report() -> None:
+    global _losses
     with _losing:
-        losses = _losses.copy()
-        _losses.clear()
+        losses, _losses = _losses, {}
     for target, (times, why) in losses.items():
         _log("WARNING", "lost %d message%s to %s: %s", times, "s" * (times > 1), target, why)
 
 
 def _report_on() -> None:
     """Once a second, log what was lost since; end when nothing was."""
-    global _reporter
+    global _reporting
     while True:
         sleep(1)
         with _losing:
             if not _losses:
-                _reporter = None
+                _reporting = False
                 return
         _report()
 
@@ -2523,13 +2543,13 @@ class faults:
     """While it is entered, make worse what this node sends to others.
 
     Each message is lost with the probability `drop`, sent twice with the probability
-    `duplicate`, and held up for up to `delay` seconds, in order; `seed` makes the same of the
-    same messages from one thread.  `to` is the node it concerns (None: all); of several that
-    concern one, the last entered counts.  `drop=1` cuts the node off, on this side: nothing
-    goes there, heartbeats included, nor can it be dialled or dial this one; so each takes the
-    other for lost.  What is dropped, nobody is told; what is still held up goes out when the
-    fault is left, or when it is too much (2,000 messages for a node).  Entering and leaving
-    never block.  Raises ValueError for what is no probability.
+    `duplicate`, and held up for up to `delay` seconds, in order: those that wait go together.
+    `seed` makes the same of the same messages from one thread.  `to` is the node it concerns
+    (None: all); of several that concern one, the last entered counts.  `drop=1` cuts the node
+    off, on this side: nothing goes there, heartbeats included, nor can it be dialled or dial
+    this one; so each takes the other for lost.  What is dropped, nobody is told; what is still
+    held up goes out when the fault is left, or when it is too much (2,000 messages for a node).
+    Entering and leaving never block.  Raises ValueError for what is no probability.
     """
 
     def __init__(self, *, to: NodeLike | None = None, drop: float = 0, delay: float = 0,
@@ -2548,8 +2568,10 @@ class faults:
         with suppress(ValueError):  # a fork has cleared them
             _faults.remove(self)
         for connection in local_node()._open.copy():
-            connection.late = 0.0
-            _ring(connection._bell)
+            other = _fault(connection.names)
+            if connection.late and not (other and other._delay):
+                connection.late = 0.0
+                _ring(connection._bell)
 
     def _send(self, connection: _Connection, head: Head, payload: bytes) -> bool:
         """Send, or not, or twice; what is to be late waits in the outbox, so in order."""
@@ -2557,19 +2579,24 @@ class faults:
         if drop < self._drop:
             _record(None, "lost", _here.cause, why="dropped by faults")
             return True
+        copies = [(head, payload)] * (1 + (duplicate < self._duplicate))
         waiting = len(connection._outbox)
         if not waiting:
             connection.late = monotonic() + delay * self._delay
-        send = connection.post if self._delay and waiting < FULL else connection.send
-        return any([send(head, payload) for _ in range(1 + (duplicate < self._duplicate))])
+        if not self._delay or waiting >= FULL:
+            return any([connection.send(*copy) for copy in copies])
+        for copy in copies:
+            connection.post(*copy)
+        return not connection.ending or connection._has_taken((head, payload))
 
 
 def _hold_up(connection: _Connection) -> None:
     """Keep the writer waiting while a fault has what it would write be late; ticks go out."""
     while _faults and not connection.ending and (left := _left(connection.late)):
         connection._bell.acquire(True, min(left, connection.heartbeat / 5))
+        beat = monotonic() > connection._wrote + connection.heartbeat / 5
         with connection._writing:
-            if not connection._shut:
+            if beat and not connection._shut:
                 connection._write((), ())
 
 
@@ -2619,7 +2646,7 @@ def trace(directory: "str | os.PathLike[str] | None") -> None:
 
 def _record(thread: Thread | None, event: str, cause: Stamp | None = None,
             **about: Any) -> Stamp:
-    """Record an event of `thread`, or of the node; return its stamp.  Not of the ended.
+    """Record an event of `thread`, unless it has ended, or of the node; return its stamp.
 
     The clock of a thread counts its events, and jumps ahead of the cause of each: so it is
     later in what comes of an event than in the event.
@@ -2732,7 +2759,7 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
     formats = {"svg": _as_svg, "text": _as_text, "shiviz": _as_shiviz}
     if format not in formats:
         raise ValueError(f"{format!r} is no format of a chart; there are {', '.join(formats)}")
-    wanted = {*(threads.split(",") if isinstance(threads, str) else threads)} - {""}
+    wanted = {threads} if isinstance(threads, str) else {*threads}
     past = _read_traces(directory)
     shown = [event for event in past if first <= event.clock <= last and (
         not wanted or wanted & {event.name, f"{event.node}/{event.name}"})]
@@ -3003,7 +3030,7 @@ def _run_script(path: str, main: types.ModuleType) -> None:
 
 
 def _send(target: str, message: str, *, timeout: float = 10.0) -> None:
-    """Send MESSAGE to TARGET, and wait until it is there; status 1 if it was lost.
+    """Send MESSAGE to TARGET; wait --timeout seconds (10) for it to be there; 1 if it was lost.
 
     TARGET is such as 127.0.0.1:9000/logger; MESSAGE a Python literal, such as '("hello", 1)'.
     """
@@ -3049,20 +3076,20 @@ def _ps(node: str) -> None:
 
 
 def _chart(directory: str, *, output: str = "", format: str = "svg", first: int = 0,
-           last: float = float("inf"), threads: str = "") -> None:
+           last: float = float("inf"), thread: Sequence[str] = ()) -> None:
     """Draw what was traced to DIRECTORY: as svg, text or shiviz; to standard output, or -o.
 
-    --from and --to narrow it to these Lamport clocks, --thread to the threads of these names,
-    such as logger or 127.0.0.1:9000/logger, with commas in between.
+    --from and --to narrow it to these Lamport clocks, --thread to the threads of that name,
+    such as logger or 127.0.0.1:9000/logger; it may be repeated.
     """
-    drawing = chart(directory, format, first=first, last=last, threads=threads)
+    drawing = chart(directory, format, first=first, last=last, threads=thread)
     with open(output, "w", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
         file.write(drawing)
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": _demo, "node": _run_node, "send": _send, "call": _call, "ps": _ps, "chart": _chart}
-_FLAGS = {"output": "-o", "first": "--from", "last": "--to", "threads": "--thread"}
+_FLAGS = {"output": "-o", "first": "--from", "last": "--to"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -3088,8 +3115,9 @@ def main(arguments: list[str] | None = None) -> None:
         sub.set_defaults(run=run)
         for name, given in inspect.signature(run).parameters.items():
             if given.kind is given.KEYWORD_ONLY:
-                flag = _FLAGS.get(name, f"--{name}")
-                sub.add_argument(flag, dest=name, type=type(given.default))
+                flag, default = _FLAGS.get(name, f"--{name}"), given.default
+                kind = {"type": type(default)} if default != () else {"action": "append"}
+                sub.add_argument(flag, dest=name, **kind)
             else:
                 sub.add_argument(name, nargs=None if given.default is given.empty else "?")
     options = vars(parser.parse_args(arguments))

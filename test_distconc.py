@@ -5188,7 +5188,8 @@ class Shell(Net):
     def test_the_demo_is_traced_to_where_the_environment_says(self):
         shell("demo", DISTCONC_TRACE=self.dir)
         self.assertEqual(len({record["process"] for record in records(self.dir)}), 2)
-        result = shell("chart", self.dir, "--format", "text", "--thread", "logger,nobody")
+        result = shell("chart", self.dir, "--format", "text", "--thread", "logger",
+                       "--thread", "nobody")
         self.assertEqual(result.status, 0, result.err)
         self.assertIn("'hello'", result.out)
         self.assertNotIn("shouter", result.out)
