@@ -46,6 +46,7 @@ import traceback
 import tty
 import types
 import unittest
+import weakref
 import uuid
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -150,6 +151,22 @@ class Odd:
     __hash__ = None
     __eq__ = __ne__ = lambda self, other: fail(AssertionError("nobody may compare messages"))
     __bool__ = __len__ = lambda self: fail(AssertionError("a message is a black box"))
+
+
+class Shy:
+    """What neither can be pickled nor looked at."""
+
+    @property
+    def __dict__(self):
+        raise RuntimeError("do not look")
+
+    def __reduce__(self):
+        raise TypeError("nor pickle")
+
+    @classmethod
+    def error(cls):
+        """An exception that has one, so that it cannot be pickled, either."""
+        return ValueError("why", cls())
 
 
 class Awkward(Exception):
@@ -1080,6 +1097,11 @@ class SerializeTests(Case):
         self.assertRaisesRegex(SerializationError, re.escape(where) + r"(?![\[.\w])",
                                serialize, message)
 
+    def test_what_cannot_be_looked_at_is_refused_as_what_cannot_be_sent(self):
+        lost = weakref.proxy(Odd())
+        for thing in lost, [lost], Shy(), Shy.error():
+            self.assertRaises(SerializationError, serialize, thing)
+
     def test_the_path_leads_through_attributes_cycles_and_many_levels(self):
         ring, deep = [Pair("fine", [threading.Lock()])], threading.Lock()
         ring.insert(0, ring)
@@ -1479,6 +1501,10 @@ class Does:
 
     def __reduce__(self):
         return self.call
+
+
+def raise_no_such_thread(text):
+    raise NoSuchThread(text if isinstance(text, str) else text())
 
 
 class Point:
@@ -2504,6 +2530,23 @@ class TwoNodes(OneChild):
             self.assertIn(words, str(cause))
         with self.assertRaises(NoSuchThread):
             send_synchronous(1, server, T)
+
+    def test_all_who_wait_hear_of_an_end_whose_reason_cannot_be_looked_at(self):
+        server = spawn(fail_when_called, Shy.error, node=self.other)
+        watches = [monitor(server) for _ in range(3)]
+        died = outcome(send_synchronous, 1, server, T)
+        self.assertEqual((type(died), type(died.reason)), (ThreadDied, RemoteError))
+        self.assertEqual([receive(T).monitor for _ in watches], watches)
+
+    def test_an_error_of_a_message_that_is_one_of_ours_is_told_as_ours(self):
+        server = spawn_server(handle_synchronous, echo, node=self.other)
+        for text in "no", "no" * 1_000_000, threading.Lock:
+            raiser = Does(raise_no_such_thread, text)
+            error = outcome(send_synchronous, raiser, server, T)
+            self.assertIsInstance(error, NoSuchThread)
+            self.assertLess(len(str(error)), 20_000)
+        self.assertEqual(send_synchronous(1, server, T), 1)
+        self.assertEqual(len(self.node._open), 1)
 
     def test_a_signals_handler_may_send_whatever_it_interrupts(self):
         done = script("""
@@ -4386,6 +4429,25 @@ class Faults(OneChild):
             send(1, target)
             self.assertIs(receive(2.0, NOTHING), NOTHING)
         self.assertEqual(self.got(target, 1), [1])
+        demonitor(watch)
+
+    def test_a_fault_that_is_left_lets_go_only_what_no_other_holds_up(self):
+        target = self.collector(self.other)
+        with faults(to=self.other, delay=1000, seed=1):
+            send(1, target)
+            with faults(to=1):
+                pass
+            self.assertIs(receive(0.5, NOTHING), NOTHING)
+            connection, = self.node._open
+            self.assertTrue(connection._outbox)
+        self.assertEqual(self.got(target, 1), [1])
+
+    def test_to_leave_faults_again_and_again_is_no_silence(self):
+        other = self.child(heartbeat=0.5)
+        watch, end = monitor(other), monotonic() + 2
+        while monotonic() < end:
+            with faults(to=1, drop=1):
+                self.assertIs(receive(0.02, NOTHING), NOTHING)
         demonitor(watch)
 
     def test_too_much_to_be_held_up_goes_out_at_once_in_order(self):
