@@ -1397,7 +1397,7 @@ class _Connection:
         self._source = _Source(sock, self.heartbeat)
         self._file = io.BufferedReader(self._source, ROOM)
         self._writing = threading.RLock()  # guards: the seal, the output, emptying the outbox
-        self._inside = False  # its holder writes: a signal's handler within that must not
+        self._inside = self._writing._is_owned  # type: ignore[attr-defined]  # by this thread
         self._seal, self._check = seals
         self._outbox: list[tuple[Head, bytes]] = []
         self._shut = False  # the end has been said; guarded by _writing
@@ -1426,15 +1426,11 @@ class _Connection:
         False if the connection ended before it took it; raises NodeDown if meanwhile.
         """
         outbox, large = self._outbox, len(payload) > LARGE
-        if not (outbox or large or self._inside) and monotonic() - self._wrote > BURST:
+        if not (outbox or large or self._inside()) and monotonic() - self._wrote > BURST:
             with self._writing:
-                if not (outbox or self._inside or self._shut):
-                    self._inside = True
-                    try:
-                        self._write((head,), (payload,))
-                        return True
-                    finally:
-                        self._inside = False
+                if not (outbox or self._shut):
+                    self._write((head,), (payload,))
+                    return True
         message = head, payload
         outbox.append(message)
         if large or len(outbox) > FULL:
@@ -1445,9 +1441,8 @@ class _Connection:
 
     def _has_taken(self, message: tuple[Head, bytes]) -> bool:
         """Whether the last round of the writer, which is near, takes this, too."""
-        with self._writing:
-            if self._inside:  # this is a signal's handler, for whose end the writer waits
-                return not self._shut
+        if self._inside():  # this is a signal's handler, for whose end the writer waits
+            return not self._shut
         _hear(self._written, -1)
         with suppress(ValueError):
             self._outbox.remove(message)
@@ -1462,13 +1457,9 @@ class _Connection:
 
     def write(self, tick: bool = False) -> None:
         """Write what is in the outbox; if that is nothing, perhaps a tick."""
-        with self._writing:
-            if not self._inside:
-                self._inside = True
-                try:
-                    self._write_all(tick)
-                finally:
-                    self._inside = False
+        if not self._inside():
+            with self._writing:
+                self._write_all(tick)
 
     def _write_all(self, tick: bool) -> None:
         while (self._outbox or tick) and not self._shut:
