@@ -1756,8 +1756,7 @@ class Node:
         self._calling: deque[socket.socket] = deque()  # those dialled, not answered yet
         self._counts = Counter(
             sent=0, received=0, undelivered=0, refused=0, lost=0, strangers=0)
-        self._listener: Listener | None = None
-        self._accepter: threading.Thread | None = None
+        self._accepter: threading.Thread  # there, if it listens
         self._configure()
 
     def _configure(self, address: NodeLike | None = None, authkey: bytes | str | None = None,
@@ -1777,15 +1776,17 @@ class Node:
         load = _loader(allow)
         if bound:
             authkey = _authkey(authkey, bound)
-            self._listener = _listener(bound)
-            _ours.add(self._listener)
-            self._bound = bound = _address(self._listener.address)
+            listener = _listener(bound)
+            _ours.add(listener)
+            self._bound = _address(listener.address)
         self._key, self._allow, self._load = authkey, allow, load
         self._heartbeat, self._connect_timeout = heartbeat, connect_timeout
         self._max_message = max_message
-        self.address = known or bound
+        self.address = known or self._bound
         if self.address and self.address[0] == "0.0.0.0":
             self.address = socket.gethostname(), int(self.address[1])
+        if bound:
+            self._accepter = _thread("accepter", self._accept_on, listener)
 
     def stats(self) -> dict[str, int]:
         """Count what passed: messages `sent` and `received`; `undelivered` (nobody here is
@@ -1804,35 +1805,33 @@ class Node:
             return  # this is a fork's child, and the node its parent's
         deadline = monotonic() + timeout
         with self._lock:
-            again, self._stopped, bound, self._bound = self._stopped, True, self._bound, None
+            again, self._stopped = self._stopped, True
             for sock in *self._knocking, *self._calling:
                 _hang_up(sock)
-            for connection in self._open:
-                connection.close()
             self._changed.notify_all()
         with _registry:
             for name in [] if again else _registered():
                 unregister_remote_thread(name)
-        if bound:
-            if bound[0] == "0.0.0.0":
-                bound = "127.0.0.1", int(bound[1])
-            family = socket.AF_UNIX if isinstance(bound, str) else socket.AF_INET
+        if self._bound and self._accepter.is_alive():
+            family = socket.AF_UNIX if isinstance(self._bound, str) else socket.AF_INET
             with suppress(OSError), socket.socket(family) as knock:
                 knock.settimeout(_left(deadline))  # nothing else wakes `accept`
-                knock.connect(bound)
-            if self._accepter:
-                self._accepter.join(_left(deadline))
-        if self._listener:
-            self._listener.close()
-        with self._lock:
-            if not self._changed.wait_for(lambda: not self._open, _left(deadline) * 0.9):
-                for connection in self._open:
-                    connection.cut()
-                self._changed.wait_for(lambda: not self._open, _left(deadline))
+                knock.connect(self._bound)
+            self._accepter.join(_left(deadline))
+        self._end(self._open.copy(), _left(deadline))
         self._threads = {}
         for connection in self._open.copy():  # something is being loaded there, for too long
             self._forget(connection)
         _report()
+
+    def _end(self, connections: Iterable[_Connection], timeout: float) -> None:
+        """Have these write what waits there, and end; cut those that do not."""
+        for end, share in (_Connection.close, 0.9), (_Connection.cut, 0.1):
+            for connection in connections:
+                end(connection)
+            with self._lock:
+                self._changed.wait_for(
+                    lambda: self._open.isdisjoint(connections), timeout * share)
 
     def __enter__(self) -> "Node":
         return self
@@ -1956,9 +1955,7 @@ class Node:
         while not self._stopped:
             try:
                 stranger = listener.accept()
-                if self._stopped:  # it was `stop` that knocked
-                    stranger.close()
-                else:
+                if not self._stopped:  # else it was `stop` that knocked
                     _thread("reader", self._admit, stranger)
             except (OSError, RuntimeError) as error:  # out of descriptors, or of threads
                 _log("INFO", "nobody can be let in just now: %s", error)
@@ -1966,6 +1963,7 @@ class Node:
                     if self._knocking:
                         _hang_up(self._knocking.popleft())
                     self._changed.wait_for(lambda: self._stopped, 0.05)
+        listener.close()
 
     def _admit(self, stranger: Any) -> None:
         try:
@@ -2131,8 +2129,6 @@ def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = No
         node._configure(address, authkey, advertise, allow, heartbeat, connect_timeout,
                         max_message)
         node._started, _node = True, node
-        if node._listener:
-            node._accepter = _thread("accepter", node._accept_on, node._listener)
         return node
 
 
@@ -2194,13 +2190,9 @@ def disconnect(node: NodeLike) -> None:
     Factor: disconnect.  Erlang: disconnect_node.
     """
     here = local_node()
-    with here._lock:
-        connection = here._speaking(0, _address(node))
-        if connection:
-            connection.close()
-            if not here._changed.wait_for(lambda: connection not in here._open,
-                                          here._connect_timeout):
-                connection.cut()
+    connection = here._speaking(0, _address(node))
+    if connection:
+        here._end([connection], here._connect_timeout)
 
 
 ######## Other processes: what nodes ask of each other, spawn_node, ChildNode
