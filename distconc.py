@@ -1345,33 +1345,6 @@ FULL = 2000  # messages in an outbox: who sends more waits for the network
 BURST = 50e-6  # seconds: what is sent so soon after a write is one of many
 
 
-class _Source(io.RawIOBase):
-    """What a connection reads from: its socket.
-
-    A frame whose length was altered on its way would swallow what follows, perhaps ticks.
-    Within a frame, no more bytes than those in a whole heartbeat are no sign of life.
-    """
-
-    def __init__(self, sock: socket.socket, heartbeat: float) -> None:
-        self._receive, self._heartbeat = sock.recv_into, heartbeat
-        self.pieces = 0  # of a frame, read so far
-        self._since, self._count = 0.0, 0  # since when, in a frame, we count bytes
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = self._receive(buffer)
-        self.pieces += 1
-        if self.pieces > 1:
-            self._count += count
-            if self.pieces == 2 or self._count > LARGE:
-                self._since, self._count = monotonic(), 0
-            elif monotonic() > self._since + self._heartbeat:
-                raise OSError("the rest of a frame did not come")
-        return count
-
-
 class _Connection:
     """One connection to another node, on which both speak.
 
@@ -1394,8 +1367,9 @@ class _Connection:
         self.stamp = self.peer_stamp = 0  # each side's number for it; see Node._introduce
         self.ending = False  # takes no more messages
         self._node, self._sock = node, sock
-        self._source = _Source(sock, self.heartbeat)
-        self._file = io.BufferedReader(self._source, ROOM)
+        raw: Any = (io.FileIO(sock.fileno(), closefd=False) if os.name == "posix"
+                    else socket.SocketIO(sock, "r"))  # the slower
+        self._file = io.BufferedReader(raw, ROOM)
         self._writing = threading.RLock()  # guards: the seal, the output, emptying the outbox
         self._inside = self._writing._is_owned  # type: ignore[attr-defined]  # by this thread
         self._seal, self._check = seals
@@ -1563,17 +1537,18 @@ class _Connection:
 
     def read(self) -> tuple[Sequence[Head], Sequence[Any]]:
         """Wait for a frame, check its seal before all else, return its messages."""
-        self._source.pieces = 0
         start = self._file.read(SIZES.size + MAC)
+        if start is None:
+            raise OSError("nothing was heard for too long")
         if len(start) < SIZES.size + MAC:
             raise EOFError
         sizes, mac = start[:SIZES.size], start[SIZES.size:]
         body_size, tail_size = SIZES.unpack(sizes)
         if body_size > MOST or tail_size > self._limit:
             raise OSError(f"a frame of {body_size} + {tail_size} bytes is too large")
-        rest = self._file.read(body_size + tail_size)
+        rest: Any = self._file.read1(body_size + tail_size)
         if len(rest) < body_size + tail_size:
-            raise EOFError  # its writer was interrupted
+            rest = self._read_slowly(bytearray(rest), body_size + tail_size)
         body = rest[:body_size]
         tail = memoryview(rest)[body_size:] if tail_size else b""  # not copied
         if not hmac.compare_digest(mac, self._check.mac(sizes, body, tail)):
@@ -1582,6 +1557,22 @@ class _Connection:
         if len(heads) != len(payloads):
             raise ValueError(f"{len(heads)} heads have {len(payloads)} payloads")
         return heads, (*payloads[:-1], tail) if tail else payloads
+
+    def _read_slowly(self, rest: bytearray, size: int) -> bytearray:
+        """Wait for a frame of which only some is here: add what is missing to `rest`.
+
+        A frame whose length was altered on its way would swallow what follows, perhaps ticks.
+        So in here, no more bytes than those in a whole heartbeat are no sign of life.
+        """
+        since = due = 0.0
+        while len(rest) < size:
+            piece = self._file.read1(min(size - len(rest), 16 * ROOM))
+            rest += piece
+            if len(rest) > due:
+                since, due = monotonic(), len(rest) + LARGE
+            elif not piece or monotonic() > since + self.heartbeat:
+                raise EOFError  # also if its writer was interrupted
+        return rest
 
     def _take(self, heads: Sequence[Head], payloads: Sequence[bytes]) -> None:
         """Do what the messages of a frame say."""
