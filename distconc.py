@@ -1317,25 +1317,26 @@ class _Hello:
         self.address = _address(address.decode()) if address else None
 
 
-class _Seal:
-    """The MACs of one direction: BLAKE2b, keyed, of all frames up to this.
+def _seal(key: bytes, writer: bytes, dialler: _Hello, acceptor: _Hello) -> hashlib.blake2b:
+    """Return what makes the MACs of one direction: BLAKE2b, keyed, of all frames up to this.
 
-    So nothing can be left out, repeated or moved.  What is large is there by its SHA-256, which
-    is the faster, but slower to begin.
+    So nothing can be left out, repeated or moved.
     """
+    hellos = [hashlib.sha256(hello.line).digest() for hello in (dialler, acceptor)]
+    key = hmac.digest(key, writer + b"".join(hellos), "sha256")
+    return hashlib.blake2b(key=key, digest_size=MAC)
 
-    def __init__(self, key: bytes, writer: bytes, dialler: _Hello, acceptor: _Hello) -> None:
-        hellos = [hashlib.sha256(hello.line).digest() for hello in (dialler, acceptor)]
-        key = hmac.digest(key, writer + b"".join(hellos), "sha256")
-        self._all = hashlib.blake2b(key=key, digest_size=MAC)
 
-    def mac(self, sizes: bytes, body: bytes, tail: bytes | memoryview) -> bytes:
-        """Return the MAC of the next frame."""
-        short = body if len(body) <= LARGE else hashlib.sha256(body).digest()
-        self._all.update(sizes + short)
-        if tail:
-            self._all.update(hashlib.sha256(tail).digest())
-        return self._all.digest()
+def _mac(seal: hashlib.blake2b, sizes: bytes, body: bytes, tail: bytes | memoryview) -> bytes:
+    """Return the MAC of the next frame.
+
+    What is large is there by its SHA-256, which is the faster, but slower to begin.
+    """
+    short = body if len(body) <= LARGE else hashlib.sha256(body).digest()
+    seal.update(sizes + short)
+    if tail:
+        seal.update(hashlib.sha256(tail).digest())
+    return seal.digest()
 
 
 ######## Connection: one sealed connection, its outbox, its reader and its writer
@@ -1358,7 +1359,7 @@ class _Connection:
     """
 
     def __init__(self, node: "Node", sock: socket.socket, mine: _Hello, peer: _Hello,
-                 seals: tuple[_Seal, _Seal]) -> None:
+                 seals: tuple[hashlib.blake2b, hashlib.blake2b]) -> None:
         self.peer, self.address = peer.incarnation, peer.address
         self.names = {peer.address}  # all addresses by which it is known here
         self.heartbeat = min(mine.heartbeat, peer.heartbeat)
@@ -1431,26 +1432,22 @@ class _Connection:
 
     def write(self, tick: bool = False) -> None:
         """Write what is in the outbox; if that is nothing, perhaps a tick."""
-        if not self._inside():
-            with self._writing:
-                self._write_all(tick)
-
-    def _write_all(self, tick: bool) -> None:
-        while (self._outbox or tick) and not self._shut:
+        while (self._outbox or tick) and not (self._shut or self._inside()):
             tick = False
-            self._write_waiting()
+            with self._writing:
+                self._write_waiting()
 
     def _write_waiting(self) -> None:
         """Write one frame of what is in the outbox, be that nothing; `_writing` is held."""
         waiting = self._outbox[:MANY]
         heads, payloads = zip(*waiting) if waiting else ((), ())
-        if max(map(len, payloads), default=0) <= LARGE:
-            self._write(heads, payloads, len(heads))
-        elif len(payloads[0]) > LARGE:
-            self._write(heads[:1], [None], 1, payloads[0])
-        else:  # what is large is for the next frame
-            first = next(at for at, payload in enumerate(payloads) if len(payload) > LARGE)
-            self._write(heads[:first], payloads[:first], first)
+        count, tail = len(waiting), b""
+        if max(map(len, payloads), default=0) > LARGE:  # which gets a frame of its own
+            count = next(at for at, payload in enumerate(payloads) if len(payload) > LARGE)
+            if not count:
+                count, tail, payloads = 1, payloads[0], (None,)
+        if not self._shut:
+            self._write(heads[:count], payloads[:count], count, tail)
 
     def _write(self, heads: Sequence[Head], payloads: Sequence[bytes | None], waiting: int = 0,
                tail: bytes = b"") -> None:
@@ -1464,7 +1461,7 @@ class _Connection:
             del self._outbox[:waiting]
             if not (_faults and _cut_off(self.names)):
                 sizes = SIZES.pack(len(body), len(tail))
-                frame = sizes + self._seal.mac(sizes, body, tail) + body
+                frame = sizes + _mac(self._seal, sizes, body, tail) + body
                 self._wrote = monotonic()  # before the answer can be read
                 if len(tail) > ROOM:
                     self._sock.sendall(frame)
@@ -1551,7 +1548,7 @@ class _Connection:
             rest = self._read_slowly(bytearray(rest), body_size + tail_size)
         body = rest[:body_size]
         tail = memoryview(rest)[body_size:] if tail_size else b""  # not copied
-        if not hmac.compare_digest(mac, self._check.mac(sizes, body, tail)):
+        if not hmac.compare_digest(mac, _mac(self._check, sizes, body, tail)):
             raise OSError("a frame was altered, repeated, lost or moved on its way")
         heads, payloads = self._node._load(body)
         if len(heads) != len(payloads):
@@ -1748,12 +1745,11 @@ class Node:
         self._counts = Counter(
             sent=0, received=0, undelivered=0, refused=0, lost=0, strangers=0)
         self._accepter: threading.Thread  # there, if it listens
-        self._configure()
+        self._configure(None, None, None, None, 10.0, 5.0, 1 << 28)  # as `start_node` does
 
-    def _configure(self, address: NodeLike | None = None, authkey: bytes | str | None = None,
-                   advertise: NodeLike | None = None, allow: Any = None,
-                   heartbeat: float = 10.0, connect_timeout: float = 5.0,
-                   max_message: int = 1 << 28) -> None:
+    def _configure(self, address: NodeLike | None, authkey: Any, advertise: NodeLike | None,
+                   allow: Any, heartbeat: float, connect_timeout: float,
+                   max_message: int) -> None:
         """Take the options of `start_node`, and listen; nothing has changed if that fails."""
         if heartbeat <= 0 or connect_timeout <= 0:
             raise ValueError("heartbeat= and connect_timeout= are seconds above zero")
@@ -1865,9 +1861,8 @@ class Node:
     def _post(self, peer: int, head: Head, payload: bytes = b"") -> bool:
         """Send if there is contact.  Never blocks."""
         connection = self._speaking(peer)
-        if connection is None or connection.ending:
-            return False
-        return connection.post(_stamped(head) if _trace else head, payload)
+        stamped = _stamped(head) if _trace else head
+        return connection is not None and connection.post(stamped, payload)
 
     def _depend(self, awaited: _Await, peer: int) -> None:
         """Have the loss of `peer` settle `awaited`."""
@@ -2004,7 +1999,7 @@ class Node:
         peer = _Hello(stranger.recv_bytes(4096))
         self._check_hello(mine, peer, sock)
         pair = (mine, peer) if dialled else (peer, mine)
-        seals = _Seal(key, mine.role, *pair), _Seal(key, peer.role, *pair)
+        seals = _seal(key, mine.role, *pair), _seal(key, peer.role, *pair)
         connection = _Connection(self, sock, mine, peer, seals)
         connection.names |= {dialled} - {None}
         try:
