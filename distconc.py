@@ -1711,14 +1711,23 @@ def _listener(address: Address) -> Listener:
         raise OSError(error.errno, text) from None
 
 
-class _Dial:
-    """One dial of a node, for all who wait for it."""
+class _Meeting:
+    """One handshake, with whom we dial or with a stranger, for all who wait for it."""
 
-    connection: _Connection  # there, unless there is an error
+    connection: Any = None  # there at the end, unless there is an error
     error: Exception | None = None
+    sock: socket.socket | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, dialled: Any) -> None:
+        self.dialled = dialled  # an address, or None
         self.done = _bell()  # rung at the end, for all
+
+    def give_up(self, error: Exception) -> None:
+        """Have it end, and nobody wait for that.  Never blocks."""
+        self.error = self.error or error
+        _ring(self.done)
+        if self.sock:
+            _hang_up(self.sock)
 
 
 class Node:
@@ -1739,9 +1748,7 @@ class Node:
         self._changed = threading.Condition(self._lock)  # a connection came or went; the stop
         self._open: set[_Connection] = set()  # all, the half-made and the ending ones, too
         self._live: list[_Connection] = []  # those that went live, in that order
-        self._dials: dict[Address, _Dial] = {}  # under way, shared by senders
-        self._knocking: deque[socket.socket] = deque()  # those not in yet, the oldest first
-        self._calling: deque[socket.socket] = deque()  # those dialled, not answered yet
+        self._meetings: list[_Meeting] = []  # under way, the oldest first
         self._counts = Counter(
             sent=0, received=0, undelivered=0, refused=0, lost=0, strangers=0)
         self._accepter: threading.Thread  # there, if it listens
@@ -1793,8 +1800,8 @@ class Node:
         deadline = monotonic() + timeout
         with self._lock:
             again, self._stopped = self._stopped, True
-            for sock in *self._knocking, *self._calling:
-                _hang_up(sock)
+            for meeting in self._meetings:
+                meeting.give_up(NodeDown("this node was stopped"))
             self._changed.notify_all()
         with _registry:
             for name in [] if again else _registered():
@@ -1883,17 +1890,10 @@ class Node:
                 raise NodeDown("this node was stopped; start_node starts it again")
             if address is None:
                 raise NodeUnreachable("that node does not listen, and contact with it was lost")
-            dial = self._dials.get(address)
-            if dial is None:
-                key, dial = _authkey(self._key, address), _Dial()
-                _thread("reader", self._dial, address, key, dial)
-                self._dials[address] = dial
-        while not _hear(dial.done, min(_left(deadline), 0.2)):  # Ctrl-C may strike between
-            if monotonic() >= deadline:  # two waits only, if it comes as one begins
-                with self._lock:
-                    self._dials.pop(address, None)  # who comes next dials anew
-                seconds = f"{self._connect_timeout:g} seconds"
-                raise NodeUnreachable(f"{_text(address)} did not answer within {seconds}")
+            dials = (one for one in self._meetings if one.dialled == address and not one.error)
+            dial = next(dials, None) or self._meet(address, _authkey(self._key, address))
+        while not _hear(dial.done, 0.2):
+            pass  # Ctrl-C may strike between two waits only, if it comes as one begins
         if dial.error:
             raise dial.error
         return self._speaking(dial.connection.peer) or dial.connection  # the peer's was first
@@ -1914,27 +1914,6 @@ class Node:
                 raise NodeUnreachable(f"the last connection to {_text(address)} still ends")
         return None
 
-    def _dial(self, address: Address, key: bytes, dial: _Dial) -> None:
-        name, connection = _text(address), None
-        try:
-            connection = dial.connection = self._shake(Client(address), key, address)
-        except AuthenticationError as why:
-            dial.error = AuthenticationError(
-                f"{name} and this node do not trust each other: {why}; "
-                "do both have the same key?")
-        except (ConnectionRefusedError, FileNotFoundError):
-            dial.error = NodeUnreachable(
-                f"no node listens at {name}; is that where it was started?")
-        except BaseException as why:
-            dial.error = NodeUnreachable(
-                f"cannot connect to {name}: {str(why) or 'it hung up'}")
-        with self._lock:
-            if self._dials.get(address) is dial:
-                del self._dials[address]
-        dial.done.release()
-        if connection:
-            connection.read_on()
-
     # Shaking hands
 
     def _accept_on(self, listener: Listener) -> None:
@@ -1942,58 +1921,63 @@ class Node:
             try:
                 stranger = listener.accept()
                 if not self._stopped:  # else it was `stop` that knocked
-                    _thread("reader", self._admit, stranger)
+                    self._meet(None, self._key, stranger)
+                    self._thin_out(CROWD)
             except (OSError, RuntimeError) as error:  # out of descriptors, or of threads
                 _log("INFO", "nobody can be let in just now: %s", error)
+                self._thin_out(0)
                 with self._lock:
-                    if self._knocking:
-                        _hang_up(self._knocking.popleft())
                     self._changed.wait_for(lambda: self._stopped, 0.05)
         listener.close()
 
-    def _admit(self, stranger: Any) -> None:
+    def _thin_out(self, most: int) -> None:
+        """Of more than `most` strangers who knock, let the oldest go."""
+        knocking = [one for one in self._meetings.copy() if not (one.dialled or one.error)]
+        if len(knocking) > most:
+            knocking[0].give_up(NodeDown("too many knock"))
+
+    def _meet(self, dialled: Address | None, key: Any, stranger: Any = None) -> _Meeting:
+        """Have a thread dial a node, or let a stranger in, and then read what comes."""
+        meeting = _Meeting(dialled)
+        with self._lock:
+            _thread("reader", self._meet_on, meeting, key, stranger)
+            self._meetings.append(meeting)
+        return meeting
+
+    def _meet_on(self, meeting: _Meeting, key: bytes, stranger: Any) -> None:
+        name, seconds = _text(meeting.dialled), self._connect_timeout
+        late = NodeUnreachable(f"{name} did not answer within {seconds:g} seconds")
+        timer = threading.Timer(seconds, meeting.give_up, [late])
+        timer.daemon = True
         try:
-            connection = self._shake(stranger, self._key, None)
-        except Exception as error:
-            self._count("strangers")
-            _log("INFO", "a stranger was not let in: %s: %s", type(error).__name__, error)
-        else:
-            connection.read_on()
+            timer.start()
+            with stranger or Client(meeting.dialled) as stranger:
+                meeting.connection = self._shake(meeting, key, stranger)
+        except BaseException as error:
+            if meeting.sock:
+                meeting.sock.close()
+            if not meeting.dialled:
+                self._count("strangers")
+                _log("INFO", "a stranger was not let in: %s: %s", type(error).__name__, error)
+            meeting.give_up(_unreachable(name, error))
+        timer.cancel()
+        with self._lock, suppress(ValueError):
+            self._meetings.remove(meeting)
+        _ring(meeting.done)
+        if meeting.connection:
+            meeting.connection.read_on()
 
-    def _shake(self, stranger: Any, key: Any, dialled: Address | None) -> _Connection:
-        """Shake hands, within the time; return the connection, for this thread to read."""
-        crowd = self._calling if dialled else self._knocking
-        tcp = not isinstance(dialled or self._bound, str)
-        with stranger:
-            sock = socket.fromfd(stranger.fileno(), socket.AF_INET if tcp else socket.AF_UNIX,
-                                 socket.SOCK_STREAM)
-            _ours.add(sock)
-            timer = threading.Timer(self._connect_timeout, _hang_up, [sock])
-            timer.daemon = True
-            with self._lock:
-                crowd.append(sock)
-                if self._stopped:
-                    _hang_up(sock)
-                elif len(self._knocking) > CROWD:
-                    _hang_up(self._knocking.popleft())
-            try:
-                timer.start()
-                if tcp:
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                for step in (answer_challenge, deliver_challenge)[:: 1 if dialled else -1]:
-                    step(stranger, key)
-                return self._meet(stranger, sock, key, dialled)
-            except BaseException:
-                sock.close()
-                raise
-            finally:
-                timer.cancel()
-                with self._lock, suppress(ValueError):
-                    crowd.remove(sock)
-
-    def _meet(self, stranger: Any, sock: socket.socket, key: bytes,
-              dialled: Address | None) -> _Connection:
-        """Exchange hellos, by which all is sealed; return the connection, live."""
+    def _shake(self, meeting: _Meeting, key: bytes, stranger: Any) -> _Connection:
+        """Exchange challenges, and hellos, by which all is sealed; return what is live then."""
+        dialled = meeting.dialled
+        sock = meeting.sock = socket.fromfd(stranger.fileno(), -1, -1)
+        _ours.add(sock)
+        if meeting.error or self._stopped:
+            raise NodeDown("nobody waits for it any more")
+        if sock.family == socket.AF_INET:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for step in (answer_challenge, deliver_challenge)[:: 1 if dialled else -1]:
+            step(stranger, key)
         mine = self._hello(sock, dialled)
         stranger.send_bytes(mine.line)
         peer = _Hello(stranger.recv_bytes(4096))
@@ -2089,6 +2073,16 @@ class Node:
         return None if rest else (
             [each for each in list(_awaited.values()) if each.peer == peer],
             [tag for tag, owes in list(_debts.items()) if owes.get(tag, (0,))[0] == peer])
+
+
+def _unreachable(name: str, why: BaseException) -> Exception:
+    """What those are told who dialled the node of that name."""
+    if isinstance(why, AuthenticationError):
+        text = f"{name} and this node do not trust each other: {why}; "
+        return AuthenticationError(text + "do both have the same key?")
+    if isinstance(why, (ConnectionRefusedError, FileNotFoundError)):
+        return NodeUnreachable(f"no node listens at {name}; is that where it was started?")
+    return NodeUnreachable(f"cannot connect to {name}: {str(why) or 'it hung up'}")
 
 
 def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = None,
