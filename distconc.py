@@ -97,7 +97,7 @@ import types
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache, partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener, answer_challenge, deliver_challenge
@@ -1359,9 +1359,9 @@ class _Connection:
     """
 
     def __init__(self, node: "Node", sock: socket.socket, mine: _Hello, peer: _Hello,
-                 seals: tuple[hashlib.blake2b, hashlib.blake2b]) -> None:
+                 key: bytes, dialled: Address | None) -> None:
         self.peer, self.address = peer.incarnation, peer.address
-        self.names = {peer.address}  # all addresses by which it is known here
+        self.names = {peer.address, dialled}  # all addresses by which it is known here
         self.heartbeat = min(mine.heartbeat, peer.heartbeat)
         self.limit, self._limit = min(mine.limit, peer.limit), max(mine.limit, ROOM)  # out, in
         self.small = min(self.limit, LARGE)
@@ -1373,7 +1373,8 @@ class _Connection:
         self._file = io.BufferedReader(raw, ROOM)
         self._writing = threading.RLock()  # guards: the seal, the output, emptying the outbox
         self._inside = self._writing._is_owned  # type: ignore[attr-defined]  # by this thread
-        self._seal, self._check = seals
+        pair = (mine, peer) if dialled else (peer, mine)
+        self._seal, self._check = (_seal(key, side.role, *pair) for side in (mine, peer))
         self._outbox: list[tuple[Head, bytes]] = []
         self._shut = False  # the end has been said; guarded by _writing
         self._bell = _bell()  # wakes the writer
@@ -1730,7 +1731,7 @@ class _Meeting:
             _hang_up(self.sock)
 
 
-class Node:
+class Node(AbstractContextManager["Node"]):
     """This process, as others address it.  Made by `start_node`, or when first needed.
 
     As a context manager, leaving it stops the node.  Its threads: the accepter, from the start
@@ -1745,7 +1746,7 @@ class Node:
         self._bound: Address | None = None  # where it listens
         self._started = self._stopped = False
         self._lock = threading.RLock()  # guards: changes of the tables below
-        self._changed = threading.Condition(self._lock)  # a connection came or went; the stop
+        self._changed = threading.Condition(self._lock)  # a connection came or went
         self._open: set[_Connection] = set()  # all, the half-made and the ending ones, too
         self._live: list[_Connection] = []  # those that went live, in that order
         self._meetings: list[_Meeting] = []  # under way, the oldest first
@@ -1802,7 +1803,6 @@ class Node:
             again, self._stopped = self._stopped, True
             for meeting in self._meetings:
                 meeting.give_up(NodeDown("this node was stopped"))
-            self._changed.notify_all()
         with _registry:
             for name in [] if again else _registered():
                 unregister_remote_thread(name)
@@ -1826,9 +1826,6 @@ class Node:
             with self._lock:
                 self._changed.wait_for(
                     lambda: self._open.isdisjoint(connections), timeout * share)
-
-    def __enter__(self) -> "Node":
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self.stop()
@@ -1926,8 +1923,7 @@ class Node:
             except (OSError, RuntimeError) as error:  # out of descriptors, or of threads
                 _log("INFO", "nobody can be let in just now: %s", error)
                 self._thin_out(0)
-                with self._lock:
-                    self._changed.wait_for(lambda: self._stopped, 0.05)
+                sleep(0.05)
         listener.close()
 
     def _thin_out(self, most: int) -> None:
@@ -1982,10 +1978,7 @@ class Node:
         stranger.send_bytes(mine.line)
         peer = _Hello(stranger.recv_bytes(4096))
         self._check_hello(mine, peer, sock)
-        pair = (mine, peer) if dialled else (peer, mine)
-        seals = _seal(key, mine.role, *pair), _seal(key, peer.role, *pair)
-        connection = _Connection(self, sock, mine, peer, seals)
-        connection.names |= {dialled} - {None}
+        connection = _Connection(self, sock, mine, peer, key, dialled)
         try:
             self._introduce(connection, dialled)
         except BaseException:
@@ -2025,8 +2018,7 @@ class Node:
                     connection.stamp = next(_stamps)
                     self._open.add(connection)
                     oldest = min(c.stamp for c in self._open if c.peer == connection.peer)
-                connection.post((connection.stamp, oldest))
-                connection.write()
+                connection.send((connection.stamp, oldest), b"")
             else:
                 [(connection.peer_stamp, oldest)], _ = connection.read()
                 self._outlive(connection, oldest)
