@@ -1818,14 +1818,13 @@ class Node(AbstractContextManager["Node"]):
             self._forget(connection)
         _report()
 
-    def _end(self, connections: Iterable[_Connection], timeout: float) -> None:
-        """Have these write what waits there, and end; cut those that do not."""
+    def _end(self, these: Iterable[_Connection], timeout: float) -> None:
+        """Have these connections write what waits there, and end; cut those that do not."""
         for end, share in (_Connection.close, 0.9), (_Connection.cut, 0.1):
-            for connection in connections:
+            for connection in these:
                 end(connection)
             with self._lock:
-                self._changed.wait_for(
-                    lambda: self._open.isdisjoint(connections), timeout * share)
+                self._changed.wait_for(lambda: self._open.isdisjoint(these), timeout * share)
 
     def __exit__(self, *_: Any) -> None:
         self.stop()
@@ -1876,9 +1875,13 @@ class Node(AbstractContextManager["Node"]):
 
     def _reach(self, address: Address | None, incarnation: int = 0) -> _Connection:
         """Return the connection to speak on; dial if there is none, once for all who wait."""
-        deadline = monotonic() + self._connect_timeout
+        def settled() -> bool:
+            last = self._speaking(incarnation, address)
+            return last is None or not last.ending
         with self._lock:
-            connection = self._settled(address, incarnation, deadline)
+            if not self._changed.wait_for(settled, self._connect_timeout):
+                raise NodeUnreachable(f"the last connection to {_text(address)} still ends")
+            connection = self._speaking(incarnation, address)
             if connection:
                 return connection
             if _cut_off({address}):
@@ -1900,16 +1903,6 @@ class Node(AbstractContextManager["Node"]):
         live = self._live.copy()
         peers = [incarnation] + [one.peer for one in live if address and address in one.names]
         return next((one for peer in peers for one in live if one.peer == peer), None)
-
-    def _settled(self, address: Address | None, incarnation: int,
-                 deadline: float) -> _Connection | None:
-        """Return the connection there is; `_lock` is held, but while one is ending."""
-        while connection := self._speaking(incarnation, address):
-            if not connection.ending:
-                return connection
-            if not self._changed.wait(_left(deadline)):
-                raise NodeUnreachable(f"the last connection to {_text(address)} still ends")
-        return None
 
     # Shaking hands
 
