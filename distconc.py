@@ -1723,6 +1723,11 @@ class _Meeting:
         self.dialled = dialled  # an address, or None
         self.done = _bell()  # rung at the end, for all
 
+    def limit(self, seconds: float) -> None:
+        if not _hear(self.done, seconds):
+            text = f"{_text(self.dialled)} did not answer within {seconds:g} seconds"
+            self.give_up(NodeUnreachable(text))
+
     def give_up(self, error: Exception) -> None:
         """Have it end, and nobody wait for that.  Never blocks."""
         self.error = self.error or error
@@ -1934,12 +1939,8 @@ class Node(AbstractContextManager["Node"]):
         return meeting
 
     def _meet_on(self, meeting: _Meeting, key: bytes, stranger: Any) -> None:
-        name, seconds = _text(meeting.dialled), self._connect_timeout
-        late = NodeUnreachable(f"{name} did not answer within {seconds:g} seconds")
-        timer = threading.Timer(seconds, meeting.give_up, [late])
-        timer.daemon = True
         try:
-            timer.start()
+            _thread("timer", meeting.limit, self._connect_timeout)
             with stranger or Client(meeting.dialled) as stranger:
                 meeting.connection = self._shake(meeting, key, stranger)
         except BaseException as error:
@@ -1948,8 +1949,7 @@ class Node(AbstractContextManager["Node"]):
             if not meeting.dialled:
                 self._count("strangers")
                 _log("INFO", "a stranger was not let in: %s: %s", type(error).__name__, error)
-            meeting.give_up(_unreachable(name, error))
-        timer.cancel()
+            meeting.give_up(_unreachable(_text(meeting.dialled), error))
         with self._lock, suppress(ValueError):
             self._meetings.remove(meeting)
         _ring(meeting.done)
@@ -2041,8 +2041,7 @@ class Node(AbstractContextManager["Node"]):
         with self._lock:
             lost = connection in self._open and self._remove(connection)
         if lost:
-            name = _text(connection.address) or "a node that does not listen"
-            _contact_lost(name, *lost)
+            _contact_lost(_text(connection.address) or "a node that does not listen", *lost)
 
     def _remove(self, connection: _Connection) -> "tuple[list[_Await], list[str]] | None":
         """Take it from the tables; return what awaits its peer, and what is owed to that."""
