@@ -2275,7 +2275,7 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
     except BaseException as error:
         process.kill()
         process.communicate()  # closes its pipes and waits for it
-        if isinstance(error, EOFError):
+        if isinstance(error, (EOFError, BrokenPipeError)):
             raise RuntimeError(f"its process ended with status {process.returncode}") from None
         raise
 
