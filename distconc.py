@@ -1372,7 +1372,8 @@ class _Connection:
                     else socket.SocketIO(sock, "r"))  # the slower
         self._file = io.BufferedReader(raw, ROOM)
         self._writing = threading.RLock()  # guards: the seal, the output, emptying the outbox
-        self._inside = self._writing._is_owned  # type: ignore[attr-defined]  # by this thread
+        # Whether this thread holds it; a signal's handler that finds that so must not write.
+        self._inside: Callable[[], bool] = self._writing._is_owned  # type: ignore
         pair = (mine, peer) if dialled else (peer, mine)
         self._seal, self._check = (_seal(key, side.role, *pair) for side in (mine, peer))
         self._outbox: list[tuple[Head, bytes]] = []
@@ -1479,13 +1480,12 @@ class _Connection:
 
     def _write_on(self) -> None:
         try:
-            while not self.ending:
-                rung = self._bell.acquire(True, self.heartbeat / 5)
-                _hold_up(self)
-                self.write(tick=not rung)
-            self.write()
-        except OSError:
-            pass  # the reader will notice, too
+            with suppress(OSError):  # the reader will notice, too
+                while not self.ending:
+                    rung = self._bell.acquire(True, self.heartbeat / 5)
+                    _hold_up(self)
+                    self.write(tick=not rung)
+                self.write()
         finally:
             with self._writing:
                 self._say_end()
@@ -1757,7 +1757,7 @@ class Node(AbstractContextManager["Node"]):
         self._meetings: list[_Meeting] = []  # under way, the oldest first
         self._counts = Counter(
             sent=0, received=0, undelivered=0, refused=0, lost=0, strangers=0)
-        self._accepter: threading.Thread  # there, if it listens
+        self._accepter: threading.Thread | None = None  # there, if it listens
         self._configure(None, None, None, None, 10.0, 5.0, 1 << 28)  # as `start_node` does
 
     def _configure(self, address: NodeLike | None, authkey: Any, advertise: NodeLike | None,
@@ -1811,7 +1811,7 @@ class Node(AbstractContextManager["Node"]):
         with _registry:
             for name in [] if again else _registered():
                 unregister_remote_thread(name)
-        if self._bound and self._accepter.is_alive():
+        if self._bound and self._accepter and self._accepter.is_alive():
             family = socket.AF_UNIX if isinstance(self._bound, str) else socket.AF_INET
             with suppress(OSError), socket.socket(family) as knock:
                 knock.settimeout(_left(deadline))  # nothing else wakes `accept`
@@ -1976,7 +1976,6 @@ class Node(AbstractContextManager["Node"]):
             self._introduce(connection, dialled)
         except BaseException:
             self._forget(connection)
-            connection.release()
             raise
         return connection
 
@@ -2204,7 +2203,7 @@ def _doing(thread: Thread) -> str:
     return f"{word} at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
-class ChildNode:
+class ChildNode(AbstractContextManager["ChildNode"]):
     """A node in a process of its own, made by `spawn_node`; it ends with its parent.
 
     `.address` and `.pid` say which.  As a context manager, leaving it stops the child.
@@ -2234,9 +2233,6 @@ class ChildNode:
         """End the process at once, as a crash would; return when it has ended."""
         self._process.kill()
         self.stop()
-
-    def __enter__(self) -> "ChildNode":
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self.stop()
