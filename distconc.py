@@ -1547,7 +1547,7 @@ class _Connection:
         rest: Any = self._file.read1(body_size + tail_size)
         if len(rest) < body_size + tail_size:
             rest = self._read_slowly(bytearray(rest), body_size + tail_size)
-        body = rest[:body_size]
+        body = rest[:body_size] if tail_size else rest
         tail = memoryview(rest)[body_size:] if tail_size else b""  # not copied
         if not hmac.compare_digest(mac, _mac(self._check, sizes, body, tail)):
             raise OSError("a frame was altered, repeated, lost or moved on its way")
