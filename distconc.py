@@ -1089,6 +1089,10 @@ def _text(address: Address | None) -> str:
     return address if isinstance(address, str) else "%s:%d" % address if address else ""
 
 
+def _family(address: Address | None) -> int:
+    return socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+
+
 def _on_loopback(address: Address | None) -> bool:
     return not isinstance(address, tuple) or address[0].startswith("127.")
 
@@ -1368,12 +1372,10 @@ class _Connection:
         self.stamp = self.peer_stamp = 0  # each side's number for it; see Node._introduce
         self.ending = False  # takes no more messages
         self._node, self._sock = node, sock
-        raw: Any = (io.FileIO(sock.fileno(), closefd=False) if os.name == "posix"
-                    else socket.SocketIO(sock, "r"))  # the slower
-        self._file = io.BufferedReader(raw, ROOM)
+        self._file: Any = (open(sock.fileno(), "rb", ROOM, closefd=False)
+                           if os.name == "posix" else sock.makefile("rb", ROOM))  # the slower
         self._writing = threading.RLock()  # guards: the seal, the output, emptying the outbox
-        # Whether this thread holds it; a signal's handler that finds that so must not write.
-        self._inside: Callable[[], bool] = self._writing._is_owned  # type: ignore
+        self._inside = False  # its holder writes: a signal's handler within that must not
         pair = (mine, peer) if dialled else (peer, mine)
         self._seal, self._check = (_seal(key, side.role, *pair) for side in (mine, peer))
         self._outbox: list[tuple[Head, bytes]] = []
@@ -1403,11 +1405,9 @@ class _Connection:
         False if the connection ended before it took it; raises NodeDown if meanwhile.
         """
         outbox, large = self._outbox, len(payload) > LARGE
-        if not (outbox or large or self._inside()) and monotonic() - self._wrote > BURST:
-            with self._writing:
-                if not (outbox or self._shut):
-                    self._write((head,), (payload,))
-                    return True
+        if not (outbox or large or self._inside) and monotonic() - self._wrote > BURST:
+            if self._alone(self._write, (head,), (payload,)):
+                return True
         message = head, payload
         outbox.append(message)
         if large or len(outbox) > FULL:
@@ -1416,10 +1416,23 @@ class _Connection:
             _ring(self._bell)
         return not self.ending or self._has_taken(message)
 
+    def _alone(self, write: Callable[..., None], *what: Any) -> bool:
+        """Write, and nobody else meanwhile; False after the end, and within another write."""
+        with self._writing:
+            if self._inside or self._shut:
+                return False
+            self._inside = True
+            try:
+                write(*what)
+            finally:
+                self._inside = False
+            return True
+
     def _has_taken(self, message: tuple[Head, bytes]) -> bool:
         """Whether the last round of the writer, which is near, takes this, too."""
-        if self._inside():  # this is a signal's handler, for whose end the writer waits
-            return not self._shut
+        with self._writing:
+            if self._inside:  # this is a signal's handler, for whose end the writer waits
+                return not self._shut
         _hear(self._written, -1)
         with suppress(ValueError):
             self._outbox.remove(message)
@@ -1434,10 +1447,8 @@ class _Connection:
 
     def write(self, tick: bool = False) -> None:
         """Write what is in the outbox; if that is nothing, perhaps a tick."""
-        while (self._outbox or tick) and not (self._shut or self._inside()):
+        while (self._outbox or tick) and self._alone(self._write_waiting):
             tick = False
-            with self._writing:
-                self._write_waiting()
 
     def _write_waiting(self) -> None:
         """Write one frame of what is in the outbox, be that nothing; `_writing` is held."""
@@ -1448,8 +1459,7 @@ class _Connection:
             count = next(at for at, payload in enumerate(payloads) if len(payload) > LARGE)
             if not count:
                 count, tail, payloads = 1, payloads[0], (None,)
-        if not self._shut:
-            self._write(heads[:count], payloads[:count], count, tail)
+        self._write(heads[:count], payloads[:count], count, tail)
 
     def _write(self, heads: Sequence[Head], payloads: Sequence[bytes | None], waiting: int = 0,
                tail: bytes = b"") -> None:
@@ -1520,7 +1530,7 @@ class _Connection:
             self.cut()
             _log("INFO", "the connection to %s ended: %s", _text(self.address), _words(error))
         finally:
-            if not _hear(self._written, self.heartbeat / 5):
+            if not _hear(self._written, 0.8 * self.heartbeat):
                 self.cut()
             _hear(self._written, -1)
             self._node._forget(self)
@@ -1535,11 +1545,13 @@ class _Connection:
 
     def read(self) -> tuple[Sequence[Head], Sequence[Any]]:
         """Wait for a frame, check its seal before all else, return its messages."""
-        start = self._file.read(SIZES.size + MAC)
+        start: Any = self._file.read(SIZES.size + MAC)
         if start is None:
             raise OSError("nothing was heard for too long")
-        if len(start) < SIZES.size + MAC:
+        if not start:
             raise EOFError
+        if len(start) < SIZES.size + MAC:
+            start = self._read_slowly(bytearray(start), SIZES.size + MAC)
         sizes, mac = start[:SIZES.size], start[SIZES.size:]
         body_size, tail_size = SIZES.unpack(sizes)
         if body_size > MOST or tail_size > self._limit:
@@ -1564,12 +1576,14 @@ class _Connection:
         """
         since = due = 0.0
         while len(rest) < size:
-            piece = self._file.read1(min(size - len(rest), 16 * ROOM))
-            rest += piece
-            if len(rest) > due:
+            piece = self._file.raw.read(min(size - len(rest), 16 * ROOM))  # the buffer is empty
+            if piece == b"":
+                raise EOFError  # its writer was interrupted
+            rest += piece or b""
+            if piece and len(rest) > due:
                 since, due = monotonic(), len(rest) + LARGE
-            elif not piece or monotonic() > since + self.heartbeat:
-                raise EOFError  # also if its writer was interrupted
+            elif piece is None or monotonic() > since + self.heartbeat:
+                raise OSError("the rest of a frame did not come")
         return rest
 
     def _take(self, heads: Sequence[Head], payloads: Sequence[bytes]) -> None:
@@ -1812,10 +1826,10 @@ class Node(AbstractContextManager["Node"]):
             for name in [] if again else _registered():
                 unregister_remote_thread(name)
         if self._bound and self._accepter and self._accepter.is_alive():
-            family = socket.AF_UNIX if isinstance(self._bound, str) else socket.AF_INET
-            with suppress(OSError), socket.socket(family) as knock:
+            at = ("127.0.0.1", self._bound[1]) if self._bound[0] == "0.0.0.0" else self._bound
+            with suppress(OSError), socket.socket(_family(at)) as knock:
                 knock.settimeout(_left(deadline))  # nothing else wakes `accept`
-                knock.connect(self._bound)
+                knock.connect(at)
             self._accepter.join(_left(deadline))
         self._end(self._open.copy(), _left(deadline))
         self._threads = {}
@@ -1883,6 +1897,7 @@ class Node(AbstractContextManager["Node"]):
         def settled() -> bool:
             last = self._speaking(incarnation, address)
             return last is None or not last.ending
+        deadline = monotonic() + self._connect_timeout
         with self._lock:
             if not self._changed.wait_for(settled, self._connect_timeout):
                 raise NodeUnreachable(f"the last connection to {_text(address)} still ends")
@@ -1897,8 +1912,9 @@ class Node(AbstractContextManager["Node"]):
                 raise NodeUnreachable("that node does not listen, and contact with it was lost")
             dials = (one for one in self._meetings if one.dialled == address and not one.error)
             dial = next(dials, None) or self._meet(address, _authkey(self._key, address))
-        while not _hear(dial.done, 0.2):
-            pass  # Ctrl-C may strike between two waits only, if it comes as one begins
+        while not _hear(dial.done, min(0.2, _left(deadline))):  # Ctrl-C may strike only between
+            if monotonic() > deadline:  # two waits, if it comes as one begins
+                raise NodeUnreachable(f"{_text(address)} did not answer in time")
         if dial.error:
             raise dial.error
         return self._speaking(dial.connection.peer) or dial.connection  # the peer's was first
@@ -1959,11 +1975,12 @@ class Node(AbstractContextManager["Node"]):
     def _shake(self, meeting: _Meeting, key: bytes, stranger: Any) -> _Connection:
         """Exchange challenges, and hellos, by which all is sealed; return what is live then."""
         dialled = meeting.dialled
-        sock = meeting.sock = socket.fromfd(stranger.fileno(), -1, -1)
+        family = _family(dialled or self._bound)
+        sock = meeting.sock = socket.fromfd(stranger.fileno(), family, socket.SOCK_STREAM)
         _ours.add(sock)
         if meeting.error or self._stopped:
             raise NodeDown("nobody waits for it any more")
-        if sock.family == socket.AF_INET:
+        if family == socket.AF_INET:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for step in (answer_challenge, deliver_challenge)[:: 1 if dialled else -1]:
             step(stranger, key)

@@ -3673,8 +3673,10 @@ os.waitpid(pid, 0)
         connect(target.node)
         connection, = self.node._open
         with connection._writing:  # so that nobody else writes
+            connection._inside = True
             for number in range(100):
                 send(number, target)
+            connection._inside = False
             with mock.patch.object(pickle, "dumps", side_effect=KeyboardInterrupt):
                 self.assertRaises(KeyboardInterrupt, connection._write_waiting)
         send("next", target)
@@ -3686,9 +3688,11 @@ os.waitpid(pid, 0)
         connect(target.node)
         connection, = self.node._open
         sent = ["small", bytes(17 << 20), "small", bytes(17 << 20), "small"]  # too much for one
-        with connection._writing:  # so that all wait together
+        with connection._writing:
+            connection._inside = True  # so that all wait together
             for message in sent:
                 send(message, target)
+            connection._inside = False
         self.assertEqual(self.got(target) == sent, True)
         self.assertEqual(self.node._open, {connection})
 
@@ -3720,10 +3724,12 @@ os.waitpid(pid, 0)
         connection, = self.node._open
         died = distconc._obituary(current_thread(), ValueError("\U0001F600" * 100_000))
         died = ThreadDied(died.__cause__, died.__cause__, str(died))
-        with connection._writing:  # so that all wait together
+        with connection._writing:
+            connection._inside = True  # so that all wait together
             for number in range(distconc.MANY):
                 connection.post((FAILED, f"tag {number}", died))
             send("after them", target)
+            connection._inside = False
         self.assertEqual(self.got(target), ["after them"])
         self.assertEqual(self.node._open, {connection})
 
