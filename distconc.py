@@ -1826,7 +1826,9 @@ class Node(AbstractContextManager["Node"]):
             for name in [] if again else _registered():
                 unregister_remote_thread(name)
         if self._bound and self._accepter and self._accepter.is_alive():
-            at = ("127.0.0.1", self._bound[1]) if self._bound[0] == "0.0.0.0" else self._bound
+            at = self._bound
+            if at[0] == "0.0.0.0":
+                at = "127.0.0.1", int(at[1])
             with suppress(OSError), socket.socket(_family(at)) as knock:
                 knock.settimeout(_left(deadline))  # nothing else wakes `accept`
                 knock.connect(at)
