@@ -7209,13 +7209,7 @@ class _BenchCut(ast.NodeTransformer):
 
     def visit_Name(self, node):
         reads = node.id == "_trace" and isinstance(node.ctx, ast.Load)
-        return ast.copy_location(ast.Constant(None), node) if reads else node
-
-    def visit_Compare(self, node):
-        self.generic_visit(node)
-        cells = "_Traced" in map(operator.attrgetter("id"), filter(
-            lambda part: isinstance(part, ast.Name), node.comparators))
-        return ast.copy_location(ast.Constant(False), node) if cells else node
+        return ast.copy_location(ast.Constant(""), node) if reads else node
 
 
 def _bench_traces(number):
