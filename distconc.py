@@ -1551,15 +1551,15 @@ class _Connection:
         if not start:
             raise EOFError
         if len(start) < SIZES.size + MAC:
-            start = self._read_slowly(bytearray(start), SIZES.size + MAC)
+            start = bytes(self._read_slowly(start, SIZES.size + MAC))
         sizes, mac = start[:SIZES.size], start[SIZES.size:]
         body_size, tail_size = SIZES.unpack(sizes)
         if body_size > MOST or tail_size > self._limit:
             raise OSError(f"a frame of {body_size} + {tail_size} bytes is too large")
         rest: Any = self._file.read1(body_size + tail_size)
         if len(rest) < body_size + tail_size:
-            rest = self._read_slowly(bytearray(rest), body_size + tail_size)
-        body = rest[:body_size] if tail_size else rest
+            rest = self._read_slowly(rest, body_size + tail_size)
+        body = bytes(rest[:body_size])
         tail = memoryview(rest)[body_size:] if tail_size else b""  # not copied
         if not hmac.compare_digest(mac, _mac(self._check, sizes, body, tail)):
             raise OSError("a frame was altered, repeated, lost or moved on its way")
@@ -1568,23 +1568,24 @@ class _Connection:
             raise ValueError(f"{len(heads)} heads have {len(payloads)} payloads")
         return heads, (*payloads[:-1], tail) if tail else payloads
 
-    def _read_slowly(self, rest: bytearray, size: int) -> bytearray:
-        """Wait for a frame of which only some is here: add what is missing to `rest`.
+    def _read_slowly(self, begun: bytes, size: int) -> memoryview:
+        """Wait for so many bytes, of which only some are here, `begun`; return all.
 
         A frame whose length was altered on its way would swallow what follows, perhaps ticks.
         So in here, no more bytes than those in a whole heartbeat are no sign of life.
         """
-        since = due = 0.0
-        while len(rest) < size:
-            piece = self._file.raw.read(min(size - len(rest), 16 * ROOM))  # the buffer is empty
-            if piece == b"":
+        whole, here, since, due = memoryview(bytearray(size)), len(begun), 0.0, 0
+        whole[:here] = begun
+        while here < size:
+            count = self._file.raw.readinto(whole[here:])  # as the buffer is empty
+            if count == 0:
                 raise EOFError  # its writer was interrupted
-            rest += piece or b""
-            if piece and len(rest) > due:
-                since, due = monotonic(), len(rest) + LARGE
-            elif piece is None or monotonic() > since + self.heartbeat:
+            here += count or 0
+            if count and here > due:
+                since, due = monotonic(), here + LARGE
+            elif not count or monotonic() > since + self.heartbeat:
                 raise OSError("the rest of a frame did not come")
-        return rest
+        return whole
 
     def _take(self, heads: Sequence[Head], payloads: Sequence[bytes]) -> None:
         """Do what the messages of a frame say."""
