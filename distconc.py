@@ -1739,6 +1739,7 @@ class _Meeting:
         self.done = _bell()  # rung at the end, for all
 
     def limit(self, seconds: float) -> None:
+        """Give it so long; the work of its timer, which ends when it does."""
         if not _hear(self.done, seconds):
             text = f"{_text(self.dialled)} did not answer within {seconds:g} seconds"
             self.give_up(NodeUnreachable(text))
@@ -1778,7 +1779,7 @@ class Node(AbstractContextManager["Node"]):
     def _configure(self, address: NodeLike | None, authkey: Any, advertise: NodeLike | None,
                    allow: Any, heartbeat: float, connect_timeout: float,
                    max_message: int) -> None:
-        """Take the options of `start_node`, and listen; nothing has changed if that fails."""
+        """Take the options of `start_node`, and listen; raise for bad ones before any change."""
         if heartbeat <= 0 or connect_timeout <= 0:
             raise ValueError("heartbeat= and connect_timeout= are seconds above zero")
         if not 0 < max_message < 1 << 32:

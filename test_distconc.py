@@ -1503,6 +1503,16 @@ class Does:
         return self.call
 
 
+def interrupting_error():
+    """An exception whose pickling raises what is no Exception."""
+    return ValueError("why", Interrupts())
+
+
+class Interrupts:
+    def __reduce__(self):
+        raise KeyboardInterrupt
+
+
 def raise_no_such_thread(text):
     raise NoSuchThread(text if isinstance(text, str) else text())
 
@@ -2532,11 +2542,12 @@ class TwoNodes(OneChild):
             send_synchronous(1, server, T)
 
     def test_all_who_wait_hear_of_an_end_whose_reason_cannot_be_looked_at(self):
-        server = spawn(fail_when_called, Shy.error, node=self.other)
-        watches = [monitor(server) for _ in range(3)]
-        died = outcome(send_synchronous, 1, server, T)
-        self.assertEqual((type(died), type(died.reason)), (ThreadDied, RemoteError))
-        self.assertEqual([receive(T).monitor for _ in watches], watches)
+        for error in Shy.error, interrupting_error:
+            server = spawn(fail_when_called, error, node=self.other)
+            watches = [monitor(server) for _ in range(3)]
+            died = outcome(send_synchronous, 1, server, T)
+            self.assertEqual((type(died), type(died.reason)), (ThreadDied, RemoteError))
+            self.assertEqual([receive(T).monitor for _ in watches], watches)
 
     def test_an_error_of_a_message_that_is_one_of_ours_is_told_as_ours(self):
         server = spawn_server(handle_synchronous, echo, node=self.other)
