@@ -1,4 +1,4 @@
-# distconc 0.1.0.  Copyright (C) 2026 the distconc authors.
+# distconc 0.2.0.  Copyright (C) 2026 the distconc authors.
 # Permission to use, copy, modify, and/or distribute this software for any purpose with or
 # without fee is hereby granted.  THE SOFTWARE IS PROVIDED "AS IS" AND THE AUTHOR DISCLAIMS ALL
 # WARRANTIES.  IN NO EVENT SHALL THE AUTHOR BE LIABLE FOR ANY DAMAGES WHATSOEVER.  (0BSD)
@@ -20,62 +20,36 @@ and another, which sends to it by name:
     from distconc import *
     send("hello", RemoteThread(9000, "logger"))
 
-What is promised.  Messages from one thread to another arrive in the order sent, at most once,
+Promises.  Messages from one thread to another arrive in the order sent, at most once,
 unaltered; after a lost connection never an old one after a new one.  `send` returns when a
 message is accepted here; only a reply proves that it arrived.  A call ends in its reply or in
-an error that says what is known: never in a hang while the other side is gone.  A slow or dead
-node delays nobody but those who send to it.
+an error that says how much is known; it never hangs while the other side is gone.  A slow or
+dead node delays only those who send to it.
 
-What is dangerous.  Messages are pickles, so whoever has the key can run any code here, unless
-`allow=` is narrow.  Frames cannot be forged or altered on their way, but they can be read: for
-secrecy use `ssh -L` or WireGuard.
+Danger.  Messages are pickles, so whoever has the key can run any code here, unless `allow=` is
+narrow.  Frames cannot be forged or altered on their way, but they can be read: for secrecy use
+`ssh -L` or WireGuard.
 
-Words.  A node is a process that can be addressed; its incarnation, a random number, tells it
-from earlier ones at that address.  A thread has a mailbox.  A handle means a thread: a `Thread`
-of this node, or a `RemoteThread` of any.  A debt is an outcome that a thread owes to whoever
-awaits it.
+Words.  A *node* is a process that can be addressed.  Its *incarnation* is a random number drawn
+once per process, which tells it from earlier processes at that address.  A *thread* has a
+*mailbox*.  A *handle* denotes a thread: a `Thread` of this node, or a `RemoteThread` of any.  An
+*entry* is a message in a mailbox.  *Pending* is the reply or the end of a thread that somebody
+here waits for; a *watcher* is told when a thread ends.  A *connection* joins two nodes; a
+*header* says for whom a message on a connection is, and its *payload* is the message, pickled.
 
-    node A                                                   node B
-    Thread ── send ──> _Connection                           _threads: who is meant
-                         │ the sender; or outbox, then writer    ↑
-                         └──── frames, sealed ────> reader of B's _Connection
-                                                                 │ put
-    _awaited[tag] <── reader <──── REPLY, FAILED ────            ↓
-    a call, link or monitor                                  Thread: Mailbox ── receive ──> ...
-    that is settled once                                     _debts[tag]: who hears of its end
+    node A                                                  node B
 
-The locks, in the order taken: `_settling` (outcomes), `_starting` (which node this is),
-`Node._lock` (its tables), `_registry` (names and ends of threads), `_losing` (the log of
-losses), each connection's `_writing`, `_clocking` (the trace).  Only `_writing` is held while
-waiting for the network.  Mailboxes need none.
-
-The wire.  After the stock challenge of `multiprocessing.connection` with the key (the dialler
-answers first, then challenges), each side sends with `send_bytes` one hello, its fields joined
-by NUL: "distconc 3", its role ("dialler" or "acceptor"), 16 random bytes in hex, its
-incarnation in hex, its heartbeat, its max_message, its address ("host:port", a path, or "" if
-it does not listen); the dialler also the address it dialled and the one it reached, of which
-one must be the acceptor's.  Then frames, on the bare socket: the lengths of body (at most 64
-MiB) and tail (at most max_message, or 64 KiB if that is more), 4 bytes each, big-endian; MAC
-(16 bytes); body; tail.  MAC: BLAKE2b, 16 bytes, with the direction's key, of all frames in that
-direction up to this one, but without their MACs, and with SHA-256 of a body of more than 2048
-bytes, or of any tail, in its place.  The direction's key is HMAC-SHA256(authkey, role of the
-writer + SHA-256(dialler's hello) + SHA-256(acceptor's hello)).  A body is a pickled pair: the
-heads of messages, and their payloads; if the last of these is None, the tail is meant.  No
-heads are a tick: who has nothing else to say owes five in the smaller of the two heartbeats.
-To end is to shut down one's writing half (in the middle of a frame, that was none), and to read
-the other's to its end.  The first frame each way, the dialler's first, has one head, a pair:
-the number that the writer gives this connection, counting from 1, and that of the oldest
-between the two that it still counts.  The other heads are these (a target is a pair of
-incarnation, or 0 for any, and id or name; id 0 is the node, which does a call's ("ps",) or
-("spawn", func, args, name, register, link)):
-
-    0 SEND    target                                   the payload is the message, pickled
-    1 ASK     target, caller's id, tag                 a call, so too; or, of 0, a monitor
-    2 REPLY   tag                                      the payload is the reply, pickled
-    3 FAILED  tag, error          of this module; payload: a ThreadDied's reason, up to 64 KiB
-    4 FORGET  tag                                      who asked needs no answer any more
-    5 LOST    id or name, why, how many                sends that nobody could take
-    6 STAMP   an event (incarnation in hex, thread, clock), then another head, sent in it
+    Thread                                                  Thread
+      | send                                                  ^ receive
+      v                                                       |
+    RemoteThread                                            Mailbox
+      | header, payload                                       ^ put
+      v                                                       |
+    connection: outbox, writer  == frames, sealed ==>  connection: reader
+    connection: reader         <== replies, failures ==  connection: outbox, writer
+      |                                                       ^
+      v                                                       | notify
+    pending calls, links, monitors                          watchers of a Thread
 """
 
 import atexit
@@ -86,6 +60,7 @@ import itertools
 import os
 import pickle
 import random
+import signal
 import socket
 import stat
 import struct
@@ -97,39 +72,50 @@ import types
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import lru_cache, partial
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Listener, answer_challenge, deliver_challenge
+from multiprocessing import AuthenticationError, Pipe
+from multiprocessing.connection import (
+    Client, Connection, Listener, answer_challenge, deliver_challenge, wait)
 from time import monotonic, sleep, time
-from typing import Any, Union
+from typing import IO, Any, NamedTuple, Union, cast, overload
 
-__all__ = """
-    Mailbox Thread RemoteThread spawn spawn_linked spawn_server current_thread threads
-    send receive receive_if
-    Synchronous Reply send_synchronous reply_synchronous handle_synchronous
-    Node start_node stop_node local_node nodes connect disconnect ChildNode spawn_node
-    register_remote_thread unregister_remote_thread get_remote_thread serialize deserialize
-    Monitor Down monitor demonitor
-    DistconcError LinkedError NodeDown NodeUnreachable NoSuchThread ThreadDied
-    SynchronousToSelfError SerializationError RemoteError AuthenticationError
-    trace chart faults
-""".split()
-__version__ = "0.1.0"
+__all__ = [
+    "Mailbox", "Thread", "RemoteThread", "spawn", "spawn_linked", "spawn_server",
+    "current_thread", "threads",
+    "send", "receive", "receive_if",
+    "Synchronous", "Reply", "send_synchronous", "reply_synchronous", "handle_synchronous",
+    "Node", "start_node", "stop_node", "local_node", "nodes", "connect", "disconnect",
+    "ChildNode", "spawn_node",
+    "register_remote_thread", "unregister_remote_thread", "get_remote_thread",
+    "serialize", "deserialize",
+    "Monitor", "Down", "monitor", "demonitor",
+    "DistconcError", "LinkedError", "NodeDown", "NodeUnreachable", "NoSuchThread", "ThreadDied",
+    "SynchronousToSelfError", "SerializationError", "RemoteError", "AuthenticationError",
+    "trace", "chart", "faults",
+]
+__version__ = "0.2.0"
+
+if sys.platform == "win32":
+    from multiprocessing.connection import PipeConnection
+else:
+    import fcntl
 
 Handle = Union["Thread", "RemoteThread"]
 Address = Union[tuple[str, int], str]
-Target = tuple[int, Union[int, str]]  # incarnation (0: any), and id or name
-Head = tuple[Any, ...]  # of a message on the wire: its kind, then what the module's head says
 NodeLike = Union[int, Address, "os.PathLike[str]", "Node", "ChildNode"]
 Predicate = Union[Callable[[Any], Any], type, tuple[type, ...], types.UnionType]
 
 
-######## Errors: what a caller may see, each with what it is about
+######## Errors: what a caller may see, each with its data
 
 
 class DistconcError(Exception):
-    """The base of this module's errors; its text is the last of its `args`."""
+    """The base of this module's errors.
+
+    All data of an error is in its `args`, because that is what pickle keeps; the last of them
+    is the text.
+    """
 
     def __str__(self) -> str:
         return str(self.args[-1]) if self.args else ""
@@ -140,14 +126,15 @@ class LinkedError(DistconcError):
 
     def __init__(self, error: BaseException, thread: Handle) -> None:
         super().__init__(error, thread)
-        self.error, self.thread = error, thread
+        self.error = error
+        self.thread = thread
 
     def __str__(self) -> str:
         return f"{self.thread} failed: {type(self.error).__name__}: {self.error}"
 
 
 class NodeDown(DistconcError, ConnectionError):
-    """Contact with a node was lost, or never made; what was under way may have arrived."""
+    """Contact with a node was lost, or never made; a message under way may have arrived."""
 
 
 class NodeUnreachable(NodeDown):
@@ -164,16 +151,15 @@ class ThreadDied(DistconcError):
     If it failed, `__cause__` is a RemoteError whose text is (the end of) the traceback.
     """
 
-    reason = property(lambda self: self.args[0])
-
     def __init__(self, reason: BaseException | None, cause: "RemoteError | None",
                  text: str) -> None:
         super().__init__(reason, cause, text)
+        self.reason = reason
         self.__cause__ = cause
 
 
 class SynchronousToSelfError(DistconcError):
-    """Who calls itself would wait for ever.  Factor: cannot-send-synchronous-to-self."""
+    """A thread called itself; it would wait for ever.  Factor: cannot-send-synchronous-to-self."""
 
 
 class SerializationError(DistconcError, ValueError):
@@ -181,93 +167,155 @@ class SerializationError(DistconcError, ValueError):
 
 
 class RemoteError(DistconcError):
-    """Stands in for what could not cross: `.type` is its name, the text its traceback."""
+    """Stands in for an error that could not cross: `.type` is its name, the text its traceback."""
 
-    type = property(lambda self: self.args[0])
+    def __init__(self, type: str, *text: str) -> None:
+        super().__init__(type, *text)
+        self.type = type
 
 
 ################ Part one: one process ################
-######## Waiting: deadlines, and locks that serve as bells
+#
+# All of it is local, and runs without the rest of the file.  It names later parts in five
+# places, each of which says so: `_Observer` (part three records what it hears), `spawn` with
+# `node=`, and of a Thread `node`, `__reduce__`, and what it does in the child of a fork.
+
+######## Waiting: deadlines, and queues of threads that wait
 
 
 def _deadline(timeout: float | None) -> float | None:
+    """Return the time at which a wait of `timeout` seconds ends; None means never."""
+    if timeout is None:
+        return None
     try:
-        return None if timeout is None else monotonic() + timeout
+        is_usable = timeout < threading.TIMEOUT_MAX
     except TypeError:
         raise TypeError(f"a timeout is seconds, or None, not {timeout!r}") from None
+    if not is_usable:
+        raise ValueError(f"{timeout!r} is no timeout; to wait for ever, say None")
+    return monotonic() + timeout
 
 
-def _left(deadline: float | None) -> float:
-    """The seconds until `deadline`, as `Lock.acquire` takes them: -1 means for ever."""
+def _remaining(deadline: float | None) -> float:
+    """Return the seconds until `deadline` as `Lock.acquire` takes them: -1 means for ever."""
     if deadline is None:
         return -1
-    return min(max(deadline - monotonic(), 0), threading.TIMEOUT_MAX)
+    return max(deadline - monotonic(), 0)
 
 
-def _bell() -> threading.Lock:
-    """A lock that is held until someone rings: to wait for it is to acquire it."""
-    bell = threading.Lock()
-    bell.acquire()
-    return bell
+class _WaitQueue:
+    """Threads that wait until something is true.  Linux: wait queue.  trio: ParkingLot.
 
+    It does what `threading.Condition` does, with two differences.  A thread sleeps holding no
+    lock, so Ctrl-C cannot strike while it tries to get one back.  And `wake_all` takes no lock,
+    so a `__del__` that sends may call it wherever it interrupts a thread.
+    """
 
-def _hear(bell: threading.Lock, timeout: float) -> bool:
-    """Wait for a bell that is rung once, for all: who hears it rings it for the next."""
-    for heard in map(bell.acquire, (True,), (timeout,)):  # so Ctrl-C cannot come before `try`
-        try:
-            return heard
-        finally:
-            if heard:
-                bell.release()
-    return False  # never reached
+    __slots__ = ("_sleepers",)
 
+    def __init__(self) -> None:
+        # One locked lock for each waiting thread, which sleeps by acquiring it.  Only that
+        # thread puts its lock into the list, and takes it out.
+        self._sleepers: list[threading.Lock] = []
 
-def _ring(bell: threading.Lock) -> None:
-    """Wake who waits for `bell`, or spare the next wait.  Never blocks; twice is once."""
-    if bell.locked():
-        try:
-            bell.release()
-        except RuntimeError:
-            pass  # another thread rang it between the two lines
+    def wait_until(self, is_true: Callable[[], bool], deadline: float | None) -> bool:
+        """Block until `is_true()`; return False if it is not true at the deadline.
+
+        Whoever makes it true calls `wake_all` after that.
+        """
+        while not is_true():
+            sleeper = threading.Lock()
+            sleeper.acquire()
+            self._sleepers.append(sleeper)
+            try:
+                # It may have become true before this thread was in the list.
+                if is_true():
+                    return True
+                if not sleeper.acquire(timeout=_remaining(deadline)):
+                    return is_true()
+            finally:
+                with suppress(ValueError):
+                    self._sleepers.remove(sleeper)
+        return True
+
+    def wake_all(self) -> None:
+        """Have every waiting thread look again.  Never blocks."""
+        if self._sleepers:
+            for sleeper in self._sleepers.copy():
+                if sleeper.locked():
+                    try:
+                        sleeper.release()
+                    except RuntimeError:
+                        pass  # Another thread has released it just now.
 
 
 ######## Mailbox: put, get, get_if, get_all, empty
 
+_MISSING: Any = object()  # stands for an argument that was not given
+_EventId = tuple[str, int, int]  # incarnation in hex, thread's id, Lamport clock
 
-_NOTHING: Any = object()  # what a mailbox gives instead of a message, and no default given
-_TAKEN: list[Any] = []  # a cell whose message was taken equals it
+
+class _Entry:
+    """A message in a mailbox, and the event that sent it (None: nobody records events)."""
+
+    __slots__ = ("message", "cause", "serial")
+
+    # A message from another node is loaded by the thread that takes it (part two): loading
+    # runs code of the user's, which may take long, and must hold up nobody else.
+    needs_loading = False
+
+    serial: int  # of one that a selective receive has looked at; see Mailbox
+
+    def __init__(self, message: Any, cause: _EventId | None = None) -> None:
+        self.message = message
+        self.cause = cause
+
+    def load(self) -> bool:
+        """Make `message` usable, if it is not yet; return False if that fails."""
+        return True
 
 
 class Mailbox:
     """A queue from which the oldest message that fits can be taken.  Factor: mailbox.
 
-    Each message lies in a cell of its own, a list of one.  To take it is `del cell[0]`: only
-    one thread succeeds, without a lock, and Ctrl-C cannot strike between that and the
-    `return`.  The empty cell is swept out by who meets it next.  Any number of threads may put
-    and get.
+    Any number of threads may put and get.  Ctrl-C while a call waits leaves the mailbox as it
+    was.  (In the microseconds in which a message is taken, Ctrl-C may cost that message, as
+    with queue.Queue.)
     """
 
-    __slots__ = ("_cells", "_waiters")
+    __slots__ = ("_arrived", "_arrival", "_lock", "_examined", "_next_serial")
 
     def __init__(self) -> None:
-        self._cells: deque[list[Any]] = deque()  # oldest first, some of them empty
-        self._waiters: dict[threading.Lock, list[list[Any]]] = {}  # by bell: what is new
+        # Messages are put here.  `deque.append` and `popleft` are atomic, so put needs no lock:
+        # a `__del__` may run in the middle of any method of this class, and may send.
+        self._arrived: deque[_Entry] = deque()
+
+        # Woken by every put; get, get_if and get_all wait here when they find nothing.
+        self._arrival = _WaitQueue()
+
+        # Guards `_examined`.  Held while messages are moved or taken, never while a predicate
+        # runs or a message is loaded: these are the user's code.
+        self._lock = threading.RLock()
+
+        # Messages that get_if has seen, which are older than all in `_arrived`; numbered, so
+        # that it knows how far it has looked, and asks about none twice.
+        self._examined: deque[_Entry] = deque()
+        self._next_serial = 0
 
     def put(self, message: Any) -> None:
-        """Add `message` as the newest.  Never blocks, not even in a signal handler.
+        """Add `message` as the newest.  Never blocks.  Factor: mailbox-put."""
+        self._put(_Entry(message))
 
-        Factor: mailbox-put.
-        """
-        self._add([message])
-
-    def _add(self, *cells: list[Any]) -> None:
+    def _put(self, entry: _Entry) -> None:
         try:
-            self._cells.extend(cells)
-        finally:  # Ctrl-C may come between the two
-            if self._waiters:
-                for bell, news in self._waiters.copy().items():
-                    news.extend(cells)
-                    _ring(bell)
+            self._arrived.append(entry)
+        finally:
+            # Also if Ctrl-C comes in between, for the message is there.
+            self._arrival.wake_all()
+
+    def _put_all(self, entries: Iterable[_Entry]) -> None:
+        self._arrived.extend(entries)
+        self._arrival.wake_all()
 
     def get(self, timeout: float | None = None) -> Any:
         """Remove and return the oldest message.
@@ -275,24 +323,46 @@ class Mailbox:
         Blocks at most `timeout` seconds (None: for ever; 0 or less: not at all).  Raises
         TimeoutError, leaving the mailbox as it was.  Factor: mailbox-get, mailbox-get-timeout.
         """
-        message = self._get(timeout)
-        if message is _NOTHING:
+        entry = self._get(_deadline(timeout))
+        if entry is None:
             raise TimeoutError("no message came within the time-out")
-        return message
+        return entry.message
 
-    def _get(self, timeout: float | None) -> Any:
-        cells = self._cells
-        while cells:
+    def _get(self, deadline: float | None) -> _Entry | None:
+        """Remove and return the oldest entry that can be loaded; None at the deadline."""
+        while True:
+            entry = None
+            if self._examined:
+                entry = self._pop_examined()
+            if entry is None:
+                try:
+                    # Atomic, so the lock is not needed; it would cost as much as all the rest.
+                    entry = self._arrived.popleft()
+                except IndexError:
+                    if not self._arrival.wait_until(self._has_entries, deadline):
+                        return None
+                    continue
+            if not entry.needs_loading:
+                return entry
             try:
-                cell = cells[0]
-                if cell:
-                    message = cell[0]
-                    del cell[0]
-                    return message
-                cells.remove(_TAKEN)
-            except (IndexError, ValueError):
-                pass  # another thread took it first, or swept first
-        return self._get_if(None, timeout)
+                if entry.load():
+                    return entry
+            except BaseException:
+                # Ctrl-C: nothing has happened yet.
+                self._put_back(entry)
+                raise
+
+    def _pop_examined(self) -> _Entry | None:
+        with self._lock:
+            if self._examined:
+                return self._examined.popleft()
+            return None
+
+    def _put_back(self, entry: _Entry) -> None:
+        """Make an entry that was taken the oldest again."""
+        with self._lock:
+            entry.serial = -1
+            self._examined.appendleft(entry)
 
     def get_if(self, pred: Predicate, timeout: float | None = None) -> Any:
         """Remove and return the oldest message for which `pred` is true; the others stay.
@@ -304,186 +374,316 @@ class Mailbox:
 
         Factor: mailbox-get?, mailbox-get-timeout?.
         """
-        message = self._get_if(_accepts(pred), timeout)
-        if message is _NOTHING:
+        entry = self._get_if(_as_predicate(pred), _deadline(timeout))
+        if entry is None:
             raise TimeoutError("no such message came within the time-out")
-        return message
+        return entry.message
 
-    def _get_if(self, accepts: Callable[[Any], Any] | None, timeout: float | None) -> Any:
-        deadline = None if timeout is None else _deadline(timeout)
-        bell = _bell()
-        news: list[list[Any]] = []
-        self._waiters[bell] = news  # before looking: nothing may slip in unseen
-        try:
-            return self._search(accepts, deadline, bell, news)
-        finally:
-            del self._waiters[bell]
+    def _get_if(self, accepts: Callable[[Any], Any], deadline: float | None,
+                also: tuple[type, ...] = ()) -> _Entry | None:
+        """Remove and return the oldest entry whose message fits; None at the deadline.
 
-    def _search(self, accepts: Callable[[Any], Any] | None, deadline: float | None,
-                bell: threading.Lock, news: list[list[Any]]) -> Any:
-        """Look through what is here, then through what is new each time that the bell rings.
-
-        A function of its own, as what guards a loop must stand outside of it: from Python 3.12
-        on, Ctrl-C can strike as a loop goes round, and the `try` around it does not see that.
+        A message of a class in `also` fits, too.
         """
-        if self._cells:
-            try:
-                self._cells.remove(_TAKEN)  # each call leaves one at most, and sweeps one
-            except ValueError:
-                pass
-        here = cells = list(self._cells)
-        seen: set[int] | None = None
+        seen = None  # the serial number up to which this call has looked
         while True:
-            for cell in cells:
-                for message in cell:  # none, if it was taken
-                    if accepts is None or accepts(message):
-                        try:
-                            message = cell[0]
-                            del cell[0]
-                            return message
-                        except IndexError:
-                            pass  # another thread took it first
-            left = -1 if deadline is None else _left(deadline)
-            if not left or not bell.acquire(True, left):
-                return _NOTHING
-            cells = news[:]
-            del news[:len(cells)]
-            if here:  # a put that was under way may be both there and here
-                seen = seen or set(map(id, here))
-                cells = [cell for cell in cells if id(cell) not in seen]
+            is_first_look = seen is None
+            newer, seen = self._newer_than(seen)
+            for entry in newer:
+                if entry.needs_loading and not entry.load():
+                    self._take(entry)
+                elif isinstance(entry.message, also) or accepts(entry.message):
+                    if self._take(entry):
+                        return entry
+            if not newer:
+                has_newer = partial(self._has_newer_than, seen)
+                if not self._arrival.wait_until(has_newer, deadline):
+                    return None
+            elif not is_first_look and _remaining(deadline) == 0:
+                # Others put as fast as this thread looks.
+                return None
+
+    def _newer_than(self, seen: int | None) -> tuple[list[_Entry], int]:
+        """Return the entries from serial number `seen` on, oldest first, and the next `seen`.
+
+        At the first look these are the oldest few, which are enough mostly.  At the second come
+        all others, so that the work is linear in the number of messages.
+        """
+        with self._lock:
+            self._number_arrivals()
+            if seen is None:
+                few = list(itertools.islice(self._examined, 20))
+                if few:
+                    return few, few[-1].serial + 1
+                return [], self._next_serial
+            newer = []
+            for entry in reversed(self._examined):
+                if entry.serial < seen:
+                    break
+                newer.append(entry)
+            newer.reverse()
+            return newer, self._next_serial
+
+    def _number_arrivals(self) -> None:
+        """Move what has arrived to `_examined`; `_lock` is held."""
+        for _ in range(len(self._arrived)):
+            try:
+                entry = self._arrived.popleft()
+            except IndexError:
+                return  # Another thread's `get` was faster.
+            entry.serial = self._next_serial
+            self._next_serial += 1
+            self._examined.append(entry)
+
+    def _has_newer_than(self, seen: int) -> bool:
+        return bool(self._arrived) or self._next_serial > seen
+
+    def _take(self, entry: _Entry) -> bool:
+        """Remove an examined entry; return False if another thread was faster."""
+        with self._lock:
+            try:
+                self._examined.remove(entry)
+            except ValueError:
+                return False
+            return True
 
     def get_all(self, timeout: float | None = None) -> list[Any]:
         """Wait for a message, then remove and return all there are, oldest first.
 
         Blocks and raises as `get` does.  Factor: mailbox-get-all, mailbox-get-all-timeout.
         """
-        taken = [self.get(timeout)]
-        try:
-            self._take_rest(taken)
-        except BaseException:  # Ctrl-C
-            self._cells.extendleft([message] for message in reversed(taken))
-            raise
-        return taken
+        deadline = _deadline(timeout)
+        while True:
+            with self._lock:
+                entries = list(self._examined)
+                self._examined.clear()
+                # No more than these: others may put faster than this loop takes.
+                with suppress(IndexError):
+                    for _ in range(len(self._arrived)):
+                        entries.append(self._arrived.popleft())
+            messages = [entry.message for entry in entries if entry.load()]
+            if messages:
+                return messages
+            if not self._arrival.wait_until(self._has_entries, deadline):
+                raise TimeoutError("no message came within the time-out")
 
-    def _take_rest(self, taken: list[Any]) -> None:
-        for _ in range(len(self._cells)):  # no more: others may put faster than we take
-            if (message := self._get(0)) is not _NOTHING:
-                taken.append(message)
+    def _has_entries(self) -> bool:
+        return bool(self._arrived or self._examined)
 
     def empty(self) -> bool:
-        """Whether no message is here now.  Never blocks; it may change at once."""
-        return not any(list(self._cells))
+        """Return whether no message is here now.  Never blocks; it may change at once."""
+        return not self._has_entries()
+
+    def _snapshot(self) -> list[_Entry]:
+        """Return the entries that are here now, without taking any."""
+        with self._lock:
+            return [*self._examined, *self._arrived.copy()]
 
 
-def _accepts(pred: Predicate, also: tuple[type, ...] = ()) -> Callable[[Any], Any]:
-    """Return what says whether a message fits `pred`, or is of a class in `also`."""
+def _as_predicate(pred: Predicate) -> Callable[[Any], Any]:
+    """Return `pred` as a function of a message; raise TypeError for what can be none."""
     if isinstance(pred, (type, tuple, types.UnionType)):
-        kinds: Any = pred, also
-        return lambda message: isinstance(message, kinds)
+        # This raises for a tuple that holds something else than classes.
+        isinstance(None, pred)
+        return lambda message: isinstance(message, pred)
     if not callable(pred):
         raise TypeError(f"a predicate, or a class, is what messages are chosen by: {pred!r}")
-    return lambda message: isinstance(message, also) or pred(message)
+    return pred
 
 
-######## Outcomes: whatever awaits one is one entry in one table, settled once
-
-_awaited: dict[str, "_Await"] = {}  # by tag: what this process waits for
-_Debts = dict[str, tuple[int, bool]]  # of a thread, by tag: which node hears of its end, linked
-_debts: dict[str, _Debts] = {}  # by tag: where it stands
-_settling = threading.RLock()  # guards: to take from _awaited and to tell who waits is one step
+######## Pending: what threads of this process wait for
 
 
-class _Await:
-    """What awaits a reply, the end of a thread or the loss of a node.  As it is, a call."""
+class _Observer:
+    """Hears of all that happens here.  This one ignores it; part three puts in its place one
+    that records it, and counts and logs messages that nobody could take.
+    """
 
-    peer = 0  # the incarnation of the node whose loss settles it; 0: this node
+    is_recording = False
 
-    def __init__(self, thread: "Thread") -> None:
-        self.thread = thread
-        self.tag = os.urandom(8).hex()  # not to be guessed, so that nobody can forge an outcome
-        self.settled = _bell()
-        _awaited[self.tag] = self
+    def record(self, thread: "Thread | None", event: str, cause: _EventId | None = None,
+               **about: Any) -> _EventId | None:
+        """Record an event of `thread` (None: of the node) that `cause` led to; return its id."""
+        return None
 
-    def settle(self, error: DistconcError | None, reply: Any = None) -> None:
-        """Take the outcome; must not block."""
-        self.error, self.reply, self.cause = error, reply, _here.cause
-        self.settled.release()
+    def record_send(self, message: Any, thread: Handle) -> _EventId | None:
+        """Record that the calling thread sends `message`."""
+        return None
 
-    def excuse(self) -> None:
-        """Whoever owes it need not tell any more: it came another way, or nobody waits."""
-        if self.peer:
-            local_node()._post(self.peer, (FORGET, self.tag))
-        else:
-            _strike(self.tag)
+    def record_receive(self, message: Any, cause: _EventId | None) -> None:
+        """Record that the calling thread takes `message`, which `cause` sent."""
 
+    def message_lost(self, thread: Handle, why: object, cause: _EventId | None) -> None:
+        """Hear that a message found nobody."""
 
-def _settle(tag: str, error: DistconcError | None, reply: Any = None, peer: int = 0) -> bool:
-    """Give what is awaited its outcome, which came from `peer`; False if nobody hears it."""
-    awaited = _awaited.get(tag)
-    if awaited and not (peer and awaited.peer == peer):
-        awaited.excuse()  # who was called had passed it on, perhaps
-    with _settling:
-        if awaited := _awaited.pop(tag, None):
-            awaited.settle(error, reply)
-    return awaited is not None and not awaited.thread._ended
+    def after_fork(self) -> None:
+        """Go on in the child of a fork."""
 
 
-def _strike(tag: str) -> tuple[int, bool] | None:
-    """Nobody needs to hear any more of the debt `tag`; return it, if it stood."""
-    return _debts.pop(tag, {}).pop(tag, None)
+_observer = _Observer()
 
 
-def _pay(tag: str, error: DistconcError) -> bool:
-    """Settle the debt `tag` with `error`; False if nobody hears it."""
-    debt = _strike(tag)
-    return debt is not None and _fail(debt[0], tag, error)
+class _Failure:
+    """Why something pending failed, as the error that its waiter is told."""
+
+    def __init__(self, error: DistconcError) -> None:
+        self._error = error
+
+    def error(self) -> DistconcError:
+        """Return the error; for the waiter to call, as it may load data of another node's."""
+        return self._error
+
+    def is_return(self) -> bool:
+        """Return whether the thread just returned, which to a linked parent is no failure."""
+        return isinstance(self._error, ThreadDied) and self._error.reason is None
+
+    def reason(self) -> BaseException | None:
+        """Return why the thread ended, as a Down or a LinkedError tells it."""
+        error = self.error()
+        if isinstance(error, ThreadDied):
+            return error.reason
+        return error
 
 
-class _Link(_Await):
-    """A parent that wants to hear of its child's failure."""
+class _LateEntry(_Entry):
+    """An entry that tells of a failure; its message is made by the thread that takes it.
 
-    child: Handle | None = None  # unknown yet if the child ends before its start has answered
-    failure: BaseException | None = None
+    The data of a failure may have to be loaded: see `_Entry.load`.
+    """
 
-    def settle(self, error: DistconcError | None, reply: Any = None) -> None:
-        self.failure = error.reason if isinstance(error, ThreadDied) else error
-        self.deliver()
+    __slots__ = ("_failure",)
+    needs_loading = True
 
-    def deliver(self) -> None:
-        """Send the failure, once both that and the child are known; `_settling` is held."""
-        if self.child and self.failure is not None:
-            self.thread._put(LinkedError(self.failure, self.child))
-            self.failure = None
+    def __init__(self, failure: _Failure, cause: _EventId | None) -> None:
+        self._failure: _Failure | None = failure
+        self.cause = cause
 
+    def load(self) -> bool:
+        if self._failure is not None:
+            self.message = self._make_message(self._failure)
+            self._failure = None
+        return True
 
-######## Threads: Thread, current_thread, threads, spawn, spawn_linked, spawn_server
-
-_incarnation = int.from_bytes(os.urandom(8), "big")  # of this process; never 0 but by a miracle
-_ids = itertools.count(1)
-_threads: dict[Target, "Thread"] = {}  # the living: by incarnation and id, by 0 and name
-_registry = threading.RLock()  # guards: a thread's end and the change of its names is one step
+    def _make_message(self, failure: _Failure) -> Any:
+        raise NotImplementedError
 
 
-class _Fixed:
-    """Something immutable that is equal to whatever has the same key."""
+class _Pending:
+    """Something that a thread of this process waits for: a reply, or an end.
+
+    It is in `_pending` from its making until it has its outcome: a reply, or a failure (the
+    thread that it is about ended, or contact with its node was lost), or nobody waits any more.
+    It gets one outcome at most.  It is itself the watcher of that thread, if that is here.
+    """
+
+    is_link = False
+
+    def __init__(self, waiter: "Thread") -> None:
+        self.waiter = waiter
+        self.tag = os.urandom(8).hex()  # cannot be guessed, so an outcome cannot be forged
+
+        # The Thread, or the node of part two, that reports the end.  Each has a method
+        # `remove_watcher`, which tells it not to.
+        self.watched: Any = None
+        _pending.add(self)
+
+    def resolve(self, reply: _Entry) -> None:
+        """Pass the reply on to the waiter.  Must not block: the table is locked."""
+
+    def fail(self, failure: _Failure, cause: _EventId | None) -> None:
+        """Pass the failure on to the waiter.  Must not block: the table is locked."""
+        raise NotImplementedError
+
+    def notify(self, failure: _Failure, cause: _EventId | None) -> bool:
+        """Hear, as a watcher, that the thread ended; return whether the waiter can hear it."""
+        return _pending.fail(self.tag, failure, cause)
+
+    def cancel(self) -> None:
+        """Stop waiting.  No outcome is passed on after this returns."""
+        if _pending.remove(self.tag):
+            self.stop_watching()
+
+    def stop_watching(self) -> None:
+        """Tell the watched thread, or its node, that its end need not be reported any more."""
+        if self.watched is not None:
+            self.watched.remove_watcher(self.tag)
+
+
+class _PendingTable:
+    """All that threads of this process wait for, by tag."""
+
+    def __init__(self) -> None:
+        # Guards the entries, and is held while one is told its outcome: so when `remove`
+        # returns, either that has been done, or it never will be.  An RLock, because a
+        # `__del__` that replies may interrupt its holder.
+        self._lock = threading.RLock()
+        self._by_tag: dict[str, _Pending] = {}
+
+    def add(self, pending: _Pending) -> None:
+        self._by_tag[pending.tag] = pending
+
+    def remove(self, tag: str) -> _Pending | None:
+        with self._lock:
+            return self._by_tag.pop(tag, None)
+
+    def resolve(self, tag: str, reply: _Entry, replier: Any = None) -> None:
+        """Give what is pending its reply, which came from `replier` (None: this process).
+
+        If `replier` is another than the one that is watched, that one still has a watcher: the
+        call was passed on, or answered here.
+        """
+        with self._lock:
+            pending = self._by_tag.pop(tag, None)
+            if pending:
+                pending.resolve(reply)
+        if pending and (replier is None or replier != pending.watched):
+            pending.stop_watching()
+
+    def fail(self, tag: str, failure: _Failure, cause: _EventId | None = None) -> bool:
+        """Give what is pending its failure; return False if nobody can hear of it."""
+        with self._lock:
+            pending = self._by_tag.pop(tag, None)
+            if pending is None:
+                return False
+            pending.fail(failure, cause)
+            return pending.waiter.is_alive()
+
+    def watching(self, watched: Any) -> list[_Pending]:
+        """Return what waits for something of `watched`."""
+        with self._lock:
+            return [each for each in self._by_tag.values() if each.watched == watched]
+
+
+_pending = _PendingTable()
+
+
+######## Threads: Thread, current_thread, threads
+
+_incarnation = int.from_bytes(os.urandom(8), "big")  # tells this process from all others
+_thread_ids = itertools.count(1)
+
+
+class _Immutable:
+    """A value that is equal to, and hashes as, every other with the same identity."""
 
     __slots__ = ()
-    _key: Any
+    _identity: Any
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Fixed) and bool(self._key == other._key)
+        return isinstance(other, _Immutable) and bool(self._identity == other._identity)
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return hash(self._identity)
 
     def __setstate__(self, state: Any) -> None:
+        # A pickle could otherwise change a handle that is in use here.
         raise TypeError(f"a {type(self).__name__} cannot be changed, nor by a pickle")
 
 
-class _Handle(_Fixed):
-    """What `Thread` and `RemoteThread` share: they are equal if they mean the same thread."""
+class _Handle(_Immutable):
+    """The common base of `Thread` and `RemoteThread`: equal if they denote the same thread."""
 
-    __slots__ = ("_key",)
+    __slots__ = ("_identity", "__weakref__")
 
 
 class Thread(_Handle):
@@ -491,26 +691,45 @@ class Thread(_Handle):
 
     `.id`, `.name` and `.node` (its address) say which.  Can be put into messages: pickled, it
     turns into a `RemoteThread` that is equal to it; copied, it is itself.
+
+    In the child of a fork it denotes the parent's thread still, and does all that a
+    `RemoteThread` does (part two).
     """
 
-    __slots__ = ("id", "name", "_mailbox", "_owes", "_names", "_ended", "_over", "_began",
-                 "_ident")
+    __slots__ = ("id", "name", "_mailbox", "_watchers", "_registered_names", "_ended", "_gone",
+                 "_end_waiters", "_started_at", "_os_ident", "_remote")
 
     def __init__(self, name: str) -> None:
-        self.id, self.name = next(_ids), name
-        self._began = monotonic()
-        self._ident: int | None = None  # what the `threading` module calls it, once it runs
-        self._key = (_incarnation, self.id)
+        self.id = next(_thread_ids)
+        self.name = name
+        self._identity = (_incarnation, self.id)
         self._mailbox = Mailbox()
-        self._owes: _Debts = {}  # who hears of its end
-        self._names: tuple[str, ...] = ()  # registered; guarded by _registry
-        self._ended = False  # guarded by _registry
-        self._over = _bell()  # rung at the end, for all
+        self._started_at = monotonic()
+        self._os_ident: int | None = None  # `threading.get_ident()` of it, once it runs
 
-    node = property(lambda self: local_node().address)
+        # These three are guarded by the lock of `_registry`.
+        self._watchers: dict[str, Any] = {}  # tag -> _Pending, or _RemoteWatcher of part two
+        self._registered_names: tuple[str, ...] = ()
+        self._ended = False  # takes no more messages
+
+        # Set, and the waiters of `join` woken, when all have been told of the end.
+        self._gone = False
+        self._end_waiters = _WaitQueue()
+
+        # In the child of a fork: the handle of the parent's thread.
+        self._remote: RemoteThread | None = None
+
+    @property
+    def node(self) -> Address | None:
+        """The address of the thread's node (part two)."""
+        if self._remote:
+            return self._remote.node
+        return local_node().address
 
     def is_alive(self) -> bool:
-        """Whether the thread has not ended.  Never blocks."""
+        """Return whether the thread has not ended.  Never blocks."""
+        if self._remote:
+            return self._remote.is_alive()
         return not self._ended
 
     def join(self, timeout: float | None = None) -> bool:
@@ -518,118 +737,130 @@ class Thread(_Handle):
 
         Raises RuntimeError in the thread itself, which would wait for ever.
         """
-        if _here.thread is self:
+        if self._remote:
+            return self._remote.join(timeout)
+        if _local.thread is self:
             raise RuntimeError("a thread cannot wait for its own end")
-        _hear(self._over, _left(_deadline(timeout)))
+        self._end_waiters.wait_until(lambda: self._gone, _deadline(timeout))
         return self._ended
 
     def send(self, message: Any) -> None:
         """Put `message` itself into the thread's mailbox.  Never blocks; see `send`."""
-        if _trace or self._ended or message.__class__ is Reply:
-            self._send(message)
-        else:
-            self._mailbox._add([message])
-
-    def _send_all(self, messages: list[Any]) -> None:
-        if _trace or self._ended or Reply in map(type, messages):
-            for message in messages:
-                self.send(message)
-        else:
-            self._mailbox._add(*[[message] for message in messages])
-
-    def _send(self, message: Any) -> None:
-        """Send in the ways less trodden: traced, to the dead, a reply."""
-        if _trace and _here.cause is None:
-            with _sending(message, self):
-                self._send(message)
-        elif message.__class__ is Reply:
-            if isinstance(message.tag, str):  # it may be forged, and anything
-                self._answer(message.data, message.tag)
+        cause = None
+        if _observer.is_recording:
+            cause = _observer.record_send(message, self)
+        if message.__class__ is Reply:
+            self._reply(message.data, message.tag, cause)
+        elif self._remote:
+            self._remote.send(message)
         elif self._ended:
-            _undelivered(self, "it has ended")
+            _observer.message_lost(self, "it has ended", cause)
         else:
-            self._put(message)
+            self._mailbox._put(_Entry(message, cause))
 
-    def _answer(self, data: Any, tag: str) -> None:
-        _settle(tag, None, data)
+    def _reply(self, data: Any, tag: str, cause: _EventId | None) -> None:
+        """Answer a call of this thread's.  The tag of a forged reply may be anything."""
+        if self._remote:
+            self._remote._reply(data, tag, cause)
+        elif isinstance(tag, str):
+            _pending.resolve(tag, _Entry(data, cause))
 
-    def _put(self, message: Any) -> None:
-        self._mailbox._add(_Traced(message, _here.cause) if _trace else [message])
-
-    def _ask(self, awaited: _Await, caller: "Thread | None" = None, data: Any = None) -> None:
-        """Owe `awaited` its outcome; with a caller, deliver the message that asks for it."""
-        if caller is self:
+    def _call(self, call: "_Call", message: Any, cause: _EventId | None) -> None:
+        """Have this thread asked by `call`, which waits for the reply."""
+        if self._remote:
+            self._remote._call(call, message, cause)
+            return
+        if call.waiter is self:
             raise SynchronousToSelfError(f"{self!r} cannot wait for its own reply")
-        if self._owe(awaited.tag) and caller:
-            self.send(Synchronous(data, caller, awaited.tag))
+        if self._watch(call, cause):
+            self._mailbox._put(_Entry(Synchronous(message, call.waiter, call.tag), cause))
 
-    def _owe(self, tag: str, creditor: int = 0, linked: bool = False) -> bool:
-        """Have this thread's end told to who awaits `tag`; False if it has ended already."""
-        self._owes[tag] = creditor, linked
-        _debts[tag] = self._owes
-        if self._ended:  # perhaps just now, before it could see this debt
-            _pay(tag, NoSuchThread(f"{self!r} has ended"))
-        return not self._ended
+    def _watch(self, pending: _Pending, cause: _EventId | None = None) -> bool:
+        """Have `pending` told of this thread's end; return False if it has been told now."""
+        if self._remote:
+            return self._remote._watch(pending)
+        pending.watched = self
+        if _registry.add_watcher(self, pending):
+            return True
+        pending.notify(_Failure(NoSuchThread(f"{self!r} has ended")), cause)
+        return False
+
+    def remove_watcher(self, tag: str) -> None:
+        """Forget a watcher, which need not be told of the end any more."""
+        _registry.remove_watcher(tag)
 
     def _start(self, func: Callable[..., Any], *args: Any) -> None:
-        run = threading.Thread(target=self._run, args=(func, args), name=self.name, daemon=True)
+        os_thread = threading.Thread(
+            target=self._run, args=(func, args), name=self.name, daemon=True)
         try:
-            run.start()
+            os_thread.start()
         except BaseException as error:
-            self._end(error, show=False)
+            self._end(error, print_it=False)
             raise
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        _here.thread, self._ident = self, threading.get_ident()
+        _local.thread = self
+        self._os_ident = threading.get_ident()
         try:
             func(*args)
+        except SystemExit:
+            self._end(None)
         except BaseException as error:
-            self._end(None if isinstance(error, SystemExit) else error)
+            self._end(error)
         else:
             self._end(None)
 
-    def _end(self, reason: BaseException | None, show: bool = True) -> None:
-        """Take no more messages, print the failure if nobody is linked, pay what is owed.
+    def _end(self, reason: BaseException | None, print_it: bool = True) -> None:
+        """End the thread, of `reason` (None: it returned).  The order of the steps matters.
 
-        In this order: who sees the failure finds the thread ended, and who hears of it might
-        end the process.
+        1. It ends, so that whoever reacts to the next steps finds it ended.
+        2. A failure that no link will report is printed, because a watcher that is told of it
+           may end the process.
+        3. The watchers are told.
+        4. Those that wait in `join` go on.
         """
-        crash = _trace and reason is not None and _record(self, "crash", error=_words(reason))
+        if reason is None:
+            event = _observer.record(self, "end")
+        else:
+            event = _observer.record(self, "crash", error=_last_line(reason))
+        watchers = _registry.remove(self)
         try:
-            with _because(crash or _record(self, "end")):
-                with _registry:
-                    self._ended = True
-                    _threads.pop(self._key, None)
-                    for name in self._names:
-                        _threads.pop((0, name), None)  # a fork may have cleared them
-                self._pay_all(reason, reason if show else None)
+            is_linked = any(watcher.is_link for watcher in watchers)
+            if print_it and not is_linked:
+                _print_failure(reason)
+            link_heard = self._notify_watchers(watchers, reason, event)
+            if print_it and is_linked and not link_heard:
+                _print_failure(reason)
+            self._print_unread_failures()
         finally:
-            self._show_unread()
-            _ring(self._over)
+            self._gone = True
+            self._end_waiters.wake_all()
 
-    def _pay_all(self, reason: BaseException | None, failure: BaseException | None) -> None:
-        """Tell who awaits the end; print the failure if nobody who is linked can hear of it."""
-        owed = self._owes.copy()
-        links = {tag for tag, (_, linked) in owed.items() if linked}
-        try:
-            if not links:
-                _print_failure(failure)
-        finally:
-            heard = {tag for tag in owed if _pay(tag, _obituary(self, reason))}
-        if links - heard:  # who was linked is gone
-            _print_failure(failure)
+    def _notify_watchers(self, watchers: list[Any], reason: BaseException | None,
+                         event: _EventId | None) -> bool:
+        """Tell all that the thread ended; return whether a linked parent could hear of it."""
+        link_heard = False
+        for watcher in watchers:
+            heard = watcher.notify(_Failure(_died(self, reason)), event)
+            link_heard = link_heard or (heard and watcher.is_link)
+        return link_heard
 
-    def _show_unread(self) -> None:
+    def _print_unread_failures(self) -> None:
         """Print the failures of linked threads that nobody can receive any more."""
-        for error in itertools.chain(*list(self._mailbox._cells)):
+        for entry in self._mailbox._snapshot():
+            if isinstance(entry, _LinkedEntry):
+                entry.load()
+            error = getattr(entry, "message", None)
             if isinstance(error, LinkedError):
                 _print_failure(error, getattr(error.error, "__traceback__", None))
 
     def __repr__(self) -> str:
-        return f"<Thread {self.id} {self.name!r}{', ended' if self._ended else ''}>"
+        ended = ", ended" if self._ended and not self._remote else ""
+        return f"<Thread {self.id} {self.name!r}{ended}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteThread, (self.node, self.id, self._key[0])
+        # Part two: pickled, a handle is a RemoteThread wherever it arrives.
+        return RemoteThread, (self.node, self.id, self._identity[0])
 
     def __deepcopy__(self, memo: Any = None) -> "Thread":
         return self
@@ -637,81 +868,258 @@ class Thread(_Handle):
     __copy__ = __deepcopy__
 
 
-def _print_failure(error: BaseException | None, trace: Any = None) -> None:
-    if error is not None:
-        about = type(error), error, trace or error.__traceback__, threading.current_thread()
+def _print_failure(error: BaseException | None, traceback: Any = None) -> None:
+    """Show an uncaught error as the threading module does.
+
+    `threading.excepthook` is the user's, and may fail; the error is printed all the same.
+    """
+    if error is None:
+        return
+    traceback = traceback or error.__traceback__
+    about = type(error), error, traceback, threading.current_thread()
+    try:
         threading.excepthook(threading.ExceptHookArgs(about))
+    except BaseException as hook_error:
+        with suppress(BaseException):
+            sys.__excepthook__(type(hook_error), hook_error, hook_error.__traceback__)
 
 
-def _obituary(thread: Thread, reason: BaseException | None) -> ThreadDied:
-    """What the end of `thread` is to those who wait for it."""
+def _died(thread: Thread, reason: BaseException | None) -> ThreadDied:
+    """Return the error that waiters get when `thread` ends before it has replied."""
     if reason is None:
         return ThreadDied(None, None, f"{thread!r} returned without a reply")
-    cause = RemoteError(type(reason).__name__, _traceback(reason)[-TEXT:])
-    return ThreadDied(reason, cause, f"{thread!r} died before it replied: {_words(reason)}")
+    traceback_end = _format_traceback(reason)[-MAX_ERROR_TEXT:]
+    cause = RemoteError(type(reason).__name__, traceback_end)
+    return ThreadDied(reason, cause, f"{thread!r} died before it replied: {_last_line(reason)}")
 
 
-def _traceback(error: BaseException, *, whole: bool = True) -> str:
-    """The traceback, or its last line; safe even from an error that cannot be printed."""
+MAX_ERROR_TEXT = 1 << 14  # letters of a traceback that is told elsewhere
+MAX_LINE = 1000  # letters of an error in one line
+
+
+def _format_traceback(error: BaseException) -> str:
+    """Return the traceback of `error`, even if parts of it cannot be printed."""
     try:
         import traceback
 
-        if whole:
-            return "".join(traceback.format_exception(error))
-        lines = traceback.format_exception_only(error)
-        return next((line for line in lines if type(error).__name__ in line), lines[-1])
+        return "".join(traceback.format_exception(error))
     except Exception:
         return f"{type(error).__name__} (its traceback cannot be printed)"
 
 
-def _words(error: BaseException) -> str:
-    """The last line of a traceback, cut to size."""
-    return _traceback(error, whole=False).strip()[:1000]
+def _last_line(error: BaseException) -> str:
+    """Return the line of the traceback that names the error, without its notes."""
+    name = type(error).__name__
+    try:
+        import traceback
+
+        lines = traceback.format_exception_only(error)
+    except Exception:
+        return f"{name} (its traceback cannot be printed)"
+    for line in lines:
+        if name in line:
+            return line.strip()[:MAX_LINE]
+    return lines[-1].strip()[:MAX_LINE]
 
 
-class _Guest:
-    """Lies in the locals of an adopted thread, to be dropped, and to tell, when that ends."""
+class _Registry:
+    """The living threads of this node, their names, and who watches them."""
+
+    def __init__(self) -> None:
+        # Guards the tables, and of every thread its watchers, its names and that it ended.  So
+        # a watcher is either told of a thread's end or refused: there is nothing in between.
+        # An RLock, because a `__del__` that sends may interrupt its holder.
+        self.lock = threading.RLock()
+        self.by_id: dict[int, Thread] = {}
+        self.by_name: dict[str, Thread] = {}  # those that have a registered name
+        self.by_watcher: dict[str, Thread] = {}  # a watcher's tag -> the thread it watches
+
+    def add(self, thread: Thread) -> None:
+        with self.lock:
+            self.by_id[thread.id] = thread
+
+    def remove(self, thread: Thread) -> list[Any]:
+        """End `thread`; return its watchers, which have to be told."""
+        with self.lock:
+            thread._ended = True
+            self.by_id.pop(thread.id, None)
+            for name in thread._registered_names:
+                self.by_name.pop(name, None)
+            watchers = thread._watchers
+            thread._watchers = {}
+            for tag in watchers:
+                self.by_watcher.pop(tag, None)
+            return list(watchers.values())
+
+    def register(self, name: str, thread: Thread) -> None:
+        """Give `thread` a name, which another thread loses if it had that."""
+        with self.lock:
+            if thread._ended:
+                raise NoSuchThread(f"{thread!r} cannot be registered any more")
+            if name in self.by_name:
+                self.unregister(name)
+            self.by_name[name] = thread
+            thread._registered_names += (name,)
+
+    def unregister(self, name: str) -> bool:
+        """Forget a name; return False if no thread has it."""
+        with self.lock:
+            thread = self.by_name.pop(name, None)
+            if thread is None:
+                return False
+            others = [other for other in thread._registered_names if other != name]
+            thread._registered_names = tuple(others)
+            return True
+
+    def add_watcher(self, thread: Thread, watcher: Any) -> bool:
+        """Have `watcher` told when `thread` ends; return False if it has ended."""
+        with self.lock:
+            if thread._ended:
+                return False
+            thread._watchers[watcher.tag] = watcher
+            self.by_watcher[watcher.tag] = thread
+            return True
+
+    def remove_watcher(self, tag: str) -> None:
+        """Forget a watcher, if there still is one with that tag."""
+        with self.lock:
+            thread = self.by_watcher.pop(tag, None)
+            if thread:
+                thread._watchers.pop(tag, None)
+
+    def forget_names(self) -> None:
+        with self.lock:
+            for name in list(self.by_name):
+                self.unregister(name)
+
+    def remove_watchers_of(self, peer: Any) -> None:
+        """Forget all watchers on another node, with which contact is lost (part two)."""
+        with self.lock:
+            for tag, thread in list(self.by_watcher.items()):
+                if getattr(thread._watchers.get(tag), "peer", None) == peer:
+                    self.remove_watcher(tag)
+
+
+_registry = _Registry()
+
+
+class _ExitHook:
+    """Reports the end of an adopted thread.
+
+    The only reference to it is in the thread's local storage.  Python frees that when the
+    thread ends, and calls `__del__`.
+    """
 
     def __init__(self, thread: Thread) -> None:
-        self.thread, self.process = thread, os.getpid()
+        self._thread = thread
+        self._process = os.getpid()
 
     def __del__(self) -> None:
-        if os.getpid() == self.process:  # a fork drops it, too, with locks in any state
-            self.thread._end(None)
+        # A fork frees the storage of other threads in the child, where they have not ended.
+        if os.getpid() == self._process:
+            self._thread._end(None)
 
 
-class _Here(threading.local):
-    """What belongs to the running thread."""
+class _Local(threading.local):
+    """Data of the running thread."""
 
-    thread: Thread | None = None
-    guest: _Guest | None = None
-    cause: "Stamp | None" = None  # of what is sent now, unless it is this thread; see _because
+    thread: Thread | None = None  # its handle
+    exit_hook: _ExitHook | None = None  # of an adopted thread
+    is_loading = False  # while a message from another node is being unpickled
+    must_not_wait = False  # of this module's own threads, for which others wait
+    is_logging = False  # while a logging handler of the user's runs
 
 
-_here = _Here()
+_local = _Local()
 
 
 def current_thread() -> Thread:
     """Return the handle of the calling thread.  Never blocks.  Factor: self.  Erlang: self().
 
-    A thread that `spawn` did not make (the main thread, a `threading.Thread`) is adopted.  When
-    it ends, of whatever, that counts as returning.
+    A thread that `spawn` did not make (the main thread, a `threading.Thread`) is adopted.  Its
+    end, for whatever reason, counts as returning.
     """
-    if _here.thread is None:
-        bearer = threading.current_thread()
-        thread = _here.thread = Thread(bearer.name)
-        thread._ident = bearer.ident
-        _threads[thread._key] = thread
-        if bearer is not threading.main_thread():
-            _here.guest = _Guest(thread)
-    return _here.thread
+    if _local.thread is None:
+        os_thread = threading.current_thread()
+        thread = Thread(os_thread.name)
+        thread._os_ident = os_thread.ident
+        _local.thread = thread
+        _registry.add(thread)
+        if os_thread is not threading.main_thread():
+            _local.exit_hook = _ExitHook(thread)
+    return _local.thread
 
 
 def threads() -> dict[int, Thread]:
-    """Return a new dict of this node's living threads by id.  Never blocks.  In Factor, too."""
-    return {id: thread for (run, id), thread in _threads.copy().items() if run}  # type: ignore
+    """Return a new dict of this node's living threads by id.  Never blocks.  Factor: threads."""
+    return _registry.by_id.copy()
 
 
+######## Spawning: spawn, spawn_linked, spawn_server
+
+
+class _LinkedEntry(_LateEntry):
+    """An entry whose message is a LinkedError."""
+
+    __slots__ = ("_child",)
+
+    def __init__(self, failure: _Failure, child: Handle, cause: _EventId | None) -> None:
+        super().__init__(failure, cause)
+        self._child = child
+
+    def _make_message(self, failure: _Failure) -> LinkedError:
+        return LinkedError(failure.reason(), self._child)  # type: ignore[arg-type]
+
+
+class _Link(_Pending):
+    """A parent wants a LinkedError when its child fails."""
+
+    is_link = True
+
+    def __init__(self, parent: Thread) -> None:
+        # A child may fail before `spawn_linked` has its handle: then the failure waits here.
+        self._child: Handle | None = None
+        self._failure: _Failure | None = None
+        self._cause: _EventId | None = None
+        super().__init__(parent)
+
+    def fail(self, failure: _Failure, cause: _EventId | None) -> None:
+        self._failure = failure
+        self._cause = cause
+        self._send_if_complete()
+
+    def set_child(self, child: Handle) -> None:
+        with _pending._lock:
+            self._child = child
+            self._send_if_complete()
+
+    def _send_if_complete(self) -> None:
+        """Send the LinkedError once both the failure and the child are known."""
+        if self._child is None or self._failure is None:
+            return
+        if not self._failure.is_return():
+            entry = _LinkedEntry(self._failure, self._child, self._cause)
+            self.waiter._mailbox._put(entry)
+        self._failure = None
+
+
+
+class _SpawnRequest(NamedTuple):
+    """What is needed to start a thread, here or on another node."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    name: str
+    register: bool
+    is_server: bool  # call `func` again and again while it returns something true
+
+
+@overload
+def spawn(func: Callable[..., Any], *args: Any, name: str | None = None, node: None = None,
+          register: bool = False) -> Thread: ...
+@overload
+def spawn(func: Callable[..., Any], *args: Any, name: str | None = None, node: NodeLike,
+          register: bool = False) -> Handle: ...
 def spawn(func: Callable[..., Any], *args: Any, name: str | None = None,
           node: NodeLike | None = None, register: bool = False) -> Handle:
     """Run `func(*args)` in a new daemon thread; return its handle.  Factor, Erlang: spawn.
@@ -722,72 +1130,107 @@ def spawn(func: Callable[..., Any], *args: Any, name: str | None = None,
     AuthenticationError.  Then nothing has started (after NodeDown: perhaps).  For keyword
     arguments use `functools.partial`.
     """
-    return _spawn(None, func, args, name, node, register)
+    return _spawn(_request(func, args, name, register), node, None)
 
 
-def spawn_linked(func: Callable[..., Any], *args: Any, **options: Any) -> Handle:
+@overload
+def spawn_linked(func: Callable[..., Any], *args: Any, name: str | None = None,
+                 node: None = None, register: bool = False) -> Thread: ...
+@overload
+def spawn_linked(func: Callable[..., Any], *args: Any, name: str | None = None,
+                 node: NodeLike, register: bool = False) -> Handle: ...
+def spawn_linked(func: Callable[..., Any], *args: Any, name: str | None = None,
+                 node: NodeLike | None = None, register: bool = False) -> Handle:
     """Like `spawn`; if `func` fails or its node is lost, this thread gets a `LinkedError`.
 
     Exactly one, in its mailbox, raised by the `receive` that takes it.  To return or to raise
     SystemExit is no failure.  Factor: spawn-linked.  Erlang: spawn_link, one way.
     """
+    request = _request(func, args, name, register)
     link = _Link(current_thread())
     try:
-        link.child = _spawn(link, func, args, **options)
+        child = _spawn(request, node, link)
     except BaseException:
-        _awaited.pop(link.tag, None)  # what is raised here is the one error
+        # The caller gets this error, so it must not get a LinkedError as well.
+        _pending.remove(link.tag)
         raise
-    with _settling:
-        link.deliver()
-    return link.child
+    link.set_child(child)
+    return child
 
 
-def spawn_server(func: Callable[..., Any], *args: Any, **options: Any) -> Handle:
+@overload
+def spawn_server(func: Callable[..., Any], *args: Any, name: str | None = None,
+                 node: None = None, register: bool = False) -> Thread: ...
+@overload
+def spawn_server(func: Callable[..., Any], *args: Any, name: str | None = None,
+                 node: NodeLike, register: bool = False) -> Handle: ...
+def spawn_server(func: Callable[..., Any], *args: Any, name: str | None = None,
+                 node: NodeLike | None = None, register: bool = False) -> Handle:
     """Like `spawn`, but calls `func(*args)` again while it returns something true.
 
     Factor: spawn-server.
     """
-    return spawn(_serve, func, *args, **options)
+    request = _request(func, args, name, register)._replace(is_server=True)
+    return _spawn(request, node, None)
 
 
-def _serve(func: Callable[..., Any], *args: Any) -> None:
-    while func(*args):
-        pass
+def _request(func: Callable[..., Any], args: tuple[Any, ...], name: str | None,
+             register: bool) -> _SpawnRequest:
+    if not callable(func):
+        raise TypeError(f"spawn takes a function and its arguments; {func!r} cannot be called")
+    name = name or _function_name(func)
+    _check_name(name)
+    return _SpawnRequest(func, args, name, register, is_server=False)
 
 
-def _spawn(link: _Link | None, func: Callable[..., Any], args: Any, name: str | None = None,
-           node: NodeLike | None = None, register: bool = False) -> Handle:
-    work = args[0] if func is _serve else func
-    if not callable(work):
-        raise TypeError(f"spawn takes a function and its arguments; {work!r} cannot be called")
-    name = name or _name_of(work)
-    request = func, args, name, register, link.tag if link else None
-    with _because(_record(current_thread(), "spawn", child=name) if _trace else None):
-        if node is None or local_node()._is_called(_address(node)):
-            return _spawn_here(*request)
-        child: RemoteThread = _ask_node(_address(node), "spawn", *request)
-    if link:
-        local_node()._depend(link, child._key[0])
+def _function_name(func: Any) -> str:
+    while isinstance(func, partial):
+        func = func.func
+    name = getattr(func, "__name__", type(func).__name__)
+    return str(name)[:MAX_NAME]
+
+
+MAX_NAME = 255  # letters of a thread's name
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or len(name) > MAX_NAME:
+        raise TypeError(f"a name is a text of up to {MAX_NAME} letters, not {name!r:.300}")
+
+
+def _spawn(request: _SpawnRequest, node: NodeLike | None, link: _Link | None) -> Handle:
+    event = None
+    if _observer.is_recording:
+        event = _observer.record(current_thread(), "spawn", child=request.name)
+    if node is not None:
+        # Part two: the thread may have to be started on another node.
+        return _spawn_at(node, request, link, event)
+    if link is None:
+        return _spawn_here(request, None, event)
+    child = _spawn_here(request, link, event)
+    link.watched = child
     return child
 
 
-def _spawn_here(func: Callable[..., Any], args: tuple[Any, ...], name: str, register: bool,
-                link: str | None, parent: int = 0) -> Thread:
-    thread = Thread(name)
-    if register:
-        register_remote_thread(thread)
-    _threads[thread._key] = thread
-    _record(thread, "start", _here.cause)
-    if link:
-        thread._owe(link, parent, linked=True)
-    thread._start(func, *args)
+def _spawn_here(request: _SpawnRequest, watcher: Any, cause: _EventId | None) -> Thread:
+    """Start a thread on this node; `watcher` is its linked parent's, if it has one."""
+    thread = Thread(request.name)
+    if request.register:
+        _registry.register(request.name, thread)
+    _registry.add(thread)
+    _observer.record(thread, "start", cause)
+    if watcher is not None:
+        _registry.add_watcher(thread, watcher)
+    if request.is_server:
+        thread._start(_run_server, request.func, *request.args)
+    else:
+        thread._start(request.func, *request.args)
     return thread
 
 
-def _name_of(func: Any) -> str:
-    while isinstance(func, partial):
-        func = func.func
-    return str(getattr(func, "__name__", type(func).__name__))
+def _run_server(func: Callable[..., Any], *args: Any) -> None:
+    while func(*args):
+        pass
 
 
 ######## Messages: send, receive, receive_if
@@ -800,8 +1243,8 @@ def send(message: Any, thread: Handle) -> None:
     raises.  To another node: sends a copy taken now; connects first if need be (at most
     `connect_timeout` seconds), and waits while too much is queued.  Raises SerializationError,
     NodeDown, AuthenticationError; then it was not sent, or was cut off on its way (a NodeDown
-    that is no NodeUnreachable).  To return means accepted here; only a reply proves more.  What
-    finds nobody there is dropped there and logged here.
+    that is no NodeUnreachable).  To return means accepted here; only a reply proves more.  If
+    there is no such thread, the message is dropped there and logged here.
     """
     try:
         thread.send(message)
@@ -811,7 +1254,7 @@ def send(message: Any, thread: Handle) -> None:
         raise TypeError(f"send(message, thread): {thread!r} is not a thread") from None
 
 
-def receive(timeout: float | None = None, default: Any = _NOTHING) -> Any:
+def receive(timeout: float | None = None, default: Any = _MISSING) -> Any:
     """Remove and return the oldest message of the calling thread's mailbox.
 
     Blocks at most `timeout` seconds (None: for ever; 0 or less: not at all), then returns
@@ -820,16 +1263,17 @@ def receive(timeout: float | None = None, default: Any = _NOTHING) -> Any:
 
     Factor: receive, receive-timeout.
     """
-    message = (_here.thread or current_thread())._mailbox._get(timeout)
-    if message is _NOTHING:
-        return _instead(default, "receive", timeout)
-    match message:
-        case LinkedError():
-            raise message
-    return message  # with no call since it was taken, hence no place for Ctrl-C to strike
+    thread = _local.thread or current_thread()
+    deadline = None
+    if timeout is not None:
+        deadline = _deadline(timeout)
+    entry = thread._mailbox._get(deadline)
+    if entry is None:
+        return _default_or_timeout("receive", "message", timeout, default)
+    return _received(entry)
 
 
-def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _NOTHING) -> Any:
+def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _MISSING) -> Any:
     """Remove and return the oldest message for which `pred` is true; the others stay.
 
     A class, or a tuple of classes, stands for its `isinstance`.  `pred` runs in this thread
@@ -839,33 +1283,48 @@ def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _NO
 
     Factor: receive-if, receive-if-timeout.  Erlang: selective receive.
     """
-    accepts = _accepts(pred, (LinkedError,))
-    message = (_here.thread or current_thread())._mailbox._get_if(accepts, timeout)
-    if message is _NOTHING:
-        return _instead(default, "receive_if", timeout)
-    match message:
-        case LinkedError():
-            raise message
+    fits = _as_predicate(pred)
+    thread = _local.thread or current_thread()
+    entry = thread._mailbox._get_if(fits, _deadline(timeout), also=(LinkedError,))
+    if entry is None:
+        return _default_or_timeout("receive_if", "such message", timeout, default)
+    return _received(entry)
+
+
+def _received(entry: _Entry) -> Any:
+    """Return the message of an entry that was taken; raise it if it is a linked failure."""
+    message = entry.message
+    if _observer.is_recording:
+        _observer.record_receive(message, entry.cause)
+    if isinstance(message, LinkedError):
+        raise message
     return message
 
 
-def _instead(default: Any, what: str, timeout: float | None) -> Any:
+def _default_or_timeout(function: str, expected: str, timeout: float | None,
+                        default: Any) -> Any:
+    """Return the default of a receive that has waited in vain, or raise TimeoutError."""
     if timeout:
-        _record(current_thread(), "timeout", what=what)
-    if default is _NOTHING:
-        such = "such " if what == "receive_if" else ""
-        raise TimeoutError(f"no {such}message came within {timeout} seconds")
+        _observer.record(current_thread(), "timeout", what=function)
+    if default is _MISSING:
+        raise TimeoutError(f"no {expected} came within {timeout} seconds")
     return default
 
 
 ######## Synchronous sends: Synchronous, Reply, send_, reply_, handle_synchronous
 
 
-class _Value(_Fixed):
-    """A message made, matched, compared and pickled by its attributes."""
+class _Message(_Immutable):
+    """A message that is made, matched, compared and pickled by its attributes.
+
+    (`dataclasses` would do the same, and double the time that importing this file takes.)
+    """
 
     __match_args__: tuple[str, ...] = ()
-    _key = property(lambda self: self.__reduce__())
+
+    @property
+    def _identity(self) -> Any:
+        return self.__reduce__()
 
     def __setattr__(self, name: str, value: Any = None) -> None:
         raise AttributeError(f"a {type(self).__name__} cannot be changed")
@@ -873,17 +1332,20 @@ class _Value(_Fixed):
     __delattr__ = __setattr__
 
     def __repr__(self) -> str:
-        shown = (f"{name}={getattr(self, name)!r}" for name in self.__match_args__)
-        return f"{type(self).__name__}({', '.join(shown)})"
+        fields = [f"{name}={getattr(self, name)!r}" for name in self.__match_args__]
+        return f"{type(self).__name__}({', '.join(fields)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, name) for name in self.__match_args__)
 
 
-class Synchronous(_Value):
-    """A message whose `sender` waits for a reply.  Factor: synchronous."""
+class Synchronous(_Message):
+    """A message whose `sender` waits for a reply.  Factor: synchronous.
 
-    __match_args__ = "data", "sender", "tag"
+    Equal to, and hashed as, every other of the same `tag`, whatever its data.
+    """
+
+    __match_args__ = ("data", "sender", "tag")
     data: Any
     sender: Handle
     tag: str
@@ -893,16 +1355,63 @@ class Synchronous(_Value):
             raise TypeError(f"Synchronous(data, sender, tag): not {sender!r}, {tag!r}")
         self.__dict__.update(data=data, sender=sender, tag=tag)
 
+    @property
+    def _identity(self) -> Any:
+        return Synchronous, self.tag
 
-class Reply(_Value):
+
+class Reply(_Message):
     """The answer to the `Synchronous` of the same `tag`.  Factor: reply."""
 
-    __match_args__ = "data", "tag"
+    __match_args__ = ("data", "tag")
     data: Any
     tag: str
 
     def __init__(self, data: Any, tag: str) -> None:
         self.__dict__.update(data=data, tag=tag)
+
+
+class _Call(_Pending):
+    """A thread waits in `send_synchronous`."""
+
+    def __init__(self, caller: Thread) -> None:
+        self._reply: _Entry | None = None
+        self._failure: _Failure | None = None
+        self._cause: _EventId | None = None
+
+        # Locked until there is an outcome, for which the caller waits by acquiring it.  (A
+        # _WaitQueue would do as well, at ten times the cost.)
+        self._is_pending = threading.Lock()
+        self._is_pending.acquire()
+        super().__init__(caller)
+
+    def resolve(self, reply: _Entry) -> None:
+        self._reply = reply
+        self._is_pending.release()
+
+    def fail(self, failure: _Failure, cause: _EventId | None) -> None:
+        self._failure = failure
+        self._cause = cause
+        self._is_pending.release()
+
+    def wait(self, deadline: float | None) -> bool:
+        """Wait for the outcome; return False at the deadline."""
+        return self._is_pending.acquire(timeout=_remaining(deadline))
+
+    def result(self) -> Any:
+        """Return the reply, or raise the failure.  What came from elsewhere is loaded now."""
+        if self._reply is not None:
+            self._reply.load()
+            self._record(self._reply.message, self._reply.cause)
+            return self._reply.message
+        assert self._failure is not None
+        error = self._failure.error()
+        self._record(error, self._cause)
+        raise error
+
+    def _record(self, outcome: Any, cause: _EventId | None) -> None:
+        if _observer.is_recording:
+            _observer.record_receive(outcome, cause)
 
 
 def send_synchronous(message: Any, thread: Handle, timeout: float | None = None) -> Any:
@@ -912,31 +1421,29 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     does.  Leaves the mailbox alone.  Raises SerializationError, NodeUnreachable, NoSuchThread,
     AuthenticationError: nothing was delivered; RemoteError: the other node could not read it;
     ThreadDied, NodeDown, TimeoutError: it may have run, and a reply that still comes is
-    dropped.  From a thread to itself: SynchronousToSelfError.
+    dropped.  From a thread to itself: SynchronousToSelfError.  While a message is being loaded
+    (from a `__setstate__`, say): RuntimeError.
     """
     if not isinstance(thread, _Handle):
         raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")
-    deadline = None if timeout is None else _deadline(timeout)
-    caller = _here.thread or current_thread()
-    call = _Await(caller)
-    traced = _trace and _here.cause is None
+    if _local.is_loading:
+        raise RuntimeError("a message that is being loaded cannot call: its receiver waits for "
+                           "it; send instead, or call once it has been received")
+    deadline = _deadline(timeout)
+    caller = _local.thread or current_thread()
+    call = _Call(caller)
     try:
-        if traced:
-            with _sending(message, thread):
-                thread._ask(call, caller, message)
-        else:
-            thread._ask(call, caller, message)
-        if not call.settled.acquire(True, -1 if deadline is None else _left(deadline)):
-            _record(caller, "timeout", what="call")
+        cause = None
+        if _observer.is_recording:
+            cause = _observer.record_send(message, thread)
+        thread._call(call, message, cause)
+        if not call.wait(deadline):
+            _observer.record(caller, "timeout", what="call")
             raise TimeoutError(f"no reply within {timeout} seconds; the call may still run")
-        if traced:
-            _record(caller, "receive", call.cause, message=_shown(call.error or call.reply))
-        if call.error is not None:
-            raise call.error
-        return call.reply
+        return call.result()
     finally:
-        if _awaited.pop(call.tag, None):  # no outcome, and none is wanted any more
-            call.excuse()
+        # After a time-out or Ctrl-C: no outcome is wanted any more, here or there.
+        call.cancel()
 
 
 def reply_synchronous(reply: Any, synchronous: Synchronous) -> None:
@@ -947,13 +1454,15 @@ def reply_synchronous(reply: Any, synchronous: Synchronous) -> None:
     """
     if not isinstance(synchronous, Synchronous):
         raise TypeError(f"reply_synchronous(reply, synchronous): {synchronous!r} is no request")
+    sender = synchronous.sender
+    cause = None
+    if _observer.is_recording:
+        cause = _observer.record_send(reply, sender)
     try:
-        if _trace:
-            synchronous.sender.send(Reply(reply, synchronous.tag))
-        else:
-            synchronous.sender._answer(reply, synchronous.tag)
-    except (NodeDown, AuthenticationError) as error:  # a stranger may have its address now
-        _undelivered(synchronous.sender, error)
+        sender._reply(reply, synchronous.tag, cause)
+    except (NodeDown, AuthenticationError) as error:
+        # The caller is gone.  (AuthenticationError: its port may be somebody else's by now.)
+        _observer.message_lost(sender, error, cause)
 
 
 def handle_synchronous(func: Callable[[Any], Any], timeout: float | None = None) -> bool:
@@ -965,9 +1474,104 @@ def handle_synchronous(func: Callable[[Any], Any], timeout: float | None = None)
 
     Factor: handle-synchronous.
     """
+    if not callable(func):
+        raise TypeError(f"handle_synchronous takes a function, not {func!r}")
     request = receive_if(Synchronous, timeout)
     reply_synchronous(func(request.data), request)
     return True
+
+
+######## Monitors: Monitor, Down, monitor, demonitor
+
+
+class Monitor(_Message):
+    """What `monitor` returned: `target` is watched.  Erlang: a monitor's reference."""
+
+    __match_args__ = ("target", "tag")
+    target: Any
+    tag: str
+
+    def __init__(self, target: Any, tag: str) -> None:
+        self.__dict__.update(target=target, tag=tag)
+
+
+class Down(_Message):
+    """The message that `target` ended of `reason`; see `monitor`.  Erlang: 'DOWN'."""
+
+    __match_args__ = ("monitor", "target", "reason")
+    monitor: Monitor
+    target: Any
+    reason: BaseException | None
+
+    def __init__(self, monitor: Monitor, target: Any, reason: BaseException | None) -> None:
+        self.__dict__.update(monitor=monitor, target=target, reason=reason)
+
+
+class _DownEntry(_LateEntry):
+    """An entry whose message is a Down."""
+
+    __slots__ = ("_monitor",)
+
+    def __init__(self, failure: _Failure, monitor: Monitor, cause: _EventId | None) -> None:
+        super().__init__(failure, cause)
+        self._monitor = monitor
+
+    def _make_message(self, failure: _Failure) -> Down:
+        return Down(self._monitor, self._monitor.target, failure.reason())
+
+
+class _Watch(_Pending):
+    """A thread wants a Down when another thread ends, or a node is lost."""
+
+    def __init__(self, waiter: Thread, target: Any) -> None:
+        super().__init__(waiter)
+        self.monitor = Monitor(target, self.tag)
+
+    def fail(self, failure: _Failure, cause: _EventId | None) -> None:
+        self.waiter._mailbox._put(_DownEntry(failure, self.monitor, cause))
+
+
+def monitor(thread_or_node: Handle | NodeLike) -> Monitor:
+    """Have one `Down` message sent to this thread when a thread ends or a node is lost.
+
+    Its `reason`: None (the thread returned), the exception it died of (or a RemoteError),
+    NoSuchThread, or NodeDown.  It comes after all that the thread had sent here.  Blocks as
+    `send` does, but raises nothing for a target that cannot be reached.  Erlang: monitor,
+    monitor_node.
+
+    NodeDown says that contact was lost, not that anything ended: a node that was only cut off
+    goes on, and can be sent to when it is back.  But a monitor or link that has told of a loss
+    is over.  Nothing more comes of it, also when the thread ends indeed; monitor it anew.
+    """
+    watch = _Watch(current_thread(), thread_or_node)
+    try:
+        if isinstance(thread_or_node, _Handle):
+            thread_or_node._watch(watch)
+        else:
+            # Part two: anything else denotes a node.
+            _watch_node(watch, thread_or_node)
+    except (NodeDown, NoSuchThread) as error:
+        _pending.fail(watch.tag, _Failure(error))
+    except AuthenticationError as error:
+        _pending.fail(watch.tag, _Failure(NodeUnreachable(str(error))))
+    except BaseException:
+        _pending.remove(watch.tag)
+        raise
+    return watch.monitor
+
+
+def demonitor(monitor: Monitor) -> None:
+    """End `monitor`: when this returns, no `Down` of it is in this thread's mailbox, nor comes.
+
+    Never blocks; to end it twice does nothing.  Erlang: demonitor with flush.
+    """
+    if not isinstance(monitor, Monitor):
+        raise TypeError(f"demonitor takes what monitor returned, not {monitor!r}")
+    watch = _pending.remove(monitor.tag)
+    if watch:
+        watch.stop_watching()
+    current_thread()._mailbox._get_if(
+        lambda message: isinstance(message, Down) and message.monitor == monitor, monotonic())
 
 
 ################ Part two: many nodes ################
@@ -984,8 +1588,9 @@ def serialize(obj: Any) -> bytes:
         return pickle.dumps(obj, 5)
     except Exception as error:
         text = f"message is a {type(obj).__name__} and cannot be sent to another node"
-        with suppress(Exception):  # a part of it may not let itself be looked at, either
-            text = _culprit(obj, error)
+        # Some part of it may not let itself be looked at, either.
+        with suppress(Exception):
+            text = _why_unpicklable(obj, error)
         raise SerializationError(text) from error
 
 
@@ -994,1099 +1599,1880 @@ def deserialize(data: bytes) -> Any:
 
     Raises whatever unpickling raises, and that is anything.  Factor: bytes>object.
     """
-    return local_node()._load(data)
+    return local_node().load(data)
 
 
-def _culprit(obj: Any, error: Exception, path: str = "message") -> str:
-    """Say which part of `obj`, as small as it can be told, cannot be pickled, and why."""
-    for where, part in _parts(obj) if len(path) < 500 else ():  # there may be cycles
-        try:
-            pickle.dumps(part, 5)
-        except Exception as inner:
-            if part is not obj:
-                return _culprit(part, inner, path + where)
+def _why_unpicklable(obj: Any, error: Exception, path: str = "message") -> str:
+    """Say which part of `obj`, as small as can be told, cannot be pickled, and why."""
+    # There may be cycles, so the path has a limit.
+    if len(path) < 500:
+        for name, child in _children(obj):
+            try:
+                pickle.dumps(child, 5)
+            except Exception as child_error:
+                if child is not obj:
+                    return _why_unpicklable(child, child_error, path + name)
     return (f"{path} is a {type(obj).__name__} and cannot be sent to another node ({error}); "
             "send plain data, something importable, or the handle of a thread that keeps it")
 
 
-def _parts(obj: Any) -> Iterable[tuple[str, Any]]:
+def _children(obj: Any) -> list[tuple[str, Any]]:
+    """Return the parts of `obj`, each with its name as an expression would have it."""
     if isinstance(obj, dict):
-        return [(f"[{_shown(key)}]", value) for key, value in obj.items()]
+        return [(f"[{_short_repr(key)}]", value) for key, value in obj.items()]
     if isinstance(obj, (list, tuple)):
         return [(f"[{index}]", value) for index, value in enumerate(obj)]
-    return [(f".{name}", value) for name, value in getattr(obj, "__dict__", {}).items()]
+    attributes = getattr(obj, "__dict__", {})
+    return [(f".{name}", value) for name, value in attributes.items()]
 
 
-def _loader(allow: str | Sequence[Any]) -> Callable[[Any], Any]:
-    """Return what unpickles messages: anything, or plain data and what `allow` lists."""
-    if allow == "anything":
-        return pickle.loads
-    import builtins, datetime as dt, decimal, fractions, uuid  # noqa: E401
-
-    plain = [complex, range, decimal.Decimal, fractions.Fraction, uuid.UUID, dt.date, dt.time,
-             dt.datetime, dt.timedelta, dt.timezone, RemoteThread, *_Value.__subclasses__()]
-    plain += [kind for kind in (*vars(builtins).values(), *globals().values())
-              if isinstance(kind, type) and issubclass(kind, BaseException)]
-    for item in allow:
-        if not callable(item) or not hasattr(item, "__qualname__"):
-            raise TypeError(f"allow= takes classes and functions themselves, not {item!r}")
-    known = {(item.__module__, item.__qualname__): item for item in (*plain, *allow)}
-
-    class Narrow(pickle.Unpickler):
-        calls: list[Any]
-
-        def find_class(self, module: str, name: str) -> Any:
-            item = known.get((module, name))
-            if item is None:
-                raise _Refused(f"{module}.{name}"[:300] + " is not among what it allows")
-            if item in (uuid.UUID, *allow):
-                return item
-            call = partial(item)  # can be called, but no pickle can change the class through it
-            self.calls.append(weakref.ref(call))
-            return call
-
-    def load(data: Any) -> Any:
-        unpickler = Narrow(io.BytesIO(data))
-        calls = unpickler.calls = []
-        message = unpickler.load()
-        del unpickler  # and its memo, so that what lives on of the calls is in the message
-        if any(call() for call in calls):
-            raise _Refused("a class itself is not plain data; allow= must list it")
-        return message
-
-    return load
-
-
-class _Refused(pickle.UnpicklingError):
+class _NotAllowed(pickle.UnpicklingError):
     """A message names something that `allow` does not."""
 
 
-######## Addresses and keys: what a node is called, and who may come in
+def _check_allow(allow: Any) -> "str | tuple[Any, ...]":
+    """Return the option `allow`; raise TypeError unless it is classes and functions."""
+    if isinstance(allow, str) and allow == "anything":
+        return allow
+    items = tuple(allow)
+    for item in items:
+        is_plain = isinstance(item, (type, types.FunctionType, types.BuiltinFunctionType))
+        if not is_plain or isinstance(item, types.GenericAlias):
+            raise TypeError(f"allow= takes classes and functions themselves, not {item!r}")
+    return items
 
 
-def _address(node: Any) -> Address | None:
-    """One spelling for all that may stand where a node is asked for; None does not listen."""
-    given, node = node, getattr(node, "address", node)
-    if isinstance(node, int) and not isinstance(node, bool):
-        node = "127.0.0.1", node
-    if isinstance(node, str) and "/" not in node and node.rpartition(":")[2].isdecimal():
-        node = node.rpartition(":")[0], int(node.rpartition(":")[2])
-    match node:
-        case None if given is not None:
-            return None
-        case str() | os.PathLike() if "/" in str(os.fspath(node)):
-            return os.path.abspath(node)
-        case str(host), int(port) if 0 <= port < 65536 and ":" not in host:
-            return "127.0.0.1" if host in ("", "localhost") else host, port
-    spelt = "9000, 'host:9000', ('host', 9000), or a path with a slash"
-    raise ValueError(f"not a node: {given!r}; say {spelt}")
+def _make_loader(allow: "str | Sequence[Any]") -> Callable[[Any], Any]:
+    """Return the function that unpickles messages: anything, or what `allow` lets in."""
+    if allow == "anything":
+        return pickle.loads
+    listed = (*_plain_types(), *allow)
+    allowed = {(item.__module__, item.__qualname__): item for item in listed}
+    return partial(_load_restricted, allowed, frozenset(allow))
 
 
-_checked: Callable[[Any], Any] = lru_cache(1024)(_address)  # for handles that come again
+def _plain_types() -> list[Any]:
+    """Return the types of plain data that a pickle has to name."""
+    import builtins
+    import datetime
+    import decimal
+    import fractions
+    import uuid
+
+    plain = [complex, range, decimal.Decimal, fractions.Fraction, uuid.UUID, datetime.date,
+             datetime.time, datetime.datetime, datetime.timedelta, datetime.timezone,
+             RemoteThread, *_Message.__subclasses__()]
+    for named in (*vars(builtins).values(), *globals().values()):
+        if isinstance(named, type) and issubclass(named, BaseException):
+            plain.append(named)
+    return plain
 
 
-def _text(address: Address | None) -> str:
-    return address if isinstance(address, str) else "%s:%d" % address if address else ""
+def _load_restricted(allowed: dict[tuple[str, str], Any], listed: frozenset[Any],
+                     data: Any) -> Any:
+    """Unpickle plain data and what `allow` lists; raise _NotAllowed for the rest."""
+    unpickler = _RestrictedUnpickler(io.BytesIO(data))
+    unpickler.allowed = allowed
+    unpickler.listed = listed
+    constructors = unpickler.constructors
+    message = unpickler.load()
+    # Its memo holds the constructors, too.  Of those that live on, the message is the owner.
+    del unpickler
+    for constructor in constructors:
+        if constructor() is not None:
+            raise _NotAllowed("a class itself is not plain data; allow= must list it")
+    return message
 
 
-def _family(address: Address | None) -> int:
-    return socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Lets in plain data, and what `allow` lists.
+
+    A pickle is a program.  It names classes and functions, calls them, and sets attributes of
+    whatever it holds; that of a hostile node would name `os.system`, or set a method of a class
+    that this node uses.  So what is not allowed is not even imported.  And a class of plain
+    data is not handed out itself, but a constructor, which can be called and not be changed.
+
+    What `allow` lists is handed out itself, because its instances may need it; so whoever has
+    the key can change its attributes.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self.allowed: dict[tuple[str, str], Any] = {}  # (module, name) -> class or function
+        self.listed: frozenset[Any] = frozenset()
+        self.constructors: list[Any] = []  # weak references
+
+    def find_class(self, module: str, name: str) -> Any:
+        item = self.allowed.get((module, name))
+        if item is None:
+            raise _NotAllowed(f"{module}.{name}"[:300] + " is not among what it allows")
+        # The pickle of a UUID makes it without calling its class.
+        if item in self.listed or item.__name__ == "UUID":
+            return item
+        constructor = _Constructor(item)
+        self.constructors.append(weakref.ref(constructor))
+        return constructor
 
 
-def _on_loopback(address: Address | None) -> bool:
-    return not isinstance(address, tuple) or address[0].startswith("127.")
+class _Constructor:
+    """Makes instances of a class of plain data, for a pickle that may do nothing else."""
+
+    __slots__ = ("_make", "__weakref__")
+    _make: Callable[..., Any]
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_make", make)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._make(*args)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise _NotAllowed("a message must not change a class")
+
+    def __setstate__(self, state: Any) -> None:
+        raise _NotAllowed("a message must not change a class")
 
 
-def _authkey(key: bytes | str | None, address: Address | None) -> bytes:
-    """The key: `key`, or from the environment, or from the cookie file."""
+######## Addresses and keys: where a node listens, and who may come in
+
+_PORTS = range(65536)
+
+
+def _parse_address(node: Any) -> Address | None:
+    """Return the one spelling of all that denotes a node; None for one that does not listen."""
+    address = getattr(node, "address", node)
+    if address is None and node is not None:
+        return None
+    if isinstance(address, int) and not isinstance(address, bool):
+        address = ("127.0.0.1", address)
+    if isinstance(address, str) and "/" not in address:
+        host, _, port = address.rpartition(":")
+        if port.isascii() and port.isdecimal():
+            address = (host, int(port))
+    if isinstance(address, (str, bytes, os.PathLike)):
+        path = os.fsdecode(address)
+        if "/" in path and "\0" not in path:
+            return os.path.abspath(path)
+    if isinstance(address, tuple) and len(address) == 2:
+        host, port = address
+        is_port = isinstance(port, int) and not isinstance(port, bool) and port in _PORTS
+        if is_port and _is_host(host):
+            if host in ("", "localhost"):
+                host = "127.0.0.1"
+            return str.__str__(host), int(port)
+    raise ValueError(f"not a node: {node!r}; say 9000, 'host:9000', ('host', 9000), "
+                     "or a path with a slash")
+
+
+def _is_host(host: Any) -> bool:
+    """Return whether a text could be the name or the IPv4 address of a host."""
+    return isinstance(host, str) and ":" not in host and (
+        host.isprintable() and " " not in host and len(host) <= MAX_NAME)
+
+
+def _parse_address_cached(node: Any) -> Address | None:
+    """Return the same as `_parse_address`, at once for what a handle that travels has."""
+    if type(node) is tuple:
+        return _parse_pair(node)
+    return _parse_address(node)
+
+
+# Keys are (host, port): short, so the cache is small.
+_parse_pair: Callable[[Any], "Address | None"] = lru_cache(1024)(_parse_address)
+
+
+def _format_address(address: Address | None) -> str:
+    """Return an address as a text, from which it can be parsed; "" for None."""
+    if address is None:
+        return ""
+    if isinstance(address, str):
+        return address
+    return f"{address[0]}:{address[1]}"
+
+
+def _address_family(address: Address | None) -> int:
+    if isinstance(address, str):
+        return socket.AF_UNIX
+    return socket.AF_INET
+
+
+def _is_loopback(address: Address | None) -> bool:
+    """Return whether only this machine can reach that address.
+
+    A host's name may begin with "127.", and be anywhere.
+    """
+    if not isinstance(address, tuple):
+        return True
+    try:
+        return socket.inet_aton(address[0])[0] == 127 and address[0].count(".") == 3
+    except OSError:
+        return False
+
+
+def _advertised_address(bound: Any, advertise: Any) -> Address:
+    """Return what other nodes dial: `advertise`, or the address at which this node listens.
+
+    A node that listens at all addresses of this machine tells one at which others on its
+    network reach it; not the machine's name, which nobody in a classroom can look up.
+    """
+    if advertise is not None:
+        if isinstance(advertise, str) and _is_host(advertise) and "/" not in advertise:
+            advertise = (advertise, bound[1])
+        address = _parse_address(advertise)
+        if address is None or isinstance(address, tuple) and address[1] == 0:
+            raise ValueError(f"advertise={advertise!r} is nothing that others can dial")
+        return address
+    if bound[0] != "0.0.0.0":
+        return bound  # type: ignore[no-any-return]
+    # To connect a datagram socket sends nothing, but chooses the address to send from.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("10.255.255.255", 9))
+            return probe.getsockname()[0], bound[1]
+        except OSError:
+            return "127.0.0.1", bound[1]
+
+
+def _find_key(key: bytes | str | None, address: Address | None) -> bytes:
+    """Return the key: `key`, or the environment's, or the cookie file's."""
     source = "authkey="
     if key is None:
-        source, key = "DISTCONC_AUTHKEY", os.environ.get("DISTCONC_AUTHKEY")
+        source = "DISTCONC_AUTHKEY"
+        key = os.environ.get("DISTCONC_AUTHKEY")
     if key is None:
         source = os.environ.get("DISTCONC_COOKIE") or os.path.expanduser("~/.distconc.cookie")
-        key = _cookie(source)
+        key = _read_cookie(source)
+    if not isinstance(key, (bytes, str)):
+        raise TypeError(f"authkey= is bytes or a text, not {type(key).__name__}")
+    if isinstance(key, str):
+        key = os.fsencode(key) if source == "DISTCONC_AUTHKEY" else key.encode()
     if not key:
         raise ValueError(f"the key from {source} is empty; that would let everybody in")
-    if len(key) < 16 and not _on_loopback(address):
-        raise ValueError(f"the key from {source} is short; off this machine it needs 16 bytes")
-    return key.encode() if isinstance(key, str) else key
+    if len(key) < 16 and not _is_loopback(address):
+        raise ValueError(
+            f"the key from {source} is short; off this machine it needs 16 bytes, and random "
+            "ones: python3 -c 'import secrets; print(secrets.token_hex(16))'")
+    return key
 
 
-def _cookie(path: str) -> bytes:
-    """Read the cookie file, made first if there is none."""
+def _read_cookie(path: str) -> bytes:
+    """Return the key in the cookie file, which is made first if there is none."""
     if not os.path.exists(path):
-        draft = f"{path}.{os.getpid()}.{threading.get_ident()}"
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(os.urandom(32).hex() + "\n")
-        with suppress(FileExistsError):
-            os.link(draft, path)  # unlike a rename, fails if another process was first
-        os.unlink(draft)
+        try:
+            _make_cookie(path)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"no cookie file can be made at {path}: {error.strerror}; give a key "
+                "by authkey=, by DISTCONC_AUTHKEY, or in a file that DISTCONC_COOKIE names"
+            ) from None
     with open(path, "rb") as file:
-        if os.name == "posix" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-            raise PermissionError(f"others can read the key in {path}; chmod 600 {path}")
+        status = os.fstat(file.fileno())
+        if os.name == "posix":
+            if stat.S_IMODE(status.st_mode) & 0o077:
+                raise PermissionError(f"others can read the key in {path}; chmod 600 {path}")
+            if status.st_uid != os.geteuid():
+                raise PermissionError(f"the key in {path} is another user's")
         return file.read().strip()
 
 
-######## Names and remote handles: RemoteThread, register_, unregister_, get_remote_thread
-
-
-class RemoteThread(_Handle):
-    """A handle of a thread on some node, by id or registered name.  Factor: remote-thread.
-
-    `.node` is the node's address, `.id` the id or name.  Immutable.  One that a `Thread` was
-    pickled into equals that thread, on any node; no later run of its node takes it for
-    another's.  One made by hand equals one made by hand of the same node and id.
-    """
-
-    __slots__ = ("_node", "_id", "_target", "_head", "_route")
-
-    def __init__(self, node: NodeLike | None, id: int | str, incarnation: int = 0) -> None:
-        if not isinstance(id, (int, str)) or len(str(id)) > 255 or type(incarnation) is not int:
-            raise TypeError(f"an id is an int, or a name of up to 255 letters, not {id!r}")
-        if not incarnation:
-            self._node: Any = _address(node)
-            if self._node is None:  # nobody can dial that node; but it may be this one
-                incarnation = node.incarnation  # type: ignore[union-attr]
-        else:
-            self._node = None if node is None else _checked(node)
-        self._id = id = str.__str__(id) if isinstance(id, str) else int(id)  # no subclass's
-        self._key = (incarnation or self._node, id)
-        self._target = incarnation, id  # what its node knows it by; 0: in whatever run
-        self._head = SEND, self._target
-        self._route: _Connection | None = None  # the last on which it was reached
-
-    node = property(lambda self: self._node)
-    id = property(lambda self: self._id)
-
-    def send(self, message: Any) -> None:
-        """Send a copy of `message` to the thread; see `send`."""
-        route = self._route
-        if not route or route.ending or _trace or _faults or message.__class__ is Reply:
-            self._send(message)
-            return
+def _make_cookie(path: str) -> None:
+    """Make the file with a fresh key, all at once: another process may do the same now."""
+    draft = f"{path}.{os.getpid()}.{threading.get_ident()}"
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(descriptor, "w") as file:
+            file.write(os.urandom(32).hex() + "\n")
         try:
-            payload = pickle.dumps(message, 5)
-        except Exception:
-            payload = serialize(message)  # which says what is wrong
-        if len(payload) > route.small or not route.send(self._head, payload):
-            self._deliver(self._head, payload)
-
-    def _send(self, message: Any) -> None:
-        """Send in the ways less trodden: at first, traced, to this node itself, a reply."""
-        if _trace and _here.cause is None:
-            with _sending(message, self):
-                self._send(message)
-        elif message.__class__ is Reply:
-            self._answer(message.data, str(message.tag))
-        elif self._is_here():
-            try:
-                get_remote_thread(self._id).send(message)
-            except NoSuchThread as error:
-                _undelivered(self, error)
-        else:
-            self._deliver(self._head, serialize(message))
-
-    def _answer(self, data: Any, tag: str) -> None:
-        if self._is_here():
-            _settle(tag, None, data)
-        else:
-            self._deliver((REPLY, tag), serialize(data))
-            _strike(tag)
-
-    def _ask(self, awaited: _Await, caller: Thread | None = None, message: Any = None) -> None:
-        if self._is_here():
-            get_remote_thread(self._id)._ask(awaited, caller, message)
-        else:
-            id, payload = (caller.id, serialize(message)) if caller else (0, b"")
-            self._deliver((ASK, self._target, id, awaited.tag), payload, awaited)
-
-    def _deliver(self, head: Head, payload: bytes, awaited: _Await | None = None) -> None:
-        """Send over the connection there is, or a new one; again if that ended untaken."""
-        for _ in range(2):
-            route = self._route
-            if route is None or route.ending:
-                _check_size(len(payload), local_node()._max_message)
-                route = self._route = local_node()._reach(self._node, self._target[0])
-            if awaited:
-                awaited.peer = route.peer
-            if len(payload) > route.small:
-                _check_size(len(payload), route.limit)
-            stamped = _stamped(head) if _trace else head
-            fault = _faults and _fault(route.names)
-            send = partial(fault._send, route) if fault else route.send
-            if send(stamped, payload):
-                return
-        raise NodeDown(f"two connections to {_text(self._node)} ended before they took it")
-
-    def _is_here(self) -> bool:
-        if self._route and not self._route.ending:  # then it is where that leads
-            return False
-        if self._target[0]:
-            return bool(self._target[0] == _incarnation)
-        return local_node()._is_called(self._node)
-
-    def __repr__(self) -> str:
-        return f"RemoteThread({_text(self._node) or None!r}, {self._id!r})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteThread, (self._node, self._id, self._target[0])
+            # Unlike a rename, this fails if another process was first.
+            os.link(draft, path)
+        except FileExistsError:
+            pass
+        except OSError:
+            # The file system has no hard links.
+            os.rename(draft, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(draft)
 
 
-def _check_size(size: int, limit: int) -> None:
-    if size > limit:
-        raise SerializationError(f"{size} bytes are more than max_message, {limit}")
+######## The wire: handshake, frames, headers
+#
+# A connection is made like this.  Steps 1 and 2 are `multiprocessing.connection`'s own, with
+# the key; 3 is one `send_bytes` each way; from 4 on everything is a frame.
+#
+#      dialler                                 acceptor
+#   1  answers the challenge          <--      sends a challenge
+#   2  sends a challenge              -->      answers it
+#   3  sends its hello                <->      sends its hello
+#   4  sends "serials"                -->      waits for older connections to end
+#   5  waits for older connections    <--      sends "serials"
+#   6  is established                          is established
+#
+# A hello is these fields, as text, joined by NUL:
+#
+#   protocol       "distconc 4"
+#   role           "dialler" or "acceptor"
+#   nonce          16 random bytes, in hex
+#   incarnation    of the sender, in hex
+#   heartbeat      seconds; the smaller of the two counts
+#   max_message    bytes
+#   address        where the sender listens: "host:port", a path, or "" if it does not
+#   dialled        from the dialler alone: the address that it wanted to reach
+#   reached        from the dialler alone: the address that its socket is connected to
+#
+# A frame has no meaning until its MACs are right, and no memory is taken for it before:
+#
+#   bytes   meaning
+#   4       length of the envelope, big-endian, at most 64 MiB
+#   8       length of all payloads, at most max_message, or 1 MiB if that is more
+#   16      MAC
+#   ...     envelope: a pickled list of pairs (header, lengths of its payloads)
+#   ...     the payloads, end to end
+#   16      MAC; missing, as the two before it, if both lengths are 0
+#
+# A MAC is BLAKE2b, keyed, of all frames of that direction so far, but without the MACs, and with
+# the SHA-256 of an envelope, or of payloads, of more than 2048 bytes in their place.  Its key is
+# HMAC-SHA256(authkey, role of the sender + SHA-256(dialler's hello) + SHA-256(acceptor's)).
+#
+# A frame of two zeros is a tick: a side that has nothing to send sends one every fifth of the
+# heartbeat.  Silence for four fifths of it ends the connection.  The last frame of a side has
+# the header "end"; after it that side shuts down its writing half, and reads to the other's end.
+# A direction that ends without "end" was cut off: what was sent last may be lost.
+#
+# An envelope holds plain data only, and each header at least one payload, 65,536 in all.  These are the headers, and their payloads:
+#
+#   "serials"      serial, oldest serial          empty; see _Handshake._exchange_serials
+#   "send"         incarnation, id, cause         the message, pickled
+#   "call"         incarnation, id, caller, tag, cause             the message, pickled
+#   "monitor"      incarnation, id, tag, cause    empty; the answer is "failed", at the end
+#   "request"      tag, cause                     what the node itself shall do, pickled
+#   "reply"        tag, cause                     the reply, pickled
+#   "failed"       tag, kind, text, traceback, cause      the reason, pickled, or empty
+#   "unwatch"      tag                            empty; the end need not be reported any more
+#   "undelivered"  id, why, count, cause          empty; sends that nobody could take
+#   "end"                                         empty; nothing follows
+#
+#   incarnation    of the process that the handle is from; None: of whichever has that address
+#   id             a thread's id, or its registered name
+#   caller         the id of the thread that calls
+#   tag            a random text, by which the outcome is told
+#   cause          the event that the message was sent by: (incarnation in hex, thread, clock);
+#                  None if it was not recorded
+#   kind           "no thread", "returned", "died", or "unreadable"
+#   traceback      a pair: the error's name, and its traceback or the reason it is unreadable
+#
+# A request is ("ps",), ("is alive", id), or ("spawn", func, args, name, register, is_server,
+# link): link is a tag, for which a failure of the new thread is reported, or None.
+
+PROTOCOL = "distconc 4"
+MAX_HELLO = 4096  # bytes
+FRAME_LENGTHS = struct.Struct(">IQ")
+MAC_SIZE = 16  # bytes
+MAX_ENVELOPE = 1 << 26  # bytes; MAX_BATCH failures of MAX_ERROR_TEXT each are less
+MIN_PAYLOADS = 1 << 20  # bytes, which every node accepts; MAX_BATCH small payloads are less
+MAX_PAYLOADS = 1 << 16  # in a frame
+MAX_REASON = 1 << 16  # bytes of a pickled reason; of a larger one only the text is sent
+SMALL_PAYLOAD = 2048  # bytes; a larger one has a frame of its own, as copying it costs more
+READ_BUFFER = 1 << 16  # bytes
+MAX_CLOCK = 1 << 52  # of a cause; a greater one would push our own clocks too far
+
+_Header = tuple[Any, ...]
+_Group = tuple[_Header, Sequence["bytes | memoryview"]]  # a header, and the payloads it is for
 
 
-def register_remote_thread(thread: Thread, name: str | None = None) -> None:
-    """Let other nodes reach `thread` by `name`, by default its own.  Never blocks.
+class _Hello(NamedTuple):
+    """What each side says about itself, once both challenges are passed."""
 
-    Takes the name from whoever had it; the thread's end frees it.  A thread may have several.
-    Raises TypeError unless `thread` is of this node, NoSuchThread if it has ended.
-    Factor: register-remote-thread.  Erlang: register.
+    role: str
+    incarnation: int
+    heartbeat: float
+    max_message: int
+    address: Address | None
+    dialled: tuple[str, ...]  # of the dialler: the address it dialled, the one it reached
+    line: bytes  # all of it, as it is sent
+
+    @classmethod
+    def make(cls, role: str, node: "Node", dialled: Sequence[str]) -> "_Hello":
+        fields = [PROTOCOL, role, os.urandom(16).hex(), f"{_incarnation:x}",
+                  repr(node._heartbeat), str(node._max_message), str(node), *dialled]
+        return cls.decode("\0".join(fields).encode("utf-8", "surrogateescape"))
+
+    @classmethod
+    def decode(cls, line: bytes) -> "_Hello":
+        """Raise ValueError or AuthenticationError for what is no hello of this protocol."""
+        fields = line.decode("utf-8", "surrogateescape").split("\0")
+        if fields[0] != PROTOCOL:
+            raise AuthenticationError(
+                f"the other side speaks {fields[0][:100]!r}, this {PROTOCOL!r}")
+        _, role, _, incarnation, heartbeat, max_message, address, *dialled = fields
+        hello = cls(
+            role=role, incarnation=int(incarnation, 16), heartbeat=float(heartbeat),
+            max_message=int(max_message), address=_parse_address(address) if address else None,
+            dialled=tuple(dialled), line=line)
+        hello._check_ranges()
+        return hello
+
+    def _check_ranges(self) -> None:
+        if not 0 < self.incarnation < 1 << 64:
+            raise ValueError(f"{self.incarnation} is no incarnation")
+        if not MIN_HEARTBEAT <= self.heartbeat <= MAX_SECONDS:
+            raise ValueError(f"{self.heartbeat} is no heartbeat")
+        if not 0 < self.max_message < MAX_MAX_MESSAGE:
+            raise ValueError(f"{self.max_message} is no max_message")
+
+
+class _Seal:
+    """Makes the MACs of one direction of a connection.
+
+    Each MAC is of all bytes of that direction so far.  So nothing can be altered, left out,
+    repeated or moved without the next MAC being wrong.
     """
-    name = thread.name if name is None and isinstance(thread, Thread) else name
-    if not isinstance(thread, Thread) or not isinstance(name, str):
-        raise TypeError(f"only a thread of this node can get a name: not {thread!r} {name!r}")
-    name = str.__str__(name)  # an Enum's hash is another
-    with _registry:
-        if thread._ended:
-            raise NoSuchThread(f"{thread!r} cannot be registered any more")
-        if (0, name) in _threads:
-            unregister_remote_thread(name)
-        _threads[0, name] = thread
-        thread._names += (name,)
+
+    def __init__(self, key: bytes, sender: _Hello, dialler: _Hello, acceptor: _Hello) -> None:
+        transcript = hashlib.sha256(dialler.line).digest()
+        transcript += hashlib.sha256(acceptor.line).digest()
+        direction_key = hmac.digest(key, sender.role.encode() + transcript, "sha256")
+        self._state = hashlib.blake2b(key=direction_key, digest_size=MAC_SIZE)
+
+    def mac_of_lengths(self, lengths: bytes) -> bytes:
+        """Return the MAC of all before, and then the lengths of a frame."""
+        self._state.update(lengths)
+        return self._state.digest()
+
+    def mac_of_body(self, envelope: bytes, payloads: bytes) -> bytes:
+        """Return the MAC of all before, and then the rest of a frame."""
+        if len(envelope) > SMALL_PAYLOAD:
+            # SHA-256 is twice as fast per byte as BLAKE2b, but slower to begin.
+            envelope = hashlib.sha256(envelope).digest()
+        if len(payloads) > SMALL_PAYLOAD:
+            payloads = hashlib.sha256(payloads).digest()
+        self._state.update(envelope + payloads)
+        return self._state.digest()
 
 
-def unregister_remote_thread(name: str) -> None:
-    """Forget a registered name.  Never blocks.  Raises NoSuchThread.
+class _EnvelopeUnpickler(pickle.Unpickler):
+    """Loads envelopes: these are plain data, whatever `allow` lets into messages."""
 
-    Factor: unregister-remote-thread.  Erlang: unregister.
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"an envelope names {module}.{name}"[:300])
+
+
+_PLAIN_FIELDS = frozenset([str, int, float, type(None)])
+
+
+def _check_header(header: Any) -> None:
+    """Raise ValueError for a header whose fields are neither plain nor short plain tuples.
+
+    Nothing else may be hashed, compared or shown: a pickle of some kilobytes can stand for a
+    tuple of a thousand million items, or crash the interpreter by its depth.
     """
-    with _registry:
-        thread = _threads.pop((0, name), None)
-        if thread is None:
-            raise _no_such_thread(name)
-        thread._names = tuple(other for other in thread._names if other != name)
+    if type(header) is not tuple or not header or type(header[0]) is not str:
+        raise ValueError("a header names no kind")
+    for field in header:
+        if type(field) is tuple and len(field) <= 3:
+            if not _PLAIN_FIELDS.issuperset(map(type, field)):
+                raise ValueError(f"a header {header[0]!r:.30} has a field of fields")
+        elif type(field) not in _PLAIN_FIELDS:
+            raise ValueError(f"a header {header[0]!r:.30} has a {type(field).__name__}")
 
 
-def get_remote_thread(name_or_id: int | str) -> Thread:
-    """Return the thread of this node that others reach so.  Never blocks.  Raises NoSuchThread.
-
-    Factor: get-remote-thread.  Erlang: whereis.
-    """
-    run = _incarnation if isinstance(name_or_id, int) else 0
-    thread = _threads.get((run, name_or_id))
-    if thread is None:
-        raise _no_such_thread(name_or_id)
-    return thread
-
-
-def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
-    from difflib import get_close_matches
-
-    if isinstance(name_or_id, int):
-        return NoSuchThread(f"no living thread has the id {name_or_id}")
-    names = _registered()
-    near = get_close_matches(name_or_id, names, cutoff=0.5) or sorted(names)[:5]
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return NoSuchThread(f"no thread is registered as {name_or_id!r}{hint}")
-
-
-def _registered() -> list[str]:
-    return [name for run, name in _threads.copy() if not run]  # type: ignore[misc]
-
-
-######## The wire: hello, seal, frames and the messages in them
-
-SEND, ASK, REPLY, FAILED, FORGET, LOST, STAMP = range(7)  # the kinds of messages; see the head
-KERNEL = 0  # the id of the thread that does what one node asks of another
-SIZES = struct.Struct(">II")  # what a frame begins with: the lengths of body and tail
-MAC = 16  # bytes, which follow
-MOST = 1 << 26  # bytes of a body; MANY heads with two TEXTs each are less
-TEXT = 1 << 14  # letters of an error, or of a traceback
-ROOM = 1 << 16  # bytes read at once
-LARGE = 2048  # bytes: to copy more into a frame with others costs more than a frame of its own
-VERSION = b"distconc 3"
+def _decode_frame(envelope: bytes, payloads: bytes) -> list[_Group]:
+    """Return the headers of a frame, each with its payloads; raise for nonsense."""
+    decoded: list[_Group] = []
+    start = 0
+    count = 0
+    for header, lengths in _EnvelopeUnpickler(io.BytesIO(envelope)).load():
+        _check_header(header)
+        count += len(lengths)
+        if not lengths or count > MAX_PAYLOADS:
+            raise ValueError(f"a header has {len(lengths)} payloads, its frame {count}")
+        if lengths == [len(payloads)]:
+            # The only message of the frame, which may be large: it is not copied.
+            decoded.append((header, [payloads]))
+            start += len(payloads)
+            continue
+        parts = []
+        for length in lengths:
+            if length < 0:
+                raise ValueError(f"a payload of {length} bytes")
+            parts.append(payloads[start:start + length])
+            start += length
+        decoded.append((header, parts))
+    if start != len(payloads):
+        raise ValueError(f"payloads of {len(payloads)} bytes, of which {start} are announced")
+    return decoded
 
 
-class _Hello:
-    """What one side says of itself after the stock challenge."""
-
-    def __init__(self, line: bytes) -> None:
-        version, self.role, _, number, beat, limit, address, *self.meant = line.split(b"\0")
-        if version != VERSION:
-            raise AuthenticationError(f"the other side speaks {version!r}, this {VERSION!r}")
-        self.line, self.incarnation = line, int(number, 16)
-        self.heartbeat, self.limit = min(max(0.01, float(beat)), 1e9), int(limit)
-        self.address = _address(address.decode()) if address else None
+def _check_cause(cause: Any) -> _EventId | None:
+    """Return a peer's cause, or None if it is none that ours could follow."""
+    match cause:
+        case (str(incarnation), int(thread), int(clock)):
+            if 0 <= thread < MAX_CLOCK and 0 < clock < MAX_CLOCK:
+                return incarnation[:16], int(thread), int(clock)
+    return None
 
 
-def _seal(key: bytes, writer: bytes, dialler: _Hello, acceptor: _Hello) -> hashlib.blake2b:
-    """Return what makes the MACs of one direction: BLAKE2b, keyed, of all frames up to this.
-
-    So nothing can be left out, repeated or moved.
-    """
-    hellos = [hashlib.sha256(hello.line).digest() for hello in (dialler, acceptor)]
-    key = hmac.digest(key, writer + b"".join(hellos), "sha256")
-    return hashlib.blake2b(key=key, digest_size=MAC)
-
-
-def _mac(seal: hashlib.blake2b, sizes: bytes, body: bytes, tail: bytes | memoryview) -> bytes:
-    """Return the MAC of the next frame.
-
-    What is large is there by its SHA-256, which is the faster, but slower to begin.
-    """
-    short = body if len(body) <= LARGE else hashlib.sha256(body).digest()
-    seal.update(sizes + short)
-    if tail:
-        seal.update(hashlib.sha256(tail).digest())
-    return seal.digest()
+def _one_line(text: Any, limit: int = MAX_LINE) -> str:
+    """Return a peer's text fit for a log: in one line, without control characters, and cut."""
+    text = str(text)[:limit]
+    if text.isprintable():
+        return text
+    return repr(text)[1:-1]
 
 
 ######## Connection: one sealed connection, its outbox, its reader and its writer
 
-MANY = 400  # messages in a frame
-FULL = 2000  # messages in an outbox: who sends more waits for the network
-BURST = 50e-6  # seconds: what is sent so soon after a write is one of many
+MAX_BATCH = 400  # messages in a frame
+MAX_QUEUED = 2000  # messages in an outbox; a sender of more waits for the network
+MAX_UNREAD = 64_000  # answers in an outbox; a peer that asks for more reads none of them
+MAX_REQUESTS = 1000  # requests that wait for the node; a peer that asks for more is cut off
+BURST_SECONDS = 50e-6  # a message so soon after a write is one of many
+NO_SIGPIPE = getattr(socket, "MSG_NOSIGNAL", 0)  # a write to a lost peer must not kill
+
+
+class _Peer(NamedTuple):
+    """The node at the other end of a connection, as what watches the threads there."""
+
+    incarnation: int
+
+    def remove_watcher(self, tag: str) -> None:
+        """Tell the node that the end need not be reported any more.  Never blocks."""
+        local_node()._post(self.incarnation, ("unwatch", tag))
+
+
+class _RemoteWatcher:
+    """Somebody on another node who must be told when a thread of this node ends."""
+
+    def __init__(self, tag: str, peer: _Peer, is_link: bool = False) -> None:
+        self.tag = tag
+        self.peer = peer
+        self.is_link = is_link
+
+    def notify(self, failure: _Failure, cause: _EventId | None) -> bool:
+        """Send the failure; return False if contact with that node is lost."""
+        header, payload = _encode_failure(self.tag, failure.error(), cause)
+        return local_node()._post(self.peer.incarnation, header, payload)
+
+
+def _encode_failure(tag: str, error: DistconcError,
+                    cause: _EventId | None) -> tuple[_Header, bytes]:
+    """Return the header and the payload that tell a waiter on another node of `error`."""
+    text = str(error)[:MAX_ERROR_TEXT]
+    if isinstance(error, NoSuchThread):
+        return ("failed", tag, "no thread", text, None, cause), b""
+    if isinstance(error, RemoteError):
+        return ("failed", tag, "unreadable", text, (error.type, text), cause), b""
+    if not isinstance(error, ThreadDied) or error.reason is None:
+        return ("failed", tag, "returned", text, None, cause), b""
+    remote_error: Any = error.__cause__
+    traceback = (remote_error.type, str(remote_error))
+    payload = b""
+    # A reason that cannot be pickled, or is too large, is told by its traceback.
+    with suppress(BaseException):
+        payload = serialize(error.reason)
+    if len(payload) > MAX_REASON:
+        payload = b""
+    return ("failed", tag, "died", text, traceback, cause), payload
+
+
+class _RemoteFailure(_Failure):
+    """A failure that another node told of.  Its reason is loaded by the waiter."""
+
+    def __init__(self, connection: "_Connection", kind: str, text: str,
+                 traceback: tuple[str, str] | None, payload: "bytes | memoryview") -> None:
+        if kind not in ("no thread", "returned", "died", "unreadable"):
+            raise ValueError(f"{kind!r} is no kind of failure")
+        self._connection = connection
+        self._kind = kind
+        self._text = str(text)[:MAX_ERROR_TEXT]
+        self._traceback: RemoteError | None = None
+        if traceback is not None:
+            name, lines = traceback
+            self._traceback = RemoteError(str(name)[:MAX_NAME], str(lines)[:MAX_ERROR_TEXT])
+        self._payload = payload
+
+    def is_return(self) -> bool:
+        return self._kind == "returned"
+
+    def error(self) -> DistconcError:
+        if self._kind == "no thread":
+            address = _format_address(self._connection.address)
+            return NoSuchThread(f"at {address}: {self._text}")
+        if self._kind == "unreadable":
+            return self._traceback or RemoteError("unknown", self._text)
+        if self._kind == "returned":
+            return ThreadDied(None, None, self._text)
+        reason: BaseException | None = self._traceback
+        if self._payload:
+            with suppress(BaseException):
+                loaded = self._connection.load(self._payload)
+                if isinstance(loaded, BaseException):
+                    reason = loaded
+        return ThreadDied(reason, self._traceback, self._text)
+
+
+class _Origin:
+    """Where messages in a mailbox came from: one for all that share a header and a frame."""
+
+    __slots__ = ("connection", "load", "target", "cause")
+
+    def __init__(self, connection: "_Connection", target: "int | str",
+                 cause: _EventId | None) -> None:
+        self.connection = connection
+        self.load = connection.load
+        self.target = target
+        self.cause = cause
+
+
+_UNREADABLE: Any = object()  # stands for a message that could not be loaded
+
+
+class _RemoteEntry(_Entry):
+    """An entry from another node: its payload is loaded by the thread that takes it."""
+
+    __slots__ = ("payload", "origin")
+    needs_loading = True
+
+    def __init__(self, payload: "bytes | memoryview", origin: _Origin) -> None:
+        self.payload: bytes | memoryview | None = payload
+        self.origin = origin
+        self.cause = origin.cause
+
+    def load(self) -> bool:
+        if self.payload is None:
+            return self.message is not _UNREADABLE
+        # A call from code that runs now would wait for a thread that may wait for this one:
+        # `send_synchronous` refuses it.
+        _local.is_loading = True
+        try:
+            self.message = self.origin.load(self.payload)
+        except (Exception, SystemExit) as error:
+            self.message = _UNREADABLE
+            self._tell_sender(error)
+        finally:
+            _local.is_loading = False
+        self.payload = None
+        if self.message.__class__ is Reply:
+            # A reply has a header of its own.  This one is forged, and belongs to no mailbox.
+            self._answer_call(self.message)
+        return self.message is not _UNREADABLE
+
+    def _answer_call(self, reply: Reply) -> None:
+        self.message = _UNREADABLE
+        if isinstance(reply.tag, str):
+            _pending.resolve(reply.tag, _Entry(reply.data, self.cause))
+
+    def _tell_sender(self, error: BaseException) -> None:
+        """Report that the message could not be loaded."""
+        origin = self.origin
+        why = str(origin.connection._delivery_error(error))
+        origin.connection.post(("undelivered", origin.target, why, 1, origin.cause))
+
+
+class _RemoteCallEntry(_RemoteEntry):
+    """A call from another node: its message is a Synchronous."""
+
+    __slots__ = ("caller", "tag")
+
+    def __init__(self, payload: "bytes | memoryview", origin: _Origin, caller: "RemoteThread",
+                 tag: str) -> None:
+        self.payload = payload
+        self.origin = origin
+        self.cause = origin.cause
+        self.caller = caller
+        self.tag = tag
+
+    def load(self) -> bool:
+        is_loaded = self.payload is None
+        is_readable = super().load()
+        if is_readable and not is_loaded:
+            self.message = Synchronous(self.message, self.caller, self.tag)
+        return is_readable
+
+    def _tell_sender(self, error: BaseException) -> None:
+        _registry.remove_watcher(self.tag)
+        self.origin.connection._fail_call(self.tag, error, self.cause)
+
+
+class _RemoteReply(_RemoteEntry):
+    """A reply from another node, loaded by the thread that has called."""
+
+    __slots__ = ()
+
+    def load(self) -> bool:
+        _local.is_loading = True
+        try:
+            self.message = self.origin.load(self.payload)
+        except (Exception, SystemExit) as error:
+            text = f"the reply cannot be read here: {_last_line(error)}"
+            raise RemoteError(type(error).__name__, text) from None
+        finally:
+            _local.is_loading = False
+        return True
 
 
 class _Connection:
-    """One connection to another node, on which both speak.
+    """One sealed connection to another node, on which both sides speak.
 
-    Who sends writes, if the last write was a while ago or something was read since.  What
-    follows a write at once is one of many: it goes into the outbox, for the writer thread,
-    which runs when the sender pauses or the interpreter switches, and writes hundreds in one
-    frame, or a tick when nothing came for a while.  The reader thread never writes, so that two
-    nodes that flood each other go on reading; it is the one that shook hands.  Whatever ends
-    the connection, be it a silence for which no tick accounts, the reader notices, and cleans
-    up.
+    Senders put messages into the outbox.  The *writer* thread takes all that wait there and
+    writes them as one frame, or writes a tick when nothing came for a while.  The *reader*
+    thread, which has shaken hands before, reads frames and hands out their messages.  It never
+    writes, so two nodes that flood each other both go on reading; and it runs no code of the
+    user's, so nothing holds it up.
+
+        established --close--> closing: takes no more messages, the writer writes what waits
+             |                    |
+             | abort              | the writer has written all, and "end"
+             v                    v
+           aborted ----------> closed: the reader has read to the peer's end, and cleans up
+
+    `close` is called by `disconnect` and `stop_node`, and by the reader after the peer's "end".
+    `abort` is called by whichever thread finds the connection broken or silent.
     """
 
-    def __init__(self, node: "Node", sock: socket.socket, mine: _Hello, peer: _Hello,
-                 key: bytes, dialled: Address | None) -> None:
-        self.peer, self.address = peer.incarnation, peer.address
-        self.names = {peer.address, dialled}  # all addresses by which it is known here
+    def __init__(self, node: "Node", sock: socket.socket, key: bytes, mine: _Hello,
+                 peer: _Hello, dialled: Address | None) -> None:
+        self._node = node
+        self._socket = sock
+        self._file: Any = _open_for_reading(sock)
+
+        # What the handshake agreed on.
+        self.peer = _Peer(peer.incarnation)
+        self.address: Address | None = peer.address
+        self.addresses = {peer.address, dialled} - {None}
         self.heartbeat = min(mine.heartbeat, peer.heartbeat)
-        self.limit, self._limit = min(mine.limit, peer.limit), max(mine.limit, ROOM)  # out, in
-        self.small = min(self.limit, LARGE)
-        self.stamp = self.peer_stamp = 0  # each side's number for it; see Node._introduce
-        self.ending = False  # takes no more messages
-        self._node, self._sock = node, sock
-        self._file: Any = (open(sock.fileno(), "rb", ROOM, closefd=False)
-                           if os.name == "posix" else sock.makefile("rb", ROOM))  # the slower
-        self._writing = threading.RLock()  # guards: the seal, the output, emptying the outbox
-        self._inside = False  # its holder writes: a signal's handler within that must not
-        pair = (mine, peer) if dialled else (peer, mine)
-        self._seal, self._check = (_seal(key, side.role, *pair) for side in (mine, peer))
-        self._outbox: list[tuple[Head, bytes]] = []
-        self._shut = False  # the end has been said; guarded by _writing
-        self._bell = _bell()  # wakes the writer
-        self._written = _bell()  # rung at the writer's end, for all
-        self._wrote = 0.0  # when a frame was written; 0 after a read: an answer may be due
-        self.late = 0.0  # until when a fault holds up what is in the outbox
-        self.sent = self.received = 0  # messages; the first guarded by _writing
-        self._caller = lru_cache(1000)(  # the handle of a thread over there, by id
-            lambda id: RemoteThread(peer.address, id, peer.incarnation))
-        self._losses: Counter[tuple[Any, ...]] = Counter()  # of the frame being read
-        self._on = (self._on_send, self._on_ask, self._on_reply, self._on_failed,
-                    self._on_forget, self._on_lost, self._on_stamp)
+        self.max_outgoing = min(mine.max_message, peer.max_message)
+        self._max_incoming = max(mine.max_message, MIN_PAYLOADS)
+        dialler, acceptor = (mine, peer) if dialled else (peer, mine)
+        self._outgoing = _Seal(key, mine, dialler, acceptor)
+        self._incoming = _Seal(key, peer, dialler, acceptor)
+        self.is_local = _is_same_host(sock)
+        self.load = node._loader_for(self.is_local)
 
-    def start(self) -> None:
-        self.sent = 0  # what introduced it is no message
-        silence = round(0.8e6 * self.heartbeat)  # microseconds; what is longer ends a read
-        timeval = struct.pack("qq", *divmod(silence, 10 ** 6))
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
-                              timeval if os.name == "posix" else silence // 1000)
-        _thread("writer", self._write_on)
+        # Each side's number for this connection, and 0 before it is known; see
+        # `_Handshake._exchange_serials`.
+        self.serial = 0
+        self.peer_serial = 0
 
-    def send(self, head: Head, payload: bytes) -> bool:
-        """Have a message written; wait while too much waits.
+        # `deque.append` and `popleft` are atomic, so putting messages here needs no lock: see
+        # `post`.  Only a holder of `_write_lock` takes any out.
+        self._outbox: deque[tuple[_Header, bytes]] = deque()
+        self.closing = False
+        self._work = _WaitQueue()  # the writer waits here for messages, or the end
+        self._room = _WaitQueue()  # senders wait here while too much is queued
+        self.delayed_until = 0.0  # a fault holds the outbox up until then
 
-        False if the connection ended before it took it; raises NodeDown if meanwhile.
+        # Held while a frame is made and written, by the writer or by a sender: so frames, and
+        # the MACs in them, are in one order.  The only lock that is held while the network may
+        # make its holder wait.
+        self._write_lock = threading.Lock()
+        self._frame_maker = 0  # `threading.get_ident()` of its holder
+        self._last_write = 0.0  # 0 after something was read: what follows may be an answer
+        self._has_ended_output = False  # no frame may follow
+
+        self._writer_has_ended = False
+        self._writer_end = _WaitQueue()  # the reader waits here for the writer's end
+        self._has_read_end = False  # the peer's "end"
+        self.broken_by = ""  # the error, if the connection ended without that
+        self.sent = 0  # messages; guarded by _write_lock
+        self.received = 0
+        self._requests: Mailbox | None = None  # what the peer asks of this node
+        self._last_caller: RemoteThread | None = None
+
+    @property
+    def name(self) -> str:
+        """The peer's address, as an error tells it."""
+        return _one_line(_format_address(self.address)) or "a node that does not listen"
+
+    # Sending
+
+    def send(self, header: _Header, payload: bytes) -> bool:
+        """Have a message written; wait while too much is queued.
+
+        Returns False if the connection closes and does not take the message.  Raises NodeDown
+        if contact was lost while it was written.
         """
-        outbox, large = self._outbox, len(payload) > LARGE
-        if not (outbox or large or self._inside) and monotonic() - self._wrote > BURST:
-            if self._alone(self._write, (head,), (payload,)):
+        if not self._outbox and self._is_lone(payload):
+            if self._write_at_once(header, payload):
                 return True
-        message = head, payload
-        outbox.append(message)
-        if large or len(outbox) > FULL:
-            self.write()
-        if self._bell.locked() and outbox:
-            _ring(self._bell)
-        return not self.ending or self._has_taken(message)
+        if len(self._outbox) >= MAX_QUEUED and self._may_wait():
+            self._room.wait_until(self._has_room, None)
+        was_taken = self.post(header, payload)
+        if was_taken and len(payload) > SMALL_PAYLOAD and self._may_wait():
+            # The sender writes it by itself, so it cannot queue a second large message.
+            self._write_waiting()
+        return was_taken
 
-    def _alone(self, write: Callable[..., None], *what: Any) -> bool:
-        """Write, and nobody else meanwhile; False after the end, and within another write."""
-        with self._writing:
-            if self._inside or self._shut:
-                return False
-            self._inside = True
+    def _may_wait(self) -> bool:
+        """Return False in threads for which others wait, and in a `__del__` within a write."""
+        return not _local.must_not_wait and self._frame_maker != threading.get_ident()
+
+    def post(self, header: _Header, payload: bytes = b"") -> bool:
+        """Queue a message; return False if the connection closes untaken.  Never blocks.
+
+        For threads that must not wait: readers, and threads that end.
+        """
+        message = (header, payload)
+        self._outbox.append(message)
+        if self.closing:
+            # After `closing` was set, the writer empties the outbox once more.  It has taken
+            # this message, or comes too early, and then the message is still there.
             try:
-                write(*what)
-            finally:
-                self._inside = False
-            return True
-
-    def _has_taken(self, message: tuple[Head, bytes]) -> bool:
-        """Whether the last round of the writer, which is near, takes this, too."""
-        with self._writing:
-            if self._inside:  # this is a signal's handler, for whose end the writer waits
-                return not self._shut
-        _hear(self._written, -1)
-        with suppress(ValueError):
-            self._outbox.remove(message)
+                self._outbox.remove(message)
+            except ValueError:
+                return True
             return False
+        self._work.wake_all()
         return True
 
-    def post(self, head: Head, payload: bytes = b"") -> bool:
-        """Have a message written soon.  Never blocks: for readers, and threads that end."""
-        self._outbox.append((head, payload))
-        _ring(self._bell)
-        return not self.ending
+    def _has_room(self) -> bool:
+        return self.closing or len(self._outbox) < MAX_QUEUED
 
-    def write(self, tick: bool = False) -> None:
-        """Write what is in the outbox; if that is nothing, perhaps a tick."""
-        while (self._outbox or tick) and self._alone(self._write_waiting):
-            tick = False
+    def _is_lone(self, payload: bytes) -> bool:
+        """Return whether a message is better written at once than queued.
+
+        To write it in the sender's thread saves waking the writer, which costs as much as all
+        the rest of a call.  But a message that follows a write at once is one of many: hundreds
+        share a frame if they queue up while the writer waits for its turn, and that makes a
+        flood four times as fast.
+        """
+        if _faults.are_active or self._write_lock.locked():
+            return False
+        if len(payload) > SMALL_PAYLOAD:
+            return True
+        return monotonic() - self._last_write >= BURST_SECONDS
+
+    def _write_at_once(self, header: _Header, payload: bytes) -> bool:
+        """Write a lone message; return False if it has to be queued after all."""
+        with self._write_lock:
+            if self._outbox or self.closing:
+                return False
+            self._write_frame([(header, [len(payload)])], [payload])
+            return True
 
     def _write_waiting(self) -> None:
-        """Write one frame of what is in the outbox, be that nothing; `_writing` is held."""
-        waiting = self._outbox[:MANY]
-        heads, payloads = zip(*waiting) if waiting else ((), ())
-        count, tail = len(waiting), b""
-        if max(map(len, payloads), default=0) > LARGE:  # which gets a frame of its own
-            count = next(at for at, payload in enumerate(payloads) if len(payload) > LARGE)
-            if not count:
-                count, tail, payloads = 1, payloads[0], (None,)
-        self._write(heads[:count], payloads[:count], count, tail)
+        """Write what is in the outbox, also what others put there meanwhile."""
+        while self._outbox:
+            with self._write_lock:
+                if not self._has_ended_output:
+                    self._write_frame(*self._next_batch())
+            if self._has_ended_output:
+                return
 
-    def _write(self, heads: Sequence[Head], payloads: Sequence[bytes | None], waiting: int = 0,
-               tail: bytes = b"") -> None:
-        """Write one frame, and take as many as were `waiting` from the outbox.
+    def _next_batch(self) -> tuple[list[tuple[_Header, list[int]]], list[bytes]]:
+        """Take from the outbox what goes into one frame: many small messages, or a large one.
 
-        Ctrl-C before it is begun leaves all as it was.  Later, half a frame may be out, so that
-        nothing can follow it; but all before it shall still arrive.
+        Returns each header, with the lengths of its payloads, and all payloads.
         """
-        body = pickle.dumps((heads, payloads), 5)
+        groups: list[tuple[_Header, list[int]]] = []
+        payloads: list[bytes] = []
+        last_header = None
+        while self._outbox and len(payloads) < MAX_BATCH:
+            header, payload = self._outbox.popleft()
+            if len(payload) > SMALL_PAYLOAD and payloads:
+                self._outbox.appendleft((header, payload))
+                break
+            if header is not last_header:
+                lengths: list[int] = []
+                groups.append((header, lengths))
+                last_header = header
+            lengths.append(len(payload))
+            payloads.append(payload)
+            if len(payload) > SMALL_PAYLOAD:
+                break
+        self._room.wake_all()
+        return groups, payloads
+
+    def _write_frame(self, groups: list[tuple[_Header, list[int]]],
+                     payloads: list[bytes]) -> None:
+        """Write one frame; `_write_lock` is held.  No messages make a tick.
+
+        If the network fails, or Ctrl-C interrupts the write, half a frame may be out, and
+        nothing can follow it: this side's output ends.
+        """
+        if _faults.are_active and _faults.cut_off(self.addresses):
+            return
+        self._frame_maker = threading.get_ident()
         try:
-            del self._outbox[:waiting]
-            if not (_faults and _cut_off(self.names)):
-                sizes = SIZES.pack(len(body), len(tail))
-                frame = sizes + _mac(self._seal, sizes, body, tail) + body
-                self._wrote = monotonic()  # before the answer can be read
-                if len(tail) > ROOM:
-                    self._sock.sendall(frame)
-                    self._sock.sendall(tail)
-                else:
-                    self._sock.sendall(frame + tail)
-                self.sent += len(heads)
+            pieces = self._make_frame(groups, payloads)
+            # It is set before the answer can be read, which resets it.
+            self._last_write = monotonic()
+            for piece in pieces:
+                self._socket.sendall(piece, NO_SIGPIPE)
+            self.sent += len(payloads)
         except BaseException as error:
-            self._say_end()
+            self._has_ended_output = True
+            self._shut_down_writing()
             if isinstance(error, OSError):
-                text = f"contact with {_text(self.address)} was lost while sending: {error}"
-                raise NodeDown(text) from error
+                raise NodeDown(
+                    f"contact with {self.name} was lost while sending: {error}") from error
             raise
-
-    def _write_on(self) -> None:
-        try:
-            with suppress(OSError):  # the reader will notice, too
-                while not self.ending:
-                    rung = self._bell.acquire(True, self.heartbeat / 5)
-                    _hold_up(self)
-                    self.write(tick=not rung)
-                self.write()
         finally:
-            with self._writing:
-                self._say_end()
-            self._written.release()
+            self._frame_maker = 0
 
-    def _say_end(self) -> None:
-        """Nothing follows what was written; the peer reads that, and then ends it, too."""
-        self._shut = self.ending = True
-        with suppress(OSError):  # the peer was first
-            self._sock.shutdown(socket.SHUT_WR)
-        self.close()
+    def _make_frame(self, groups: list[tuple[_Header, list[int]]],
+                    payloads: list[bytes]) -> list[bytes]:
+        """Return the bytes of a frame: in one piece, unless it is so large that joining costs."""
+        if not groups:
+            lengths = FRAME_LENGTHS.pack(0, 0)
+            return [lengths + self._outgoing.mac_of_lengths(lengths)]
+        envelope = pickle.dumps(groups, 5)
+        body = payloads[0]
+        if len(payloads) > 1:
+            body = b"".join(payloads)
+        lengths = FRAME_LENGTHS.pack(len(envelope), len(body))
+        start = lengths + self._outgoing.mac_of_lengths(lengths) + envelope
+        end = self._outgoing.mac_of_body(envelope, body)
+        if len(body) > READ_BUFFER:
+            return [start, body, end]
+        return [start + body + end]
+
+    # The writer
+
+    def _write_loop(self) -> None:
+        """The writer thread: write what is queued, or a tick if nothing is for a while."""
+        _local.must_not_wait = True
+        try:
+            while not (self.closing and not self._outbox):
+                if self._work.wait_until(self._has_work, monotonic() + self.heartbeat / 5):
+                    self._write_waiting()
+                else:
+                    self._write_tick()
+                if self._has_ended_output:
+                    break
+            self._write_end()
+        except NodeDown:
+            pass  # The reader finds that, too, and reports it.
+        finally:
+            self._shut_down_output()
+            self._writer_has_ended = True
+            self._writer_end.wake_all()
+
+    def _has_work(self) -> bool:
+        if self.closing:
+            return True
+        return bool(self._outbox) and monotonic() >= self.delayed_until
+
+    def _write_tick(self) -> None:
+        """Show that this node lives.  Needless if a sender writes, or has just written."""
+        if monotonic() - self._last_write < self.heartbeat / 10:
+            return
+        with self._write_lock:
+            if not self._has_ended_output:
+                self._write_frame([], [])
+
+    def _write_end(self) -> None:
+        """Tell the peer that nothing follows."""
+        with self._write_lock:
+            if not self._has_ended_output:
+                self._write_frame([(("end",), [0])], [b""])
+                self.sent -= 1  # It is no message.
+
+    def _shut_down_output(self) -> None:
+        with self._write_lock:
+            self._has_ended_output = True
+        self._shut_down_writing()
+
+    def _shut_down_writing(self) -> None:
+        """Write nothing more; the peer reads to that end, and then ends the connection, too."""
+        self.closing = True
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+        self._work.wake_all()
+        self._room.wake_all()
+
+    # Ending
 
     def close(self) -> None:
-        """Take no more, write what waits, then say the end.  Never blocks."""
-        self.ending = True
-        _ring(self._bell)
+        """Take no more messages, write what is queued, then end.  Never blocks."""
+        self.closing = True
+        self._work.wake_all()
+        self._room.wake_all()
 
-    def cut(self) -> None:
-        """End it now.  Never blocks."""
-        _hang_up(self._sock)
+    def abort(self) -> None:
+        """End now.  Never blocks."""
+        _shut_down(self._socket)
         self.close()
 
-    def read_on(self) -> None:
-        """Read to the end, of whatever kind, and clean up."""
-        _here.cause = UNKNOWN
+    def _release(self) -> None:
+        """Close the descriptors, which no thread uses any more, and free the buffers."""
+        with self._write_lock:
+            self._socket.close()
+        self._file.close()
+        self._outbox.clear()
+
+    # The handshake's last steps, and the reader
+
+    def send_serials(self) -> None:
+        """Tell the peer this connection's number, and that of the oldest which lives here."""
+        oldest = self._node._add_connection(self)
+        with self._write_lock:
+            self._write_frame([(("serials", self.serial, oldest), [0])], [b""])
+            self.sent = 0  # It is no message.
+
+    def read_serials(self) -> int:
+        """Read the peer's number for this connection; return that of its oldest."""
+        [(header, _)] = self._read_frame()
+        kind, serial, oldest = header
+        if kind != "serials" or not (0 < oldest <= serial < 1 << 64):
+            raise ValueError(f"{header!r:.100} is no introduction")
+        self.peer_serial = serial
+        return int(oldest)
+
+    def start_writer(self) -> None:
+        _limit_silence(self._socket, 0.8 * self.heartbeat)
+        _start_daemon("writer", self._write_loop)
+
+    def read_loop(self) -> None:
+        """The reader: hand out what comes until the connection ends; then clean up."""
+        _local.must_not_wait = True
         try:
-            while True:
-                self._take(*self.read())
-        except EOFError:
-            self.close()  # the peer has said all; so may we
-        except BaseException as error:  # to load what makes no sense may even raise SystemExit
-            self.cut()
-            _log("INFO", "the connection to %s ended: %s", _text(self.address), _words(error))
+            while not self._has_read_end:
+                groups = self._read_frame()
+                # Something was read, so what is sent next may be an answer: not one of many.
+                self._last_write = 0.0
+                for header, payloads in groups:
+                    self._dispatch(header, payloads)
+            self.close()
+        except BaseException as error:
+            # Nonsense under the seal may raise anything.
+            self.abort()
+            self.broken_by = _last_line(error)
         finally:
-            if not _hear(self._written, 0.8 * self.heartbeat):
-                self.cut()
-            _hear(self._written, -1)
-            self._node._forget(self)
-            self.release()
+            self._clean_up()
 
-    def release(self) -> None:
-        """Give the descriptor back, which nobody uses any more."""
-        with self._writing:
-            self._sock.close()
-        self._file.close()  # and its buffer: handles may keep this connection for long
-        self._caller.cache_clear()
+    def _clean_up(self) -> None:
+        """Wait until the writer has ended, and report that contact is lost."""
+        deadline = monotonic() + 0.8 * self.heartbeat
+        if not self._writer_end.wait_until(lambda: self._writer_has_ended, deadline):
+            self.abort()
+            self._writer_end.wait_until(lambda: self._writer_has_ended, None)
+        if self._requests:
+            self._requests.put(None)
+        self._node._connection_closed(self)
+        self._release()
 
-    def read(self) -> tuple[Sequence[Head], Sequence[Any]]:
-        """Wait for a frame, check its seal before all else, return its messages."""
-        start: Any = self._file.read(SIZES.size + MAC)
-        if start is None:
-            raise OSError("nothing was heard for too long")
-        if not start:
-            raise EOFError
-        if len(start) < SIZES.size + MAC:
-            start = bytes(self._read_slowly(start, SIZES.size + MAC))
-        sizes, mac = start[:SIZES.size], start[SIZES.size:]
-        body_size, tail_size = SIZES.unpack(sizes)
-        if body_size > MOST or tail_size > self._limit:
-            raise OSError(f"a frame of {body_size} + {tail_size} bytes is too large")
-        rest: Any = self._file.read1(body_size + tail_size)
-        if len(rest) < body_size + tail_size:
-            rest = self._read_slowly(rest, body_size + tail_size)
-        body = bytes(rest[:body_size])
-        tail = memoryview(rest)[body_size:] if tail_size else b""  # not copied
-        if not hmac.compare_digest(mac, _mac(self._check, sizes, body, tail)):
-            raise OSError("a frame was altered, repeated, lost or moved on its way")
-        heads, payloads = self._node._load(body)
-        if len(heads) != len(payloads):
-            raise ValueError(f"{len(heads)} heads have {len(payloads)} payloads")
-        return heads, (*payloads[:-1], tail) if tail else payloads
+    def _read_frame(self) -> list[_Group]:
+        """Wait for a frame, check it, and return what is in it.
 
-    def _read_slowly(self, begun: bytes, size: int) -> memoryview:
-        """Wait for so many bytes, of which only some are here, `begun`; return all.
-
-        A frame whose length was altered on its way would swallow what follows, perhaps ticks.
-        So in here, no more bytes than those in a whole heartbeat are no sign of life.
+        Raises EOFError or OSError if the connection ends, is silent for too long, or what
+        comes is not what the peer has written.
         """
-        whole, here, since, due = memoryview(bytearray(size)), len(begun), 0.0, 0
-        whole[:here] = begun
-        while here < size:
-            count = self._file.raw.readinto(whole[here:])  # as the buffer is empty
-            if count == 0:
-                raise EOFError  # its writer was interrupted
-            here += count or 0
-            if count and here > due:
-                since, due = monotonic(), here + LARGE
-            elif not count or monotonic() > since + self.heartbeat:
-                raise OSError("the rest of a frame did not come")
-        return whole
-
-    def _take(self, heads: Sequence[Head], payloads: Sequence[bytes]) -> None:
-        """Do what the messages of a frame say."""
-        self._wrote = 0.0
-        if heads and heads[0][0] == SEND and heads.count(heads[0]) == len(heads):
-            self._on_sends(heads[0], payloads)  # one of a flood
+        start = self._read_exactly(FRAME_LENGTHS.size + MAC_SIZE)
+        lengths = start[:FRAME_LENGTHS.size]
+        mac = self._incoming.mac_of_lengths(lengths)
+        self._compare_macs(mac, start[FRAME_LENGTHS.size:])
+        envelope_length, payloads_length = FRAME_LENGTHS.unpack(lengths)
+        if envelope_length == 0 and payloads_length == 0:
+            return []
+        if envelope_length > MAX_ENVELOPE or payloads_length > self._max_incoming:
+            raise OSError(f"a frame of {envelope_length} + {payloads_length} bytes is too large")
+        if payloads_length > READ_BUFFER:
+            # Read apart from the rest, so that it need not be copied.
+            envelope = self._read_exactly(envelope_length)
+            payloads = self._read_exactly(payloads_length)
+            end = self._read_exactly(MAC_SIZE)
         else:
-            for head, payload in zip(heads, payloads):
-                self._on[head[0]](head, payload)
-        while self._losses:
-            (name_or_id, why, cause), times = self._losses.popitem()
-            self.post(_stamped((LOST, name_or_id, why, times), cause))
-        self.received += len(heads)
-        if len(self._outbox) > 32 * FULL:
+            rest = self._read_exactly(envelope_length + payloads_length + MAC_SIZE)
+            envelope = rest[:envelope_length]
+            payloads = rest[envelope_length:-MAC_SIZE]
+            end = rest[-MAC_SIZE:]
+        self._compare_macs(self._incoming.mac_of_body(envelope, payloads), end)
+        return _decode_frame(envelope, payloads)
+
+    def _compare_macs(self, expected: bytes, received: bytes) -> None:
+        if not hmac.compare_digest(expected, received):
+            raise OSError("a frame was altered, repeated, lost or moved on its way")
+
+    def _read_exactly(self, size: int) -> bytes:
+        data: bytes | None = self._file.read(size)
+        if data is None:
+            raise OSError("nothing was heard for too long")
+        if len(data) == size:
+            return data
+        if data:
+            raise OSError("it ended, or fell silent, in the middle of a frame")
+        raise EOFError("it was cut off: the other side had not said that it ends")
+
+    def _dispatch(self, header: _Header, payloads: "Sequence[bytes | memoryview]") -> None:
+        """Do what the messages with this header say."""
+        kind = header[0]
+        self.received += len(payloads)
+        if kind == "send":
+            _, incarnation, id, cause = header
+            self._on_send(incarnation, id, cause, payloads)
+            return
+        for payload in payloads:
+            match header:
+                case "call", incarnation, id, caller, tag, cause:
+                    self._on_call(incarnation, id, caller, tag, cause, payload)
+                case "reply", tag, cause:
+                    self._on_reply(tag, cause, payload)
+                case "failed", tag, kind, text, traceback, cause:
+                    failure = _RemoteFailure(self, kind, text, traceback, payload)
+                    _pending.fail(tag, failure, _check_cause(cause))
+                case "monitor", incarnation, id, tag, cause:
+                    self._find_watched(incarnation, id, tag, _check_cause(cause))
+                case "unwatch", tag:
+                    _registry.remove_watcher(tag)
+                case "request", tag, cause:
+                    self._on_request(tag, cause, payload)
+                case "undelivered", id, why, count, cause:
+                    self._on_undelivered(id, why, count, cause)
+                case ("end",):
+                    self._has_read_end = True
+                    self.received -= 1  # It is no message.
+                case _:
+                    raise ValueError(f"{header!r:.100} is no header")
+        if len(self._outbox) > MAX_UNREAD:
             raise OSError("the peer goes on asking and does not read the answers")
 
-    def _on_send(self, head: Head, payload: bytes) -> None:
-        self._on_sends(head, (payload,))
-
-    def _on_sends(self, head: Head, payloads: Sequence[bytes]) -> None:
-        _, target = head
-        messages: list[Any] = []
-        load = self._node._load
-        for payload in payloads:
-            try:
-                messages.append(load(payload))  # which may take long
-            except BaseException as error:  # and raise anything, SystemExit too
-                self._lost(target, error)
+    def _on_send(self, incarnation: int | None, id: "int | str", cause: Any,
+                 payloads: "Sequence[bytes | memoryview]") -> None:
+        cause = _check_cause(cause)
         try:
-            thread = self._node._threads.get(target) or self._node._find(target)
+            thread = self._node._find(incarnation, id)
         except NoSuchThread as error:
-            for _ in messages:
-                self._lost(target, error)
-        else:
-            thread._send_all(messages)
-
-    def _lost(self, target: Target, error: BaseException) -> None:
-        self._losses[target[1], str(self._refusal(error)), _here.cause] += 1
-
-    def _on_ask(self, head: Head, payload: bytes) -> None:
-        _, target, caller, tag = head
-        try:
-            thread = self._node._threads.get(target) or self._node._find(target)
-            data = self._node._load(payload) if caller else None
-        except BaseException as error:
-            _fail(self.peer, tag, self._refusal(error))
+            count = len(payloads)
+            self._node._count("undelivered", count)
+            self.post(("undelivered", id, str(error)[:MAX_LINE], count, cause))
             return
-        if thread._owe(tag, self.peer) and caller:
-            request = Synchronous(data, self._caller(caller), tag)
-            if target[1] == KERNEL:
-                with suppress(RuntimeError):  # no thread can be started; who asked is told
-                    thread._start(_kernel, request, _here.cause)
-            else:
-                thread.send(request)
+        origin = _Origin(self, id, cause)
+        thread._mailbox._put_all([_RemoteEntry(payload, origin) for payload in payloads])
 
-    def _refusal(self, error: BaseException) -> DistconcError:
-        """Count a message that cannot be delivered; return what its sender is told."""
-        self._node._count("refused" if isinstance(error, _Refused) else "undelivered")
+    def _on_call(self, incarnation: int | None, id: "int | str", caller: int, tag: str,
+                 cause: Any, payload: "bytes | memoryview") -> None:
+        if cause is not None:
+            cause = _check_cause(cause)
+        thread = self._find_watched(incarnation, id, tag, cause)
+        if thread is not None:
+            origin = _Origin(self, id, cause)
+            entry = _RemoteCallEntry(payload, origin, self._caller(caller), tag)
+            thread._mailbox._put(entry)
+
+    def _caller(self, id: int) -> "RemoteThread":
+        """Return the handle of a thread of the peer's.  The next call is likely its, too."""
+        handle = self._last_caller
+        if handle is None or handle.id != id:
+            handle = RemoteThread(self.address, id, self.peer.incarnation)
+            self._last_caller = handle
+        return handle
+
+    def _find_watched(self, incarnation: int | None, id: "int | str", tag: str,
+                      cause: _EventId | None) -> "Thread | None":
+        """Return the thread, of whose end the peer will be told; None if it was told now."""
+        if not isinstance(tag, str):
+            raise TypeError(f"{tag!r:.100} is no tag")
+        try:
+            thread = self._node._find(incarnation, id)
+        except NoSuchThread as error:
+            self._fail_call(tag, error, cause)
+            return None
+        if not _registry.add_watcher(thread, _RemoteWatcher(tag, self.peer)):
+            self._fail_call(tag, NoSuchThread(f"{thread!r} has ended"), cause)
+            return None
+        return thread
+
+    def _on_reply(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
+        if not isinstance(tag, str):
+            raise TypeError(f"{tag!r:.100} is no tag")
+        reply = _RemoteReply(payload, _Origin(self, "a reply", _check_cause(cause)))
+        _pending.resolve(tag, reply, self.peer)
+
+    def _on_request(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
+        """Have the node do something: in a thread of its own, as that may run user's code."""
+        if self._requests is None:
+            self._requests = Mailbox()
+            _start_daemon("requests", _serve_requests, self, self._requests)
+        if len(self._requests._arrived) > MAX_REQUESTS:
+            raise OSError("the peer asks for more than this node can do")
+        self._requests.put((tag, _check_cause(cause), payload))
+
+    def _on_undelivered(self, id: "int | str", why: Any, count: Any, cause: Any) -> None:
+        if type(count) is not int or not 0 < count < 1 << 32:
+            raise ValueError(f"{count!r:.100} messages cannot be lost")
+        target = f"{_one_line(repr(id), MAX_NAME)} at {self.name}"
+        _losses.add(target, _one_line(why), count, _check_cause(cause))
+
+    def _delivery_error(self, error: BaseException) -> DistconcError:
+        """Count a message that nobody got; return the error that its sender is told."""
         if isinstance(error, NoSuchThread):
-            return NoSuchThread(str(error)[:TEXT])
-        if isinstance(error, _Refused):
+            self._node._count("undelivered")
+            return NoSuchThread(str(error)[:MAX_ERROR_TEXT])
+        if isinstance(error, _NotAllowed):
+            self._node._count("refused")
             return RemoteError("Refused", f"the other node refuses it: {error}")
-        text = f"the other node cannot read it: {_words(error)}"
+        self._node._count("undelivered")
+        text = f"the other node cannot read it: {_last_line(error)}"
         if "__main__" in text:
             text += "; put that into a file of its own, which both can import"
         return RemoteError(type(error).__name__, text)
 
-    def _on_reply(self, head: Head, payload: bytes) -> None:
-        _, tag = head
-        try:
-            _settle(tag, None, self._node._load(payload), self.peer)
-        except BaseException as error:
-            text = f"the reply cannot be read here: {_words(error)}"
-            _settle(tag, RemoteError(type(error).__name__, text), None, self.peer)
-
-    def _on_failed(self, head: Head, payload: bytes) -> None:
-        _, tag, error = head
-        if isinstance(error, NoSuchThread):
-            error = NoSuchThread(f"at {_text(self.address)}: {error}")
-        elif isinstance(error, ThreadDied):
-            (_, cause, text), reason = error.args, None
-            with suppress(BaseException):
-                reason = self._node._load(payload)
-            known = isinstance(reason, BaseException)
-            error = ThreadDied(reason if known else cause, cause, text)
-        elif not isinstance(error, RemoteError):
-            raise TypeError(f"{error!r} is no failure")
-        _settle(tag, error, None, self.peer)
-
-    def _on_forget(self, head: Head, _: bytes) -> None:
-        _strike(head[1])
-
-    def _on_stamp(self, head: Head, payload: bytes) -> None:
-        stamp, head = head[1], head[2:]
-        process, id, clock = str(stamp[0])[:16], int(stamp[1]), int(stamp[2])
-        known = 0 <= id < 1 << 52 and 0 < clock < 1 << 52  # or ours would be pushed too far
-        with _because((process, id, clock) if known else UNKNOWN):
-            self._on[head[0]](head, payload)
-
-    def _on_lost(self, head: Head, _: bytes) -> None:
-        _, name_or_id, why, times = head
-        _lose(f"{name_or_id!r} at {_text(self.address) or 'its node'}", why, times)
+    def _fail_call(self, tag: str, error: BaseException, cause: _EventId | None) -> None:
+        """Tell the peer that what `tag` waits for, which `cause` asked for, cannot be had."""
+        self.post(*_encode_failure(tag, self._delivery_error(error), cause))
 
 
-def _thread(part: str, run: Callable[..., None], *args: Any) -> threading.Thread:
-    thread = threading.Thread(target=run, args=args, name=f"distconc {part}", daemon=True)
+def _open_for_reading(sock: socket.socket) -> Any:
+    """Return a buffered file of what comes in."""
+    if os.name == "posix":
+        # Twice as fast as `makefile`, whose every read runs Python code.
+        return open(sock.fileno(), "rb", READ_BUFFER, closefd=False)
+    return sock.makefile("rb", READ_BUFFER)
+
+
+def _limit_silence(sock: socket.socket, seconds: float) -> None:
+    """Have a read end after so many seconds without a byte.
+
+    `settimeout` would do that for writes as well, and for all duplicates of the socket.
+    """
+    microseconds = round(seconds * 1_000_000)
+    if os.name == "posix":
+        timeval = struct.pack("@ll", microseconds // 1_000_000, microseconds % 1_000_000)
+    else:
+        timeval = struct.pack("@l", microseconds // 1000)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+
+
+def _shut_down(sock: socket.socket) -> None:
+    """Wake all threads that read or write `sock` with its end; its owner closes it."""
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _start_daemon(name: str, function: Callable[..., None], *args: Any) -> threading.Thread:
+    thread = threading.Thread(
+        target=function, args=args, name=f"distconc {name}", daemon=True)
     thread.start()
     return thread
 
 
-def _log(level: str, text: str, *about: Any) -> None:
-    with suppress(OSError):  # out of descriptors, not even this can be imported
-        import logging
-
-        logging.getLogger("distconc").log(getattr(logging, level), text, *about)
+######## Handshake: from a socket and a key to a connection
 
 
-def _hang_up(sock: socket.socket) -> None:
-    """Wake all who read or write `sock` with its end; its owner closes it."""
-    with suppress(OSError):  # it ended before
-        sock.shutdown(socket.SHUT_RDWR)
+class _Handshake:
+    """A connection in the making: with a node that we dial, or with a stranger who knocks.
+
+    A thread of its own shakes hands, and goes on as the connection's reader.  A timer aborts
+    the handshake when it takes too long.  All who want to reach the node wait for its end.
+    """
+
+    def __init__(self, node: "Node", dialled: Address | None, key: bytes,
+                 channel: Any = None) -> None:
+        self.dialled = dialled
+        self.host = ""  # where a stranger comes from
+        self.has_proved_key = False  # the stranger has answered our challenge
+        self.connection: _Connection | None = None
+        self.error: Exception | None = None
+        self._node = node
+        self._key = key
+        self._channel = channel  # a stranger's `multiprocessing.connection.Connection`
+        self._socket: socket.socket | None = None
+        self._is_over = False
+        self._end = _WaitQueue()  # those who wait for the connection
+
+    def start(self) -> None:
+        _start_daemon("reader", self._run)
+
+    def wait(self, deadline: float) -> bool:
+        """Wait for its end; return False at the deadline."""
+        return self._end.wait_until(lambda: self._is_over, deadline)
+
+    def abort(self, error: Exception) -> None:
+        """Let nobody wait for it any more, and its thread end.  Never blocks."""
+        if not self._is_over:
+            self.error = error
+            self._finish()
+        if self._socket:
+            _shut_down(self._socket)
+
+    def _finish(self) -> None:
+        self._is_over = True
+        self._end.wake_all()
+
+    def _run(self) -> None:
+        """The thread of this handshake, and then the reader of its connection."""
+        _local.must_not_wait = True
+        seconds = self._node._connect_timeout
+        timeout = NodeUnreachable(
+            f"{_format_address(self.dialled)} did not answer within {seconds:g} seconds")
+        timer = threading.Timer(seconds, self.abort, [timeout])
+        timer.daemon = True
+        try:
+            timer.start()
+            connection = self._connect()
+        except BaseException as error:
+            self._fail(error)
+        else:
+            self._node._handshake_ended(self)
+            self.connection = connection
+            self._finish()
+            timer.cancel()
+            connection.read_loop()
+        finally:
+            timer.cancel()
+
+    def _fail(self, error: BaseException) -> None:
+        if self._socket:
+            self._socket.close()
+        if not self.dialled:
+            self._node._count("strangers")
+            _strangers.add(self.host, error)
+        self.abort(_dial_error(_format_address(self.dialled), error))
+        self._node._handshake_ended(self)
+
+    def _connect(self) -> _Connection:
+        """Dial, if this side dials; shake hands; return the established connection."""
+        with self._channel or Client(self.dialled or "") as channel:
+            sock = self._duplicate(channel)
+            self._exchange_challenges(channel)
+            mine, peer = self._exchange_hellos(channel, sock)
+            connection = _Connection(self._node, sock, self._key, mine, peer, self.dialled)
+        try:
+            self._exchange_serials(connection)
+            self._node._establish(connection)
+        except BaseException:
+            self._node._connection_closed(connection)
+            connection._release()
+            raise
+        return connection
+
+    def _duplicate(self, channel: Any) -> socket.socket:
+        """Return a socket for the channel's connection, which others can shut down."""
+        family = _address_family(self.dialled or self._node._listen_address)
+        sock = socket.socket(family, socket.SOCK_STREAM, fileno=os.dup(channel.fileno()))
+        # The program may have set a default time-out, which would make `channel` fail, too.
+        sock.settimeout(None)
+        self._socket = sock
+        _close_after_fork.add(sock)
+        if self._is_over or self._node._stopped:
+            raise NodeDown("nobody waits for it any more")
+        if family == socket.AF_INET:
+            # Else a second small frame would wait for the peer's acknowledgement (Nagle).
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def _exchange_challenges(self, channel: Any) -> None:
+        if self.dialled:
+            answer_challenge(channel, self._key)
+            deliver_challenge(channel, self._key)
+        else:
+            deliver_challenge(channel, self._key)
+            self.has_proved_key = True
+            answer_challenge(channel, self._key)
+
+    def _exchange_hellos(self, channel: Any, sock: socket.socket) -> tuple[_Hello, _Hello]:
+        """Tell each other who we are.
+
+        The challenges alone are not enough: whoever sits between two nodes can pass them on.
+        But the keys of the seals come from both hellos, which name the roles and the address
+        that was meant; one who passes a hello on, or alters it, cannot make one valid frame.
+        """
+        if self.dialled:
+            reached = _format_address(sock.getpeername())
+            mine = _Hello.make(
+                "dialler", self._node, [_format_address(self.dialled), reached])
+        else:
+            mine = _Hello.make("acceptor", self._node, [])
+        channel.send_bytes(mine.line)
+        peer = _Hello.decode(channel.recv_bytes(MAX_HELLO))
+        self._check(mine, peer, sock)
+        return mine, peer
+
+    def _check(self, mine: _Hello, peer: _Hello, sock: socket.socket) -> None:
+        if {mine.role, peer.role} != {"dialler", "acceptor"}:
+            raise AuthenticationError("our own words came back to us")
+        if peer.role == "dialler":
+            ours = [self._node.address, self._node._listen_address, sock.getsockname()]
+            names = [_format_address(address) for address in ours]
+            if not set(names) & set(peer.dialled):
+                raise AuthenticationError(
+                    f"{peer.dialled!r} was dialled, which is not this node; "
+                    "behind NAT or a tunnel, start_node needs advertise=")
+        if _faults.cut_off({peer.address}):
+            raise NodeUnreachable("faults(drop=1) cuts it off")
+
+    def _exchange_serials(self, connection: _Connection) -> None:
+        """Have older connections to that node end before this one speaks.
+
+        Messages may still be on their way over a connection that the peer has lost.  They must
+        come before all that comes over this one:
+
+            peer   serial 1  lost ......   serial 2  dials, and says: 2, oldest 2
+            here   serial 1  being read    serial 2  waits until 1 is read to its end
+
+        So each side numbers its connections, and tells the number of this one, and that of the
+        oldest which lives there between the two.  What is older than that is over for the peer;
+        its end is on its way here, be it the peer's own or silence.  It is waited for, not
+        brought about: nobody can end a connection that lives by claiming to be its peer.
+        """
+        if self.dialled:
+            connection.send_serials()
+            self._node._wait_for_older(connection, connection.read_serials())
+        else:
+            self._node._wait_for_older(connection, connection.read_serials())
+            connection.send_serials()
+
+
+def _dial_error(name: str, why: BaseException) -> Exception:
+    """Return the error for those who dialled the node of that name."""
+    if isinstance(why, AuthenticationError):
+        return AuthenticationError(f"{name} and this node do not trust each other: {why}; "
+                                   "do both have the same key?")
+    if isinstance(why, (ConnectionRefusedError, FileNotFoundError)):
+        return NodeUnreachable(f"no node listens at {name}; is that where it was started?")
+    return NodeUnreachable(f"cannot connect to {name}: {str(why) or 'it hung up'}")
 
 
 ######## Node: start_node, stop_node, local_node, nodes, connect, disconnect
 
-CROWD = 256  # strangers who may knock at once: for one more, the oldest has to go
-_node: "Node | None" = None
-_starting = threading.RLock()  # guards: _node
-_stamps = itertools.count(1)  # the numbers of this process's connections
-_ours: "weakref.WeakSet[Any]" = weakref.WeakSet()  # what a fork closes in its child
+MAX_STRANGERS = 256  # handshakes of strangers at once; for one more, another has to go
+MIN_HEARTBEAT = 0.01  # seconds
+MAX_SECONDS = 1e6  # of a heartbeat or a connect_timeout
+MAX_MAX_MESSAGE = 1 << 32  # bytes
 
-
-def _listener(address: Address) -> Listener:
-    try:
-        return Listener(address, backlog=128)
-    except OSError as error:
-        cure = "does a node run there? Choose another address, or 0 for a free port"
-        text = f"cannot listen at {_text(address)}: {error.strerror or error}; {cure}"
-        raise OSError(error.errno, text) from None
-
-
-class _Meeting:
-    """One handshake, with whom we dial or with a stranger, for all who wait for it."""
-
-    connection: Any = None  # there at the end, unless there is an error
-    error: Exception | None = None
-    sock: socket.socket | None = None
-
-    def __init__(self, dialled: Any) -> None:
-        self.dialled = dialled  # an address, or None
-        self.done = _bell()  # rung at the end, for all
-
-    def limit(self, seconds: float) -> None:
-        """Give it so long; the work of its timer, which ends when it does."""
-        if not _hear(self.done, seconds):
-            text = f"{_text(self.dialled)} did not answer within {seconds:g} seconds"
-            self.give_up(NodeUnreachable(text))
-
-    def give_up(self, error: Exception) -> None:
-        """Have it end, and nobody wait for that.  Never blocks."""
-        self.error = self.error or error
-        _ring(self.done)
-        if self.sock:
-            _hang_up(self.sock)
+_close_after_fork: "weakref.WeakSet[Any]" = weakref.WeakSet()  # descriptors of the parent's
+_serials = itertools.count(1)  # the numbers of this process's connections
 
 
 class Node(AbstractContextManager["Node"]):
     """This process, as others address it.  Made by `start_node`, or when first needed.
 
-    As a context manager, leaving it stops the node.  Its threads: the accepter, from the start
-    to the stop; a reader for each stranger who knocks and for each dial, who first shakes
-    hands, while a timer, a thread of its own, limits the wait; a writer for each connection.
+    As a context manager, leaving it stops the node.  These are its threads:
+
+    * the *accepter*, from `start_node` to `stop_node`, which wakes it by a connection;
+    * a *reader* for each dial and each stranger who knocks, which shakes hands first; it ends
+      with the connection, or with the handshake that fails;
+    * a *timer* for each handshake, which aborts it after `connect_timeout`;
+    * a *writer* for each connection, started when that is established, woken by senders;
+    * *requests*, for each connection over which other nodes ask for something.
     """
 
     def __init__(self) -> None:
         self.address: Address | None = None  # what others dial
         self.incarnation = _incarnation
-        self._threads = _threads  # who can be reached; of a stopped node, nobody
-        self._bound: Address | None = None  # where it listens
-        self._started = self._stopped = False
-        self._lock = threading.RLock()  # guards: changes of the tables below
-        self._changed = threading.Condition(self._lock)  # a connection came or went
-        self._open: set[_Connection] = set()  # all, the half-made and the ending ones, too
-        self._live: list[_Connection] = []  # those that went live, in that order
-        self._meetings: list[_Meeting] = []  # under way, the oldest first
+        self._listen_address: Address | None = None
+        self._is_started = False
+        self._stopped = False
+        self._accepter: threading.Thread | None = None
+        self._listener: Listener | None = None
+
+        # Guards the three tables below, and the counts.  An RLock, because a `__del__` that
+        # sends may interrupt its holder.
+        self._lock = threading.RLock()
+        self._connections: set[_Connection] = set()  # all, from their serials to their end
+        self._established: list[_Connection] = []  # in the order in which they were
+        self._handshakes: list[_Handshake] = []  # the oldest first
         self._counts = Counter(
             sent=0, received=0, undelivered=0, refused=0, lost=0, strangers=0)
-        self._accepter: threading.Thread | None = None  # there, if it listens
-        self._configure(None, None, None, None, 10.0, 5.0, 1 << 28)  # as `start_node` does
 
-    def _configure(self, address: NodeLike | None, authkey: Any, advertise: NodeLike | None,
-                   allow: Any, heartbeat: float, connect_timeout: float,
-                   max_message: int) -> None:
-        """Take the options of `start_node`, and listen; raise for bad ones before any change."""
-        if heartbeat <= 0 or connect_timeout <= 0:
-            raise ValueError("heartbeat= and connect_timeout= are seconds above zero")
-        if not 0 < max_message < 1 << 32:
-            raise ValueError("max_message= is bytes, above zero and below 4 GiB")
-        known = None if advertise is None else _address(advertise)
-        bound = None if address is None else _address(address)
-        if allow is None:
-            allow = "anything" if _on_loopback(bound) else ()
-        allow = allow if allow == "anything" else tuple(allow)
-        load = _loader(allow)
-        if bound:
-            authkey = _authkey(authkey, bound)
-            listener = _listener(bound)
-            _ours.add(listener)
-            self._bound = _address(listener.address)
-        self._key, self._allow, self._load = authkey, allow, load
-        self._heartbeat, self._connect_timeout = heartbeat, connect_timeout
+        # Woken when a connection comes, begins to close, or goes.
+        self._connections_changed = _WaitQueue()
+        self._set_options(None, None, 10.0, 5.0, 1 << 28)
+
+    # Options
+
+    def _set_options(self, authkey: Any, allow: Any, heartbeat: float, connect_timeout: float,
+                     max_message: int) -> None:
+        self._key = authkey
+        self._allow = allow
+        self._heartbeat = float(heartbeat)
+        self._connect_timeout = float(connect_timeout)
         self._max_message = max_message
-        self.address = known or self._bound
-        if self.address and self.address[0] == "0.0.0.0":
-            self.address = socket.gethostname(), int(self.address[1])
-        if bound:
-            self._accepter = _thread("accepter", self._accept_on, listener)
+        self._load_restricted: Callable[[Any], Any] = pickle.loads
+        if allow != "anything":
+            self._load_restricted = _make_loader(allow or ())
+
+    def _start(self, address: NodeLike | None, authkey: Any, advertise: Any, allow: Any,
+               heartbeat: float, connect_timeout: float, max_message: int) -> None:
+        """Take the options of `start_node`, and listen; raise for bad ones before any change."""
+        _check_seconds("heartbeat", heartbeat)
+        _check_seconds("connect_timeout", connect_timeout)
+        if type(max_message) is not int or not 0 < max_message < MAX_MAX_MESSAGE:
+            raise ValueError("max_message= is a number of bytes, above 0 and below 4 GiB")
+        if allow is not None:
+            allow = _check_allow(allow)
+        if address is None:
+            self._set_options(authkey, allow, heartbeat, connect_timeout, max_message)
+            if advertise is not None:
+                self.address = _parse_address(advertise)
+            return
+        wanted = _parse_address(address)
+        key = _find_key(authkey, wanted)
+        listener = _listen(wanted)
+        try:
+            bound = _parse_address(listener.address)
+            advertised = _advertised_address(bound, advertise)
+        except BaseException:
+            listener.close()
+            raise
+        _close_after_fork.add(listener)
+        self._set_options(key, allow, heartbeat, connect_timeout, max_message)
+        self._listen_address = bound
+        self.address = advertised
+        self._listener = listener
+        self._accepter = _start_daemon("accepter", self._accept_loop, listener)
+
+    def load(self, data: Any) -> Any:
+        """Unpickle what this program gives to `deserialize`.
+
+        Nobody knows where that came from; if this node can be reached from other machines, it
+        is treated as if from there.
+        """
+        return self._loader_for(_is_loopback(self._listen_address))(data)
+
+    def _loader_for(self, is_local: bool) -> Callable[[Any], Any]:
+        """Return the function that loads messages of a node on this machine, or of another."""
+        if self._allow is None and is_local:
+            return pickle.loads
+        return self._load_restricted
+
+    def _may_call(self, function: Any, is_local: bool) -> bool:
+        """Return whether a node may have `function` called here by `spawn`."""
+        if self._loader_for(is_local) is pickle.loads:
+            return True
+        return function in (self._allow or ())
+
+    # What there is to know
 
     def stats(self) -> dict[str, int]:
-        """Count what passed: messages `sent` and `received`; `undelivered` (nobody here is
-        meant, or it could not be read) and `refused` by `allow` of those received; `lost` of
-        those sent, as this node or others say; `strangers` who did not get in.  Never blocks.
+        """Return counts of messages, exact at any time.  Never blocks.
+
+        `sent` and `received`; of those received `undelivered` (nobody here is meant, or it
+        could not be read) and `refused` (by `allow`); of those sent `lost`, as this node or
+        others say; and `strangers`, who knocked and did not get in.
         """
         with self._lock:
             counts = self._counts.copy()
-            for connection in self._open:
+            for connection in self._connections:
                 counts.update(sent=connection.sent, received=connection.received)
             return dict(counts)
 
+    def _count(self, name: str, number: int = 1) -> None:
+        with self._lock:
+            self._counts[name] += number
+
+    def __str__(self) -> str:
+        return _format_address(self.address)
+
+    def __repr__(self) -> str:
+        stopped = ""
+        if self._stopped:
+            stopped = ", stopped"
+        return f"<Node {str(self) or 'that does not listen'}{stopped}>"
+
+    def _has_address(self, address: Address | None) -> bool:
+        return address is not None and address in (self.address, self._listen_address)
+
+    def _find(self, incarnation: int | None, id: int | str) -> Thread:
+        """Return the thread that a message from another node is for; raise NoSuchThread."""
+        if incarnation not in (None, self.incarnation) or self._stopped:
+            raise NoSuchThread(f"{id!r:.300} was a thread of an earlier run of this node")
+        if type(id) is int:
+            thread = _registry.by_id.get(id)
+        else:
+            thread = _registry.by_name.get(id)  # type: ignore[arg-type]
+        if thread is None:
+            raise _no_such_thread(id)
+        return thread
+
+    # Connections
+
+    def _post(self, incarnation: int, header: _Header, payload: bytes = b"") -> bool:
+        """Send if there is contact with that node; return False if not.  Never blocks."""
+        connection = self._established_with(incarnation, None)
+        return connection is not None and connection.post(header, payload)
+
+    def _established_with(self, incarnation: int | None,
+                          address: Address | None) -> _Connection | None:
+        """Return the oldest connection to the node of that incarnation, or at that address.
+
+        The oldest, for the sake of order: two nodes that dial each other at once have two.
+        """
+        established = self._established.copy()
+        for connection in established:
+            if connection.peer.incarnation == incarnation:
+                return connection
+        if address is not None:
+            for connection in established:
+                if address in connection.addresses:
+                    return self._established_with(connection.peer.incarnation, None)
+        return None
+
+    def _connection_to(self, address: Address | None, incarnation: int | None) -> _Connection:
+        """Return the connection to a node; dial it if there is none, once for all who wait.
+
+        Raises NodeUnreachable, NodeDown, AuthenticationError after `connect_timeout` at most.
+        """
+        deadline = monotonic() + self._connect_timeout
+
+        def is_settled() -> bool:
+            last = self._established_with(incarnation, address)
+            return last is None or not last.closing
+
+        while True:
+            if not self._connections_changed.wait_until(is_settled, deadline):
+                raise NodeUnreachable(
+                    f"the last connection to {_format_address(address)} does not end")
+            with self._lock:
+                connection = self._established_with(incarnation, address)
+                if connection is None:
+                    dial = self._dial(address)
+                    break
+                if not connection.closing:
+                    return connection
+        if not dial.wait(deadline):
+            raise NodeUnreachable(f"{_format_address(address)} did not answer in time")
+        if dial.error is not None:
+            raise dial.error
+        connection = dial.connection
+        assert connection is not None
+        # The peer may have dialled this node meanwhile, and been first.
+        return self._established_with(connection.peer.incarnation, None) or connection
+
+    def _dial(self, address: Address | None) -> _Handshake:
+        """Return the handshake with that node which is under way, or start one."""
+        if self._stopped:
+            raise NodeDown("this node was stopped; start_node starts it again")
+        if address is None:
+            raise NodeUnreachable("that node does not listen, and contact with it was lost")
+        if _faults.cut_off({address}):
+            raise NodeUnreachable(f"faults(drop=1) cuts {_format_address(address)} off")
+        if _local.must_not_wait:
+            raise NodeUnreachable("a __del__ or a logging handler that runs in a thread of this "
+                                  f"module cannot dial {_format_address(address)}")
+        for handshake in self._handshakes:
+            if handshake.dialled == address and handshake.error is None:
+                return handshake
+        handshake = _Handshake(self, address, _find_key(self._key, address))
+        self._begin(handshake)
+        return handshake
+
+    def _begin(self, handshake: _Handshake) -> None:
+        with self._lock:
+            handshake.start()
+            self._handshakes.append(handshake)
+
+    def _handshake_ended(self, handshake: _Handshake) -> None:
+        with self._lock, suppress(ValueError):
+            self._handshakes.remove(handshake)
+
+    def _add_connection(self, connection: _Connection) -> int:
+        """Number a new connection; return the number of the oldest to the same node."""
+        with self._lock:
+            connection.serial = next(_serials)
+            self._connections.add(connection)
+            same_peer = [c.serial for c in self._connections if c.peer == connection.peer]
+            return min(same_peer)
+
+    def _wait_for_older(self, connection: _Connection, oldest: int) -> None:
+        """Wait for the end of all connections to that node which it has lost, or we end."""
+        def is_alone() -> bool:
+            with self._lock:
+                return not any(
+                    other.closing or 0 < other.peer_serial < oldest
+                    for other in self._connections
+                    if other is not connection and other.peer == connection.peer
+                    and other.peer.incarnation != self.incarnation)
+
+        deadline = monotonic() + self._connect_timeout
+        if not self._connections_changed.wait_until(is_alone, deadline):
+            raise NodeUnreachable("the connection before this one does not end")
+
+    def _establish(self, connection: _Connection) -> None:
+        """Let the connection be used."""
+        with self._lock:
+            if self._stopped:
+                raise NodeDown("this node was stopped")
+            connection.start_writer()
+            self._established.append(connection)
+        self._connections_changed.wake_all()
+
+    def _connection_closed(self, connection: _Connection) -> None:
+        """Forget a connection that has ended; report that contact with its node is lost.
+
+        An established one takes all others to that node with it, for contact is lost or it is
+        not.  The last of them reports it.
+        """
+        with self._lock:
+            if connection not in self._connections:
+                return
+            self._connections.remove(connection)
+            self._counts.update(sent=connection.sent, received=connection.received)
+            others = [c for c in self._connections if c.peer == connection.peer]
+            if connection in self._established:
+                self._established.remove(connection)
+                for other in others:
+                    other.abort()
+        self._connections_changed.wake_all()
+        if not others:
+            self._contact_lost(connection)
+
+    def _contact_lost(self, connection: _Connection) -> None:
+        """Fail all that waits for that node, and forget its watchers of threads here."""
+        text = f"contact with {connection.name} was lost"
+        waiting = _pending.watching(connection.peer)
+        event = None
+        if not self._stopped:
+            event = _observer.record(None, "down", why=text)
+        for pending in waiting:
+            _pending.fail(pending.tag, _Failure(NodeDown(text)), event)
+        if connection.broken_by and not waiting and not self._stopped:
+            # Nobody else hears of it, and messages may have been lost.
+            _log("WARNING", "%s: %s; what was sent last may be lost", text, connection.broken_by)
+        _registry.remove_watchers_of(connection.peer)
+
+    # Letting others in
+
+    def _accept_loop(self, listener: Listener) -> None:
+        """The accepter: have a thread shake hands with each stranger who knocks."""
+        _local.must_not_wait = True
+        while not self._stopped:
+            try:
+                channel = listener.accept()
+                if self._stopped:
+                    channel.close()  # It is `stop` that has knocked.
+                    break
+                self._let_in(channel, listener)
+            except (OSError, EOFError, RuntimeError, AuthenticationError) as error:
+                # There are no more descriptors, or threads, or the stranger has gone.
+                _log("INFO", "nobody can be let in just now: %s", error)
+                self._drop_strangers(0)
+                sleep(0.05)
+        listener.close()
+
+    def _let_in(self, channel: Any, listener: Listener) -> None:
+        handshake = _Handshake(self, None, self._key, channel)
+        last_accepted = listener.last_accepted
+        if isinstance(last_accepted, tuple):
+            handshake.host = last_accepted[0]
+        self._begin(handshake)
+        self._drop_strangers(MAX_STRANGERS)
+
+    def _drop_strangers(self, limit: int) -> None:
+        """Of more than `limit` strangers, end one: the oldest from where most come.
+
+        Those who have proved that they know the key are spared.
+        """
+        with self._lock:
+            knocking = [h for h in self._handshakes
+                        if not h.dialled and h.error is None and not h.has_proved_key]
+        if len(knocking) > limit:
+            [(busiest, _)] = Counter(h.host for h in knocking).most_common(1)
+            oldest = next(h for h in knocking if h.host == busiest)
+            oldest.abort(NodeDown("too many knock"))
+
+    # The end
+
     def stop(self, timeout: float = 5.0) -> None:
         """Stop the node; see `stop_node`."""
+        deadline = _deadline(timeout)
+        if deadline is None:
+            raise ValueError("stop_node(timeout) takes seconds")
         if self.incarnation != _incarnation:
-            return  # this is a fork's child, and the node its parent's
-        deadline = monotonic() + timeout
+            return  # This is the child of a fork; the node is its parent's.
         with self._lock:
-            again, self._stopped = self._stopped, True
-            for meeting in self._meetings:
-                meeting.give_up(NodeDown("this node was stopped"))
-        with _registry:
-            for name in [] if again else _registered():
-                unregister_remote_thread(name)
-        if self._bound and self._accepter and self._accepter.is_alive():
-            at = self._bound
-            if at[0] == "0.0.0.0":
-                at = "127.0.0.1", int(at[1])
-            with suppress(OSError), socket.socket(_family(at)) as knock:
-                knock.settimeout(_left(deadline))  # nothing else wakes `accept`
-                knock.connect(at)
-            self._accepter.join(_left(deadline))
-        self._end(self._open.copy(), _left(deadline))
-        self._threads = {}
-        for connection in self._open.copy():  # something is being loaded there, for too long
-            self._forget(connection)
-        _report()
+            is_first = not self._stopped
+            self._stopped = True
+            handshakes = self._handshakes.copy()
+        for handshake in handshakes:
+            handshake.abort(NodeDown("this node was stopped"))
+        if is_first:
+            _registry.forget_names()
+        self._end_accepter(deadline)
+        with self._lock:
+            connections = self._connections.copy()
+        self._end_connections(connections, deadline)
+        _losses.flush()
 
-    def _end(self, these: Iterable[_Connection], timeout: float) -> None:
-        """Have these connections write what waits there, and end; cut those that do not."""
-        for end, share in (_Connection.close, 0.9), (_Connection.cut, 0.1):
-            for connection in these:
-                end(connection)
+    def _end_accepter(self, deadline: float) -> None:
+        """Wake the accepter by a connection, as nothing else does on every system; join it."""
+        accepter = self._accepter
+        at = self._listen_address
+        if at is None or accepter is None or not accepter.is_alive():
+            return
+        if at[0] == "0.0.0.0":
+            at = ("127.0.0.1", int(at[1]))
+        with suppress(OSError), socket.socket(_address_family(at)) as knock:
+            knock.settimeout(max(_remaining(deadline), 0.01))
+            knock.connect(at)
+        accepter.join(_remaining(deadline))
+
+    def _end_connections(self, connections: Iterable[_Connection], deadline: float) -> None:
+        """Close connections; abort those that have not ended shortly before the deadline."""
+        ending = set(connections)
+
+        def have_ended() -> bool:
             with self._lock:
-                self._changed.wait_for(lambda: self._open.isdisjoint(these), timeout * share)
+                return self._connections.isdisjoint(ending)
+
+        for connection in ending:
+            connection.close()
+        patience = monotonic() + 0.9 * _remaining(deadline)
+        if self._connections_changed.wait_until(have_ended, patience):
+            return
+        for connection in ending:
+            connection.abort()
+        if not self._connections_changed.wait_until(have_ended, deadline):
+            for connection in ending:
+                self._connection_closed(connection)
 
     def __exit__(self, *_: Any) -> None:
         self.stop()
 
-    def __str__(self) -> str:
-        return _text(self.address)
 
-    def __repr__(self) -> str:
-        stopped = ", stopped" if self._stopped else ""
-        return f"<Node {str(self) or 'that does not listen'}{stopped}>"
-
-    # Who is who
-
-    def _is_called(self, address: Address | None) -> bool:
-        return address is not None and address in (self.address, self._bound)
-
-    def _count(self, name: str, times: int = 1) -> None:
-        with self._lock:
-            self._counts[name] += times
-
-    def _check_allowed(self, func: Any) -> None:
-        """Raise unless a message may have `func` called; to load it may be allowed, as data."""
-        if self._allow != "anything" and func not in self._allow:
-            self._count("refused")
-            text = f"the other node refuses it: {_name_of(func)} is not among what it allows"
-            raise RemoteError("Refused", text)
-
-    def _find(self, target: Target) -> Thread:
-        """Find who is meant by a target that is not in the table as it is."""
-        run, name_or_id = target
-        if run not in (0, self.incarnation) or self._threads is not _threads:
-            raise NoSuchThread(f"{name_or_id!r} was a thread of an earlier run of this node")
-        return get_remote_thread(name_or_id) if name_or_id != KERNEL else Thread("kernel")
-
-    # Sending
-
-    def _post(self, peer: int, head: Head, payload: bytes = b"") -> bool:
-        """Send if there is contact.  Never blocks."""
-        connection = self._speaking(peer)
-        stamped = _stamped(head) if _trace else head
-        return connection is not None and connection.post(stamped, payload)
-
-    def _depend(self, awaited: _Await, peer: int) -> None:
-        """Have the loss of `peer` settle `awaited`."""
-        awaited.peer = peer
-        if not self._speaking(peer):  # lost before that was said
-            _settle(awaited.tag, NodeDown("contact was lost at once"))
-
-    def _reach(self, address: Address | None, incarnation: int = 0) -> _Connection:
-        """Return the connection to speak on; dial if there is none, once for all who wait."""
-        def settled() -> bool:
-            last = self._speaking(incarnation, address)
-            return last is None or not last.ending
-        deadline = monotonic() + self._connect_timeout
-        with self._lock:
-            if not self._changed.wait_for(settled, self._connect_timeout):
-                raise NodeUnreachable(f"the last connection to {_text(address)} still ends")
-            connection = self._speaking(incarnation, address)
-            if connection:
-                return connection
-            if _cut_off({address}):
-                raise NodeUnreachable(f"faults(drop=1) cuts {_text(address)} off")
-            if self._stopped:
-                raise NodeDown("this node was stopped; start_node starts it again")
-            if address is None:
-                raise NodeUnreachable("that node does not listen, and contact with it was lost")
-            dials = (one for one in self._meetings if one.dialled == address and not one.error)
-            dial = next(dials, None) or self._meet(address, _authkey(self._key, address))
-        while not _hear(dial.done, min(0.2, _left(deadline))):  # Ctrl-C may strike only between
-            if monotonic() > deadline:  # two waits, if it comes as one begins
-                raise NodeUnreachable(f"{_text(address)} did not answer in time")
-        if dial.error:
-            raise dial.error
-        return self._speaking(dial.connection.peer) or dial.connection  # the peer's was first
-
-    def _speaking(self, incarnation: int, address: Address | None = None) -> _Connection | None:
-        """Return the connection to that node: of several, the first, for the sake of order."""
-        live = self._live.copy()
-        peers = [incarnation] + [one.peer for one in live if address and address in one.names]
-        return next((one for peer in peers for one in live if one.peer == peer), None)
-
-    # Shaking hands
-
-    def _accept_on(self, listener: Listener) -> None:
-        while not self._stopped:
-            try:
-                stranger = listener.accept()
-                if not self._stopped:  # else it was `stop` that knocked
-                    self._meet(None, self._key, stranger)
-                    self._thin_out(CROWD)
-            except (OSError, RuntimeError) as error:  # out of descriptors, or of threads
-                _log("INFO", "nobody can be let in just now: %s", error)
-                self._thin_out(0)
-                sleep(0.05)
-        listener.close()
-
-    def _thin_out(self, most: int) -> None:
-        """Of more than `most` strangers who knock, let the oldest go."""
-        knocking = [one for one in self._meetings.copy() if not (one.dialled or one.error)]
-        if len(knocking) > most:
-            knocking[0].give_up(NodeDown("too many knock"))
-
-    def _meet(self, dialled: Address | None, key: Any, stranger: Any = None) -> _Meeting:
-        """Have a thread dial a node, or let a stranger in, and then read what comes."""
-        meeting = _Meeting(dialled)
-        with self._lock:
-            _thread("reader", self._meet_on, meeting, key, stranger)
-            self._meetings.append(meeting)
-        return meeting
-
-    def _meet_on(self, meeting: _Meeting, key: bytes, stranger: Any) -> None:
-        try:
-            _thread("timer", meeting.limit, self._connect_timeout)
-            with stranger or Client(meeting.dialled) as stranger:
-                meeting.connection = self._shake(meeting, key, stranger)
-        except BaseException as error:
-            if meeting.sock:
-                meeting.sock.close()
-            if not meeting.dialled:
-                self._count("strangers")
-                _log("INFO", "a stranger was not let in: %s: %s", type(error).__name__, error)
-            meeting.give_up(_unreachable(_text(meeting.dialled), error))
-        with self._lock, suppress(ValueError):
-            self._meetings.remove(meeting)
-        _ring(meeting.done)
-        if meeting.connection:
-            meeting.connection.read_on()
-
-    def _shake(self, meeting: _Meeting, key: bytes, stranger: Any) -> _Connection:
-        """Exchange challenges, and hellos, by which all is sealed; return what is live then."""
-        dialled = meeting.dialled
-        family = _family(dialled or self._bound)
-        sock = meeting.sock = socket.fromfd(stranger.fileno(), family, socket.SOCK_STREAM)
-        _ours.add(sock)
-        if meeting.error or self._stopped:
-            raise NodeDown("nobody waits for it any more")
-        if family == socket.AF_INET:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for step in (answer_challenge, deliver_challenge)[:: 1 if dialled else -1]:
-            step(stranger, key)
-        mine = self._hello(sock, dialled)
-        stranger.send_bytes(mine.line)
-        peer = _Hello(stranger.recv_bytes(4096))
-        self._check_hello(mine, peer, sock)
-        connection = _Connection(self, sock, mine, peer, key, dialled)
-        try:
-            self._introduce(connection, dialled)
-        except BaseException:
-            self._forget(connection)
-            raise
-        return connection
-
-    def _hello(self, sock: socket.socket, dialled: Address | None) -> _Hello:
-        fields = [VERSION.decode(), "dialler" if dialled else "acceptor", os.urandom(16).hex(),
-                  f"{self.incarnation:x}", self._heartbeat, self._max_message, self]
-        if dialled:
-            fields += [_text(dialled), _text(sock.getpeername())]
-        return _Hello("\0".join(map(str, fields)).encode())
-
-    def _check_hello(self, mine: _Hello, peer: _Hello, sock: socket.socket) -> None:
-        if {mine.role, peer.role} != {b"dialler", b"acceptor"}:
-            raise AuthenticationError("our own words came back to us")
-        names = self.address, self._bound, sock.getsockname()
-        called = {_text(name).encode() for name in names}
-        if peer.role == b"dialler" and not called & set(peer.meant):
-            raise AuthenticationError(f"{peer.meant!r} was dialled, which is not this node; "
-                                      "behind NAT or a tunnel, start_node needs advertise=")
-        if _cut_off({peer.address}):
-            raise NodeUnreachable("faults(drop=1) cuts it off")
-
-    def _introduce(self, connection: _Connection, dialled: Address | None) -> None:
-        """Exchange the first sealed frames, outlive older connections, then go live.
-
-        Each side numbers its connections, and says the number of this one and of the oldest
-        that it still counts between the two nodes.  An older one is lost over there: it is read
-        to its end before the new one may speak, so that no old message comes after a new one.
-        """
-        for mine in (True, False) if dialled else (False, True):
-            if mine:
-                with self._lock:
-                    connection.stamp = next(_stamps)
-                    self._open.add(connection)
-                    oldest = min(c.stamp for c in self._open if c.peer == connection.peer)
-                connection.send((connection.stamp, oldest), b"")
-            else:
-                [(connection.peer_stamp, oldest)], _ = connection.read()
-                self._outlive(connection, oldest)
-        with self._lock:
-            if self._stopped:
-                raise NodeDown("this node was stopped")
-            connection.start()
-            self._live.append(connection)
-            self._changed.notify_all()
-
-    def _outlive(self, connection: _Connection, oldest: int) -> None:
-        """Wait for the end of what the peer counts no more, or what is ending here."""
-        def older() -> list[_Connection]:
-            return [c for c in self._open if c is not connection and c.peer == connection.peer
-                    and c.peer != self.incarnation and (c.ending or 0 < c.peer_stamp < oldest)]
-        with self._lock:
-            for other in older():
-                other.cut()
-            if not self._changed.wait_for(lambda: not older(), self._connect_timeout):
-                raise NodeUnreachable("the connection before this one does not end")
-
-    def _forget(self, connection: _Connection) -> None:
-        """A connection has been read to its end: contact with its peer is lost, all of it.
-
-        One that never went live takes no other with it, but may be the last to go.
-        """
-        with self._lock:
-            lost = connection in self._open and self._remove(connection)
-        if lost:
-            _contact_lost(_text(connection.address) or "a node that does not listen", *lost)
-
-    def _remove(self, connection: _Connection) -> "tuple[list[_Await], list[str]] | None":
-        """Take it from the tables; return what awaits its peer, and what is owed to that."""
-        peer = connection.peer
-        self._open.remove(connection)
-        self._counts.update(sent=connection.sent, received=connection.received)
-        rest = [other for other in self._open if other.peer == peer]
-        if connection in self._live:
-            self._live.remove(connection)
-            for other in rest:
-                other.cut()
-        self._changed.notify_all()
-        return None if rest else (
-            [each for each in list(_awaited.values()) if each.peer == peer],
-            [tag for tag, owes in list(_debts.items()) if owes.get(tag, (0,))[0] == peer])
+def _check_seconds(name: str, value: Any) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not MIN_HEARTBEAT <= value <= MAX_SECONDS:
+        raise ValueError(f"{name}= is seconds, from {MIN_HEARTBEAT} to {MAX_SECONDS:g}, "
+                         f"not {value!r}")
 
 
-def _unreachable(name: str, why: BaseException) -> Exception:
-    """What those are told who dialled the node of that name."""
-    if isinstance(why, AuthenticationError):
-        text = f"{name} and this node do not trust each other: {why}; "
-        return AuthenticationError(text + "do both have the same key?")
-    if isinstance(why, (ConnectionRefusedError, FileNotFoundError)):
-        return NodeUnreachable(f"no node listens at {name}; is that where it was started?")
-    return NodeUnreachable(f"cannot connect to {name}: {str(why) or 'it hung up'}")
+def _is_same_host(sock: socket.socket) -> bool:
+    """Return whether the other end of a connection is on this machine."""
+    if sock.family != socket.AF_INET:
+        return True
+    here = sock.getsockname()[0]
+    there = sock.getpeername()[0]
+    return here == there or there.startswith("127.")
+
+
+def _listen(address: Address | None) -> Listener:
+    """Return a Listener, whose backlog takes a whole class that connects at once."""
+    try:
+        return Listener(address, backlog=128)
+    except OSError as error:
+        if isinstance(address, str) and _is_abandoned(address):
+            os.unlink(address)
+            return Listener(address, backlog=128)
+        cure = "does a node run there? Choose another address, or 0 for a free port"
+        text = f"cannot listen at {_format_address(address)}: {error.strerror or error}; {cure}"
+        raise OSError(error.errno, text) from None
+
+
+def _is_abandoned(path: str) -> bool:
+    """Return whether a Unix socket has nobody who listens: its node was killed."""
+    try:
+        with socket.socket(socket.AF_UNIX) as knock:
+            knock.settimeout(1.0)
+            knock.connect(path)
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+class _Process:
+    """This process as a whole: which node it has."""
+
+    def __init__(self) -> None:
+        # Guards `node`.  Held while a node begins to listen, so that there is one at most.
+        self.lock = threading.RLock()
+        self.node: Node | None = None
+
+
+_process = _Process()
 
 
 def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = None,
@@ -2097,22 +3483,24 @@ def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = No
     Port 0 is any free one, None does not listen.  `authkey`: or the environment's
     DISTCONC_AUTHKEY, or the cookie file's.  `advertise`: what others dial, if not `address`.
     `allow`: the classes and functions that messages may name besides plain data; "anything";
-    None, the default: anything on loopback, plain data beyond.  `heartbeat`: the seconds within
-    which the loss of a node is noticed.  `connect_timeout`: seconds to dial and shake hands.
-    `max_message`: bytes.
+    None, the default: anything from nodes on this machine, plain data from others.
+    `heartbeat`: the seconds within which the loss of a node is noticed; C code that holds the
+    interpreter for longer makes others take this node for lost.  `connect_timeout`: seconds to
+    dial and shake hands.  `max_message`: bytes.
 
     Raises RuntimeError if started already, ValueError, TypeError, PermissionError for a bad
     argument or key, OSError if it cannot listen there; nothing has started then.
     Factor: start-node.  Erlang: net_kernel:start.
     """
-    global _node
-    with _starting:
-        node = Node() if _node and _node._stopped else local_node()
-        if node._started:
+    with _process.lock:
+        node = local_node()
+        if node._stopped:
+            node = Node()
+        if node._is_started:
             raise RuntimeError(f"{node!r} runs in this process already; stop_node() first")
-        node._configure(address, authkey, advertise, allow, heartbeat, connect_timeout,
-                        max_message)
-        node._started, _node = True, node
+        node._start(address, authkey, advertise, allow, heartbeat, connect_timeout, max_message)
+        node._is_started = True
+        _process.node = node
         return node
 
 
@@ -2123,15 +3511,19 @@ def stop_node(timeout: float = 5.0) -> None:
     also at exit.  After it a remote `send` raises NodeDown, until `start_node`.
     Factor: stop-node.
     """
-    if _node:
-        _node.stop(timeout)
+    if _process.node:
+        _process.node.stop(timeout)
+    else:
+        _deadline(timeout)
 
 
-@atexit.register
 def _at_exit() -> None:
     stop_node()
     for thread in threads().values():
-        thread._show_unread()
+        thread._print_unread_failures()
+
+
+atexit.register(_at_exit)
 
 
 def local_node() -> Node:
@@ -2140,11 +3532,11 @@ def local_node() -> Node:
     Without `start_node` it does not listen: it can send, and be answered over the connections
     that it opened.
     """
-    global _node
-    if _node is None:
-        with _starting:
-            _node = _node or Node()
-    return _node
+    if _process.node is None:
+        with _process.lock:
+            if _process.node is None:
+                _process.node = Node()
+    return _process.node
 
 
 def nodes() -> list[Address]:
@@ -2152,103 +3544,656 @@ def nodes() -> list[Address]:
 
     Erlang: nodes(), without the hidden ones.
     """
-    live = local_node()._live.copy()
-    return sorted({one.address for one in live if one.address and not one.ending}, key=_text)
+    addresses = set()
+    for connection in local_node()._established.copy():
+        if connection.address and not connection.closing:
+            addresses.add(connection.address)
+    return sorted(addresses, key=_format_address)
 
 
 def connect(node: NodeLike) -> None:
-    """Connect to `node` now, so that what is wrong shows here.  Never needed.  Factor: connect.
+    """Connect to `node` now, so that errors show here.  Never needed.  Factor: connect.
 
     Blocks at most `connect_timeout` seconds.  Raises NodeDown (once this node was stopped; else
     NodeUnreachable), AuthenticationError, ValueError, PermissionError.
     """
-    if not local_node()._is_called(_address(node)):
-        local_node()._reach(_address(node))
+    address = _parse_address(node)
+    if not local_node()._has_address(address):
+        local_node()._connection_to(address, None)
 
 
 def disconnect(node: NodeLike) -> None:
     """Send what is queued for `node` and close the connection, if there is one.
 
-    Blocks until that is done, at most `connect_timeout` seconds.  Who waits for that node gets
-    NodeDown, here and there.  The next `send` connects anew.
+    Blocks until that is done, at most `connect_timeout` seconds.  All that waits for that node
+    fails with NodeDown, here and there.  The next `send` connects anew.
     Factor: disconnect.  Erlang: disconnect_node.
     """
     here = local_node()
-    connection = here._speaking(0, _address(node))
+    connection = here._established_with(None, _parse_address(node))
     if connection:
-        here._end([connection], here._connect_timeout)
+        here._end_connections([connection], monotonic() + here._connect_timeout)
 
 
-######## Other processes: what nodes ask of each other, spawn_node, ChildNode
+######## Remote handles and names: RemoteThread, register_, unregister_, get_remote_thread
 
 
-def _ask_node(address: Address | None, *request: Any, timeout: float | None = None) -> Any:
-    answer = send_synchronous(request, RemoteThread(address, KERNEL), timeout)
+class RemoteThread(_Handle):
+    """A handle of a thread on some node, by id or registered name.  Factor: remote-thread.
+
+    `.node` is the node's address, `.id` the id or name.  Immutable.  One that a `Thread` was
+    pickled into equals that thread, on any node; no later run of its node takes it for
+    another's.  One made by hand equals one made by hand of the same node and id.
+    """
+
+    __slots__ = ("_node", "_id", "_incarnation", "_send_header", "_connection")
+
+    def __init__(self, node: NodeLike | None, id: int | str,
+                 incarnation: int | None = None) -> None:
+        if not isinstance(id, (int, str)) or len(str(id)) > MAX_NAME:
+            raise TypeError(f"an id is an int, or a name of up to {MAX_NAME} letters, not {id!r}")
+        if incarnation is not None and type(incarnation) is not int:
+            raise TypeError(f"an incarnation is an int, not {incarnation!r}")
+        self._node: Address | None = None
+        if node is not None:
+            self._node = _parse_address_cached(node)
+        if self._node is None and incarnation is None:
+            # A node that does not listen: nobody can dial it, but it may be this one.
+            incarnation = getattr(node, "incarnation", None)
+            if incarnation is None:
+                raise ValueError(f"not a node: {node!r}")
+        # Subclasses of int and str, such as those of Enum, may compare in ways of their own.
+        self._id: int | str = int(id) if isinstance(id, int) else str.__str__(id)
+        self._incarnation = incarnation
+        self._identity = (incarnation or self._node, self._id)
+        self._send_header = ("send", incarnation, self._id, None)
+
+        # The connection over which it was reached last.
+        self._connection: _Connection | None = None
+
+    @property
+    def node(self) -> Address | None:
+        """The address of the thread's node; None if that does not listen."""
+        return self._node
+
+    @property
+    def id(self) -> int | str:
+        """The thread's id, or its registered name."""
+        return self._id
+
+    def is_alive(self) -> bool:
+        """Return whether the thread lives.  Blocks for one round trip; raises as `send` does.
+
+        Raises NodeDown if the node cannot be reached: then it is not known.
+        """
+        if self._is_local():
+            with suppress(NoSuchThread):
+                return get_remote_thread(self._id).is_alive()
+            return False
+        return bool(_call_node(self, ("is alive", self._incarnation, self._id)))
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait at most `timeout` seconds for the thread's end; return whether it has ended.
+
+        Raises NodeDown if contact with its node is lost, or cannot be made.
+        """
+        deadline = _deadline(timeout)
+        end = _Request(current_thread())
+        try:
+            self._watch(end)
+            if not end.wait(deadline):
+                return False
+            end.result()
+        except (ThreadDied, NoSuchThread):
+            pass
+        finally:
+            end.cancel()
+        return True
+
+    def send(self, message: Any) -> None:
+        """Send a copy of `message` to the thread; see `send`."""
+        connection = self._connection
+        if connection is None or connection.closing or message.__class__ is Reply:
+            self._send(message)
+            return
+        if _faults.are_active or _observer.is_recording:
+            self._send(message)
+            return
+        # What follows is `_send` in its most frequent case, without its steps for others: so a
+        # flood is half as fast again.
+        try:
+            payload = pickle.dumps(message, 5)
+        except Exception:
+            payload = serialize(message)
+        if len(payload) > connection.max_outgoing:
+            self._transmit_payload(self._send_header, payload)
+        elif not connection.send(self._send_header, payload):
+            self._send(message)
+
+    def _send(self, message: Any) -> None:
+        cause = None
+        if _observer.is_recording:
+            cause = _observer.record_send(message, self)
+        if message.__class__ is Reply:
+            self._reply(message.data, str(message.tag), cause)
+        elif self._is_local():
+            try:
+                thread = get_remote_thread(self._id)
+            except NoSuchThread as error:
+                _observer.message_lost(self, error, cause)
+            else:
+                thread._mailbox._put(_Entry(message, cause))
+        else:
+            header = ("send", self._incarnation, self._id, cause)
+            if cause is None:
+                header = self._send_header
+            self._transmit(header, message, cause)
+
+    def _reply(self, data: Any, tag: str, cause: _EventId | None) -> None:
+        """Answer a call of this thread's.
+
+        Raises SerializationError, or NodeDown: the caller cannot be reached, for any reason.
+        A reply that is too large for the caller's node fails the call.
+        """
+        if self._is_local():
+            _pending.resolve(tag, _Entry(data, cause))
+            return
+        try:
+            self._transmit(("reply", tag, cause), data, cause)
+        except _TooLargeForPeer as error:
+            failure = RemoteError("SerializationError", f"the reply is too large: {error}")
+            self._transmit_payload(*_encode_failure(tag, failure, cause))
+        except SerializationError:
+            raise
+        except (ValueError, PermissionError) as error:
+            # For its address another key would be needed: the sender was forged.
+            raise NodeUnreachable(str(error)) from error
+        _registry.remove_watcher(tag)
+
+    def _call(self, call: _Call, message: Any, cause: _EventId | None) -> None:
+        if self._is_local():
+            get_remote_thread(self._id)._call(call, message, cause)
+            return
+        header = ("call", self._incarnation, self._id, call.waiter.id, call.tag, cause)
+        self._transmit(header, message, cause, call)
+
+    def _watch(self, pending: _Pending) -> bool:
+        """Have `pending` told of the thread's end."""
+        if self._is_local():
+            return get_remote_thread(self._id)._watch(pending)
+        header = ("monitor", self._incarnation, self._id, pending.tag, None)
+        self._transmit_payload(header, b"", pending)
+        return True
+
+    def _transmit(self, header: _Header, message: Any, cause: _EventId | None,
+                  pending: _Pending | None = None) -> None:
+        """Send a copy of `message`; record it as lost if that cannot be done."""
+        try:
+            self._transmit_payload(header, serialize(message), pending)
+        except Exception as error:
+            _observer.record(current_thread(), "lost", cause, why=_last_line(error))
+            raise
+
+    def _transmit_payload(self, header: _Header, payload: bytes,
+                          pending: _Pending | None = None) -> None:
+        """Send over the connection there is, or over a new one, if that closes untaken."""
+        for _ in range(2):
+            connection = self._connection
+            if connection is None or connection.closing:
+                _check_size(len(payload), local_node()._max_message, SerializationError)
+                connection = local_node()._connection_to(self._node, self._incarnation)
+                self._connection = connection
+            if pending:
+                # Set before it is sent, as contact may be lost at once.
+                pending.watched = connection.peer
+            if len(payload) > connection.max_outgoing:
+                _check_size(len(payload), connection.max_outgoing, _TooLargeForPeer)
+            if _local.is_logging:
+                _losses.mute(f"{self._id!r} at {connection.name}")
+            if _faults.are_active:
+                was_taken = _faults.send(connection, header, payload)
+            else:
+                was_taken = connection.send(header, payload)
+            if was_taken:
+                return
+        raise NodeDown(
+            f"two connections to {_format_address(self._node)} ended before they took it")
+
+    def _is_local(self) -> bool:
+        """Return whether the thread is on this node."""
+        connection = self._connection
+        if connection is not None and not connection.closing:
+            return False
+        if self._incarnation is not None:
+            return self._incarnation == _incarnation
+        return local_node()._has_address(self._node)
+
+    def __repr__(self) -> str:
+        return f"RemoteThread({_format_address(self._node) or None!r}, {self._id!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteThread, (self._node, self._id, self._incarnation)
+
+
+class _TooLargeForPeer(SerializationError):
+    """The message is larger than the other node's `max_message`."""
+
+
+def _check_size(size: int, limit: int, error: type[SerializationError]) -> None:
+    if size > limit:
+        raise error(f"{size} bytes are more than max_message, {limit}")
+
+
+def register_remote_thread(thread: Thread, name: str | None = None) -> None:
+    """Let other nodes reach `thread` by `name`, by default its own.  Never blocks.
+
+    Takes the name from the thread that had it; the thread's end frees it.  A thread may have
+    several.  Raises TypeError unless `thread` is of this node, NoSuchThread if it has ended.
+    Factor: register-remote-thread.  Erlang: register.
+    """
+    if not isinstance(thread, Thread) or thread._remote:
+        raise TypeError(f"only a thread of this node can get a name: not {thread!r}")
+    if name is None:
+        name = thread.name
+    _check_name(name)
+    # A subclass of str, such as an Enum's, may be hashed in a way of its own.
+    _registry.register(str.__str__(name), thread)
+
+
+def unregister_remote_thread(name: str) -> None:
+    """Forget a registered name.  Never blocks.  Raises NoSuchThread.
+
+    Factor: unregister-remote-thread.  Erlang: unregister.
+    """
+    if not _registry.unregister(name):
+        raise _no_such_thread(name)
+
+
+def get_remote_thread(name_or_id: int | str) -> Thread:
+    """Return the thread of this node that others reach so.  Never blocks.  Raises NoSuchThread.
+
+    Factor: get-remote-thread.  Erlang: whereis.
+    """
+    if isinstance(name_or_id, int):
+        thread = _registry.by_id.get(name_or_id)
+    elif isinstance(name_or_id, str):
+        thread = _registry.by_name.get(name_or_id)
+    else:
+        raise TypeError(f"a thread is found by its name or its id, not by {name_or_id!r}")
+    if thread is None:
+        raise _no_such_thread(name_or_id)
+    return thread
+
+
+def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
+    """Return the error, which names registered names that are near."""
+    from difflib import get_close_matches
+
+    if not isinstance(name_or_id, str):
+        return NoSuchThread(f"no living thread has the id {name_or_id!r:.{MAX_NAME}}")
+    # The longest name that can be registered is shorter than this: the rest is like none.
+    wanted = name_or_id[:MAX_NAME + 1]
+    names = sorted(_registry.by_name.copy())
+    near = get_close_matches(wanted, names, cutoff=0.5) or names[:5]
+    hint = ""
+    if near:
+        hint = f"; did you mean {' or '.join(map(repr, near))}?"
+    return NoSuchThread(f"no thread is registered as {wanted!r}{hint}")
+
+
+def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _Link | None,
+              event: _EventId | None) -> Handle:
+    """Start a thread on another node, or on this one if that is meant."""
+    address = _parse_address(node)
+    if local_node()._has_address(address):
+        child = _spawn_here(request, link, event)
+        if link:
+            link.watched = child
+        return child
+    tag = None
+    if link:
+        tag = link.tag
+    remote_child: RemoteThread = _call_node(address, ("spawn", *request, tag), cause=event)
+    if link:
+        _fail_when_lost(link, remote_child._incarnation)
+    return remote_child
+
+
+def _watch_node(pending: _Pending, node: Any) -> None:
+    """Have `pending` fail when contact with `node` is lost; never, if it is this one."""
+    address = _parse_address(node)
+    here = local_node()
+    if not here._has_address(address):
+        connection = here._connection_to(address, None)
+        _fail_when_lost(pending, connection.peer.incarnation)
+
+
+def _fail_when_lost(pending: _Pending, incarnation: int | None) -> None:
+    """Have the loss of contact with a node fail `pending`."""
+    pending.watched = _Peer(incarnation or 0)
+    if local_node()._established_with(incarnation, None) is None:
+        _pending.fail(pending.tag, _Failure(NodeDown("contact was lost at once")))
+
+
+######## Requests: what nodes ask of each other
+
+
+class _Request(_Call):
+    """A thread waits for what it has asked of a node.  Traces do not show it."""
+
+    def _record(self, outcome: Any, cause: _EventId | None) -> None:
+        pass
+
+
+def _call_node(target: Any, request: tuple[Any, ...], timeout: float | None = None,
+               cause: _EventId | None = None) -> Any:
+    """Have a node, or the node of a thread, do something; return its answer, or raise that."""
+    if not isinstance(target, RemoteThread):
+        target = RemoteThread(target, "node")
+    call = _Request(current_thread())
+    try:
+        target._transmit_payload(("request", call.tag, cause), serialize(request), call)
+        if not call.wait(_deadline(timeout)):
+            raise TimeoutError(f"the node did not answer within {timeout} seconds")
+        answer = call.result()
+    finally:
+        call.cancel()
     if isinstance(answer, Exception):
         raise answer
     return answer
 
 
-def _kernel(request: Synchronous, cause: "Stamp") -> None:
-    """Do one thing that another node asks for.  Erlang: net_kernel."""
-    _here.cause = cause  # that node's act, not this thread's
-    answer: Any = ValueError("a node of this version cannot do that")
+def _serve_requests(connection: _Connection, requests: Mailbox) -> None:
+    """The thread that does what the peer asks of this node; it ends with the connection."""
+    while True:
+        request = requests.get()
+        if request is None:
+            return
+        tag, cause, payload = request
+        try:
+            wanted = connection.load(payload)
+        except (Exception, SystemExit) as error:
+            connection._fail_call(tag, error, None)
+            continue
+        try:
+            answer = serialize(_do_request(connection, wanted, cause))
+        except _NotAllowed as error:
+            answer = serialize(connection._delivery_error(error))
+        except (Exception, SystemExit) as error:
+            answer = _pickled_error(error)
+        connection.post(("reply", tag, None), answer)
+
+
+def _pickled_error(error: BaseException) -> bytes:
+    """Return an error for the peer to raise; a RemoteError if it cannot be pickled."""
     try:
-        match request.data:
-            case "spawn", func, args, name, register, link:
-                local_node()._check_allowed(func)
-                answer = _spawn_here(func, args, name, register, link, request.sender._key[0])
-            case ("ps",):
-                answer = [_describe(thread) for thread in threads().values()]
-    except Exception as error:
-        answer = error
-    reply_synchronous(answer, request)
+        return serialize(error)
+    except SerializationError:
+        return serialize(RemoteError(type(error).__name__, _last_line(error)))
 
 
-def _describe(thread: Thread) -> tuple[Any, ...]:
-    """What `ps` shows: id, name, registered names, unread messages, seconds, what it does."""
-    unread = sum(map(len, list(thread._mailbox._cells)))
-    return (thread.id, thread.name, " ".join(thread._names), unread,
-            monotonic() - thread._began, _doing(thread))
+def _do_request(connection: _Connection, request: Any, cause: _EventId | None) -> Any:
+    """Do one thing that the peer asks for.  Erlang: net_kernel."""
+    match request:
+        case ("ps",):
+            return [_thread_info(thread) for thread in threads().values()]
+        case ("is alive", incarnation, id):
+            with suppress(NoSuchThread):
+                return connection._node._find(incarnation, id).is_alive()
+            return False
+        case ("spawn", function, tuple(args), name, register, is_server, link):
+            if not connection._node._may_call(function, connection.is_local):
+                raise _NotAllowed(f"{_function_name(function)} is not among what it allows")
+            wanted = _request(function, args, name, bool(register))
+            watcher = None
+            if isinstance(link, str):
+                watcher = _RemoteWatcher(link, connection.peer, is_link=True)
+            return _spawn_here(wanted._replace(is_server=bool(is_server)), watcher, cause)
+    raise ValueError("a node of this version cannot do that")
 
 
-def _doing(thread: Thread) -> str:
-    """Which public function of this module a thread is in, and where it was called."""
-    frame, word = sys._current_frames().get(thread._ident or 0), "running"
-    while frame and frame.f_code.co_filename == _doing.__code__.co_filename:
+def _thread_info(thread: Thread) -> tuple[Any, ...]:
+    """Return what `ps` shows: id, name, registered names, unread messages, age, activity."""
+    names = " ".join(thread._registered_names)
+    unread = len(thread._mailbox._snapshot())
+    age = monotonic() - thread._started_at
+    return thread.id, thread.name, names, unread, age, _current_call(thread)
+
+
+def _current_call(thread: Thread) -> str:
+    """Return which public function of this module a thread is in, and where it was called."""
+    call = "running"
+    frame = sys._current_frames().get(thread._os_ident or 0)
+    while frame and frame.f_code.co_filename == _current_call.__code__.co_filename:
         if frame.f_code.co_name in __all__:
-            word = frame.f_code.co_name
+            call = frame.f_code.co_name
         frame = frame.f_back
     if frame is None or frame.f_code.co_filename == threading.__file__:
-        return word
-    return f"{word} at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+        return call
+    return f"{call} at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+######## Losses: messages that nobody could take, and who hears of them
+
+LOG_INTERVAL = 1.0  # seconds between two lines about the same
+MAX_LOG_KEYS = 1000  # targets remembered at once
+
+
+def _log(level: str, text: str, *about: Any) -> None:
+    """Log a line; a handler of the user's may take long, or send.
+
+    Threads for which others wait leave that to a thread of its own.  A handler that forwards
+    lines through a node must not cause new ones: what it does is not logged.
+    """
+    if _local.is_logging:
+        return
+    if _local.must_not_wait:
+        with suppress(RuntimeError):
+            _start_daemon("log", _emit, level, text, *about)
+    else:
+        _emit(level, text, *about)
+
+
+def _emit(level: str, text: str, *about: Any) -> None:
+    _local.is_logging = True
+    try:
+        # Without descriptors, not even this can be imported.
+        import logging
+
+        logging.getLogger("distconc").log(getattr(logging, level), text, *about)
+    except OSError:
+        pass
+    finally:
+        _local.is_logging = False
+
+
+class _Line:
+    """What a _LimitedLog has not said yet about one thing."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.why = ""
+        self.last_time = 0.0
+
+
+class _LimitedLog:
+    """Logs the first of many events at once, later ones at most once a second.
+
+    Each line says how many there were since the last.
+    """
+
+    def __init__(self, text: str) -> None:
+        # Guards the two tables.  An RLock, because a `__del__` may interrupt its holder.
+        self._lock = threading.RLock()
+        self._text = text
+        self._lines: dict[str, _Line] = {}
+        self._muted: set[str] = set()
+
+    def add(self, key: str, why: object, count: int) -> None:
+        with self._lock:
+            if key in self._muted or _local.is_logging:
+                return
+            if len(self._lines) > MAX_LOG_KEYS:
+                self._forget_silent()
+            line = self._lines.setdefault(key, _Line())
+            line.count += count
+            line.why = str(why)
+            if line.last_time and monotonic() < line.last_time + LOG_INTERVAL:
+                return
+            said = self._say(line)
+        self._write(key, *said)
+
+    def _say(self, line: _Line) -> tuple[int, str]:
+        count = line.count
+        line.count = 0
+        line.last_time = monotonic()
+        return count, line.why
+
+    def _write(self, key: str, count: int, why: str) -> None:
+        plural = "s"
+        if count == 1:
+            plural = ""
+        _log("WARNING", self._text, count, plural, key, why)
+
+    def _forget_silent(self) -> None:
+        """Log what is left of all targets, and forget them."""
+        lines = self._lines
+        self._lines = {}
+        for key, line in lines.items():
+            if line.count:
+                self._write(key, *self._say(line))
+
+    def flush(self) -> None:
+        """Log what has not been said yet."""
+        with self._lock:
+            unsaid = [(key, self._say(line)) for key, line in self._lines.items() if line.count]
+        for key, said in unsaid:
+            self._write(key, *said)
+
+    def mute(self, key: str) -> None:
+        """Log nothing about `key`: a logging handler sends there."""
+        with self._lock:
+            self._muted.add(key)
+
+
+class _Losses(_LimitedLog):
+    """Counts and logs messages of this node's that nobody could take."""
+
+    def add(self, key: str, why: object, count: int, cause: _EventId | None = None) -> None:
+        local_node()._count("lost", count)
+        _observer.record(None, "lost", cause, why=f"{count} to {key}: {why}")
+        super().add(key, why, count)
+
+
+class _Strangers(_LimitedLog):
+    """Logs who knocked, and was not let in."""
+
+    def add(self, host: str, why: object, count: int = 1) -> None:
+        if isinstance(why, AuthenticationError):
+            super().add(host or "this machine", _one_line(why), count)
+        else:
+            _log("INFO", "a stranger was not let in: %s: %s", type(why).__name__, why)
+
+
+_losses = _Losses("lost %d message%s to %s: %s")
+_strangers = _Strangers("%d stranger%s from %s did not get in: %s")
+
+
+PRINTER_TIMEOUT = 1.0  # seconds
+CHILD_END_TIMEOUT = 10.0  # seconds
+# The most that a pipe holds, where nobody has asked for more.
+PIPE_CAPACITY = 65536  # bytes
+
+# (name in sys.flags) -> (letter on the command line)
+INTERPRETER_FLAGS = {
+    "isolated": "-I",
+    "ignore_environment": "-E",
+    "no_user_site": "-s",
+    "no_site": "-S",
+    "safe_path": "-P",
+    "optimize": "-O",
+    "dont_write_bytecode": "-B",
+    "bytes_warning": "-b",
+    "verbose": "-v",
+    "debug": "-d",
+}
+
+# The directory of this process's start: what "" in sys.path means to its child.
+try:
+    _start_directory = os.getcwd()
+except OSError:
+    # It has been deleted.
+    _start_directory = ""
+######## Other processes: ChildNode, spawn_node
 
 
 class ChildNode(AbstractContextManager["ChildNode"]):
     """A node in a process of its own, made by `spawn_node`; it ends with its parent.
 
-    `.address` and `.pid` say which.  As a context manager, leaving it stops the child.
+    `.address` is where its node listens, `.pid` the number of its process.  As a
+    context manager, leaving it stops the child.
+
+    Two pipes join the parent and the child.  The control pipe goes both ways:
+
+        parent                              child
+        the options of start_node  ------->
+                                   <-------  the address, or the error
+        "stop"                     ------->
+        end of file, when the parent ends -> stops its node and ends
+                   <- end of file, when the child ends
+
+    Nothing else is ever written to it, and only these two processes hold it: so
+    its end is the end of the other process, however that came.  The output pipe
+    is the child's standard output.  Its standard input is empty, its standard
+    error the parent's.
+
+    In the parent, `spawn_node` prints what comes by the output pipe until the
+    child has answered; then it starts a thread, the printer, that goes on with
+    that.  The printer closes both pipes and ends when the child has ended.
+
+    In the child, the main thread starts the node, answers, and waits for ever.
+    Before that it starts a thread, the watcher, that reads the control pipe: its
+    next message, or its end, is the end of the child.
     """
 
-    def __init__(self, process: "subprocess.Popen[bytes]", address: Address) -> None:
-        self._process, self.address, self.pid = process, address, process.pid
-        _ours.add(process.stdin)  # whose end is the child's
-        self._printer = _thread("printer", _print_on, process.stdout)
+    def __init__(
+        self,
+        process: "subprocess.Popen[bytes]",
+        control: Connection,
+        output: "_ChildOutput",
+        address: Address,
+    ) -> None:
+        self.address = address
+        self.pid = process.pid
+        self._process = process
+        self._output = output
+        self._control = control
+        # Held while the control pipe is written to or closed, so that "stop" is
+        # never written to a descriptor that has become another file's.  Nobody
+        # waits for it longer than one short write takes.
+        self._control_lock = threading.Lock()
+        # The printer keeps this object: a child whose handle is dropped lives on.
+        self._printer = _start_daemon("printer", self._print_output)
 
     def is_alive(self) -> bool:
-        """Whether the process has not ended.  Never blocks."""
+        """Return whether the process has not ended.  Never blocks."""
         return self._process.poll() is None
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Have the child stop its node and end; after `timeout` seconds, kill it."""
-        with suppress(OSError, ValueError), self._process.stdin as orders:  # type: ignore
-            orders.write(b"stop")
+        """Have the child stop its node and end; after `timeout` seconds, kill it.
+
+        Blocks until the process has ended and what it printed has come out.
+        Does nothing to a child that has ended.  Erlang: peer:stop.
+        """
+        with self._control_lock:
+            _tell_process(self._control, b"stop")
         try:
             self._process.wait(timeout)
-            self._printer.join(timeout)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        # An output that cannot be written to may hold up the printer, not us.
+        self._printer.join(PRINTER_TIMEOUT)
 
     def kill(self) -> None:
         """End the process at once, as a crash would; return when it has ended."""
@@ -2259,248 +4204,448 @@ class ChildNode(AbstractContextManager["ChildNode"]):
         self.stop()
 
     def __str__(self) -> str:
-        return _text(self.address)
+        return _format_address(self.address)
 
     def __repr__(self) -> str:
-        return f"<ChildNode {self}, pid {self.pid}{'' if self.is_alive() else ', ended'}>"
+        state = ""
+        if not self.is_alive():
+            state = ", ended"
+        return f"<ChildNode {self}, pid {self.pid}{state}>"
+
+    def _print_output(self) -> None:
+        """Print what the child prints, until it has ended; then close the pipes."""
+        self._output.print_until_ready(self._control)
+        self._output.close()
+        with self._control_lock:
+            self._control.close()
 
 
 def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
     """Start a node in a new Python process, with `start_node`'s options; return it.
 
-    Blocks until it listens.  It gets this process's key and `sys.path`, prints where this one
-    prints, and ends when this one does, however that is.  Raises what `start_node` raises
-    there; RuntimeError if the process ends before that.  Erlang: peer:start.
+    Blocks until it listens.  The process gets this one's key, trace, `sys.path`
+    and interpreter flags.  Its standard input is empty; what it prints comes out
+    where this process prints.  It ends when this one does, however that is.
+
+    Raises what `start_node` raises there; SerializationError if the options
+    cannot be sent there, or cannot be read there; RuntimeError if the process
+    cannot be started, or ends before its node listens.  No process is left then.
+    Erlang: peer:start.
     """
-    if options.get("authkey") is None:
-        options["authkey"] = _authkey(local_node()._key, _address(address))
-    boot = ("import sys, pickle; sys.path[:] = pickle.load(sys.stdin.buffer); "
-            f"from {__name__} import _be_child; _be_child()")
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", boot], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, "DISTCONC_TRACE": _trace},
-        start_new_session=True)  # Ctrl-C at the terminal is for the parent, which may go on
+    orders = _pack_options(address, options)
+    control, child_end = _open_control_pipe()
     try:
-        assert process.stdin and process.stdout
-        options["address"] = _address(address)
-        process.stdin.write(pickle.dumps(sys.path) + pickle.dumps(options))
-        process.stdin.flush()
-        answer = pickle.load(process.stdout)
-        if isinstance(answer, Exception):
-            raise answer
-        return ChildNode(process, answer)
-    except BaseException as error:
+        with child_end:
+            process = _start_interpreter(child_end)
+    except BaseException:
+        control.close()
+        raise
+    output = _ChildOutput(process)
+    try:
+        _tell_process(control, orders)
+        output.print_until_ready(control)
+        listening_at = _receive_answer(control, process)
+        return ChildNode(process, control, output, listening_at)
+    except BaseException:
         process.kill()
-        process.communicate()  # closes its pipes and waits for it
-        if isinstance(error, (EOFError, BrokenPipeError)):
-            raise RuntimeError(f"its process ended with status {process.returncode}") from None
+        process.wait()
+        output.close()
+        control.close()
         raise
 
 
-def _be_child() -> None:
-    """Be the process of a `ChildNode`; standard input says what to do, and when to end."""
-    orders, answers = sys.stdin.buffer, os.dup(1)
-    os.dup2(2, 1)  # what is printed meanwhile is no answer
+def _pack_options(address: NodeLike, options: dict[str, Any]) -> bytes:
+    """Return the options of `start_node` in the child, pickled, with this node's key."""
+    options = options.copy()
+    options["address"] = _parse_address(address)
+    if options.get("authkey") is None:
+        options["authkey"] = _find_key(local_node()._key, options["address"])
     try:
-        answer: Any = start_node(**pickle.load(orders)).address
+        return serialize(options)
+    except SerializationError as error:
+        text = f"the options of spawn_node cannot be sent to the child: {error}"
+        raise SerializationError(text) from error
+
+
+def _open_control_pipe() -> tuple[Connection, Connection]:
+    """Return the parent's and the child's end of a new control pipe."""
+    control, child_end = Pipe()
+    # Where this process has closed its standard streams, their numbers are given
+    # to new pipes; but in the child they are those of the standard streams again.
+    if sys.platform != "win32" and child_end.fileno() <= 2:
+        with child_end:
+            number = fcntl.fcntl(child_end.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+        child_end = Connection(number)
+    _close_after_fork.add(control)
+    _close_after_fork.add(child_end)
+    return control, child_end
+
+
+def _start_interpreter(child_end: Connection) -> "subprocess.Popen[bytes]":
+    """Start the Python that runs `_child_main`; only it inherits `child_end`."""
+    number = child_end.fileno()
+    arguments = [sys.executable, *_interpreter_flags(), "-c", _boot_program(number)]
+    settings: dict[str, Any] = {
+        "env": {**os.environ, "DISTCONC_TRACE": _tracer.directory},
+        "stdin": subprocess.DEVNULL,
+        "bufsize": 0,
+    }
+    if not _has_standard_error():
+        settings["stderr"] = subprocess.DEVNULL
+    # Ctrl-C at the terminal is for the parent, which may catch it and go on:
+    # the child is in a session, or on Windows in a process group, of its own.
+    if sys.platform == "win32":
+        # There nobody can wait for two pipes at once, of which one is a plain
+        # one: the child writes to the parent's own standard output.
+        os.set_handle_inheritable(number, True)
+        inherited = {"handle_list": [number]}
+        settings["startupinfo"] = subprocess.STARTUPINFO(lpAttributeList=inherited)
+        settings["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
+    else:
+        settings["stdout"] = subprocess.PIPE
+        settings["pass_fds"] = [number]
+        settings["start_new_session"] = True
+    try:
+        return subprocess.Popen(arguments, **settings)
+    except OSError as error:
+        reason = error.strerror or error
+        text = f"cannot start {sys.executable!r} as a child: {reason}; "
+        cure = "set sys.executable to the path of a Python that this user may run"
+        raise RuntimeError(text + cure) from error
+
+
+def _interpreter_flags() -> list[str]:
+    """Return the command line's flags that this Python was started with."""
+    flags = []
+    for name, flag in INTERPRETER_FLAGS.items():
+        # A flag may be given more than once, as in -OO; -P is unknown to 3.10.
+        times = int(getattr(sys.flags, name, 0))
+        flags += [flag] * times
+    for warning_filter in sys.warnoptions:
+        flags += ["-W", warning_filter]
+    for name, value in sys._xoptions.items():
+        option = name
+        if value is not True:
+            option = f"{name}={value}"
+        flags += ["-X", option]
+    return flags
+
+
+def _boot_program(number: int) -> str:
+    """Return what the new Python runs: it takes over `sys.path`, then this module.
+
+    Python puts "", its working directory, before all else in `sys.path`.  So the
+    path is replaced before anything is imported that is not built in.
+    """
+    search_path = []
+    for entry in sys.path:
+        if entry == "":
+            entry = _start_directory
+        if isinstance(entry, str):
+            search_path.append(entry)
+    return (
+        f"import sys; sys.path[:] = {ascii(search_path)}; "
+        f"from {__name__} import _child_main; _child_main({number})"
+    )
+
+
+def _has_standard_error() -> bool:
+    """Return whether the standard error that this process was given is still open."""
+    if sys.__stderr__ is None:
+        return False
+    try:
+        os.fstat(sys.__stderr__.fileno())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _receive_answer(control: Connection, process: "subprocess.Popen[bytes]") -> Address:
+    """Return the address that the child's node listens at, or raise its error."""
+    try:
+        answer: Any = control.recv()
+    except (EOFError, ConnectionError):
+        status = _wait_for_status(process)
+        text = f"the child's process ended with status {status} before its node listened"
+        cure = "what it printed to the standard error says why"
+        raise RuntimeError(f"{text}; {cure}") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return cast(Address, answer)
+
+
+def _wait_for_status(process: "subprocess.Popen[bytes]") -> int:
+    """Return the exit status of a process that is ending, or else is killed."""
+    try:
+        return process.wait(CHILD_END_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def _tell_process(control: Connection, message: bytes) -> None:
+    """Send `message`, if there is still somebody to read it.
+
+    Its loss is no error: the end of the control pipe tells of the same.
+    """
+    with suppress(OSError), _without_broken_pipe_signal():
+        control.send_bytes(message)
+
+
+@contextmanager
+def _without_broken_pipe_signal() -> Iterator[None]:
+    """Let a write to a process that has gone raise BrokenPipeError, and no more.
+
+    Python ignores SIGPIPE, but a program may have set it to its default, which is
+    to kill this process.  The signal goes to the thread that writes.  So that
+    thread blocks it, and takes it, if it has come, before it lets it in again.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    broken_pipe = {signal.SIGPIPE}
+    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, broken_pipe)
+    try:
+        yield
+    finally:
+        if signal.SIGPIPE in signal.sigpending():
+            signal.sigwait(broken_pipe)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
+
+
+class _ChildOutput:
+    """The parent's end of a child's output pipe; one thread at a time uses it."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+        # What is still to be read from: empty once the child has closed its end.
+        self.open_pipes: list[IO[bytes]] = []
+        # What came after the last end of a line.
+        self.unfinished_line = bytearray()
+        if process.stdout is not None:
+            self.open_pipes.append(process.stdout)
+            _close_after_fork.add(process.stdout)
+
+    def print_until_ready(self, control: Connection) -> None:
+        """Print each line as it comes, until `control` has a message, or its end.
+
+        What the child printed before that is printed too.  What a process that it
+        left behind may print later, on the same pipe, is not waited for.
+        """
+        # An IO is not among the types that `wait` is declared for; it takes it.
+        ready: list[Any] = []
+        while control not in ready:
+            sources: list[Any] = [control, *self.open_pipes]
+            ready = cast("list[Any]", wait(sources))
+            for pipe in self.open_pipes.copy():
+                if pipe in ready:
+                    self.print_available(pipe)
+
+    def print_available(self, pipe: IO[bytes]) -> None:
+        """Read all that the pipe holds now, and print the lines that are complete."""
+        data = os.read(pipe.fileno(), PIPE_CAPACITY)
+        if not data:
+            self.close()
+            return
+        self.unfinished_line += data
+        if b"\n" in data:
+            lines, newline, rest = self.unfinished_line.rpartition(b"\n")
+            self.unfinished_line = rest
+            _print_text(lines + newline)
+
+    def close(self) -> None:
+        """Print the rest, though its line has no end, and close the pipe."""
+        if self.unfinished_line:
+            _print_text(self.unfinished_line)
+            self.unfinished_line = bytearray()
+        for pipe in self.open_pipes:
+            pipe.close()
+        self.open_pipes.clear()
+
+
+def _print_text(data: bytearray) -> None:
+    """Print to this `sys.stdout`, be it a notebook's or a test's; escape odd letters."""
+    stream = sys.stdout
+    if stream is None:
+        return
+    text = data.decode("utf-8", "backslashreplace")
+    # A stream of the program's may raise anything, but the child must not come
+    # to stand still because nobody empties its pipe.
+    with suppress(Exception):
+        encoding = stream.encoding or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+    with suppress(Exception):
+        print(text, end="", file=stream, flush=True)
+
+
+def _child_main(number: int) -> None:
+    """Be the process of a `ChildNode`, whose end of the control pipe has this number.
+
+    Never returns.  The main thread waits where signal handlers can run.
+    """
+    control = _inherit_control_pipe(number)
+    _print_in_utf8()
+    try:
+        orders = control.recv_bytes()
+        _start_daemon("parent watcher", _end_with_parent, control)
+        answer = _start_as_ordered(orders)
+        _tell_process(control, pickle.dumps(answer))
+        threading.Event().wait()
+    finally:
+        _end_process()
+
+
+def _inherit_control_pipe(number: int) -> Connection:
+    """Return the child's end of the control pipe, which no further process gets."""
+    if sys.platform == "win32":
+        os.set_handle_inheritable(number, False)
+        control = PipeConnection(number)
+    else:
+        os.set_inheritable(number, False)
+        control = Connection(number)
+    _close_after_fork.add(control)
+    return control
+
+
+def _print_in_utf8() -> None:
+    """Have `print` write whole lines in UTF-8, which is what the parent reads.
+
+    On Windows the child has the parent's own output, whose encoding it keeps.
+    """
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        return
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    if sys.platform != "win32":
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _start_as_ordered(orders: bytes) -> "Address | Exception | None":
+    """Start the node with the pickled options; return its address, or the error."""
+    try:
+        options = pickle.loads(orders)
     except Exception as error:
-        answer = error
-    os.write(answers, pickle.dumps(answer))
-    os.dup2(answers, 1)
-    os.close(answers)
-    orders.read(1)  # the parent's word, or its end
-    stop_node()
+        text = f"the child cannot read the options of spawn_node: {error}"
+        cure = "put what they name into a file of its own, which both can import"
+        return SerializationError(f"{text}; {cure}")
+    try:
+        return start_node(**options).address
+    except Exception as error:
+        return error
 
 
-def _print_on(source: Any) -> None:
-    """Print what a child prints to this `sys.stdout`, be it a notebook's or a test's."""
-    with source:
-        for line in source:
-            with suppress(OSError, ValueError):  # this process's own output may be closed
-                print(line.decode(errors="replace"), end="", flush=True)
+def _end_with_parent(control: Connection) -> None:
+    """Wait for the parent's word, or its end; then end this process."""
+    try:
+        control.recv_bytes()
+    except (EOFError, OSError):
+        # The parent has ended, or is about to: this is its word, too.
+        pass
+    finally:
+        _end_process()
+
+
+def _end_process() -> None:
+    """Stop the node and end, though other threads, or a pool's, still run.
+
+    An interpreter that returns from its main thread would wait for these.  If the
+    node or an output cannot be brought to an end in time, the process ends so.
+    """
+    try:
+        _start_daemon("last resort", _exit_after, CHILD_END_TIMEOUT)
+        _at_exit()
+        for stream in sys.stdout, sys.stderr:
+            with suppress(Exception):
+                stream.flush()
+    finally:
+        os._exit(0)
+
+
+def _exit_after(seconds: float) -> None:
+    """End this process after so many seconds, whatever its other threads do."""
+    sleep(seconds)
+    os._exit(1)
+######## Forks: a child is a node of its own
 
 
 def _after_fork() -> None:
-    """Leave the parent its connections: a forked child is another node, not started."""
-    global _incarnation, _node, _here, _reporting
-    global _registry, _settling, _losing, _starting, _clocking
-    for connection in _node._open if _node else ():
-        connection.ending = True
-    for each in _ours:
-        each.close()
-    _incarnation, _node, _here = int.from_bytes(os.urandom(8), "big"), None, _Here()
-    _reporting = False
-    for thread in _threads.values():
-        thread._ended = True
-        _ring(thread._over)
-    for table in _threads, _awaited, _debts, _losses, _faults, _clocks:
-        table.clear()
-    _registry, _settling, _losing, _starting, _clocking = (
-        threading.RLock() for _ in range(5))
-    trace(_trace or None)
+    """In the child: leave the parent its connections, and make all tables anew.
+
+    Locks may be held by threads that do not exist here, so all are made anew, too.  Handles of
+    the parent's threads denote these still, reached as from any other process.
+    """
+    global _incarnation
+    parent = _process.node
+    parent_incarnation = _incarnation
+    for descriptor in _close_after_fork.copy():
+        with suppress(OSError):
+            descriptor.close()
+    for thread in _registry.by_id.values():
+        if parent is None:
+            thread._ended = thread._gone = True
+            continue
+        thread._remote = RemoteThread(parent.address, thread.id, parent_incarnation)
+    _incarnation = int.from_bytes(os.urandom(8), "big")
+    _local.thread = None
+    _local.exit_hook = None
+    for table in (_registry, _pending, _process, _faults):
+        table.__init__()  # type: ignore[misc]
+    _losses.__init__(_losses._text)  # type: ignore[misc]
+    _strangers.__init__(_strangers._text)  # type: ignore[misc]
+    if parent is not None:
+        # It dials with the parent's key, and lets in what the parent lets in.
+        local_node()._set_options(parent._key, parent._allow, parent._heartbeat,
+                                  parent._connect_timeout, parent._max_message)
+    _observer.after_fork()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-################ Part three: when things fail ################
-######## Monitors: Monitor, Down, monitor, demonitor
-
-
-class Monitor(_Value):
-    """What `monitor` returned: `target` is watched.  Erlang: a monitor's reference."""
-
-    __match_args__ = "target", "tag"
-    target: Any
-    tag: str
-
-    def __init__(self, target: Any, tag: str) -> None:
-        self.__dict__.update(target=target, tag=tag)
-
-
-class Down(_Value):
-    """The message that `target` ended of `reason`; see `monitor`.  Erlang: 'DOWN'."""
-
-    __match_args__ = "monitor", "target", "reason"
-    monitor: Monitor
-    target: Any
-    reason: BaseException | None
-
-    def __init__(self, monitor: Monitor, target: Any, reason: BaseException | None) -> None:
-        self.__dict__.update(monitor=monitor, target=target, reason=reason)
-
-
-class _Watch(_Await):
-    """A thread that wants to hear of an end."""
-
-    monitor: Monitor
-
-    def settle(self, error: DistconcError | None, reply: Any = None) -> None:
-        reason = error.reason if isinstance(error, ThreadDied) else error
-        self.thread._put(Down(self.monitor, self.monitor.target, reason))
-
-
-def monitor(thread_or_node: Handle | NodeLike) -> Monitor:
-    """Have one `Down` message sent to this thread when a thread ends or a node is lost.
-
-    Its `reason`: None (the thread returned), the exception it died of (or a RemoteError),
-    NoSuchThread, or NodeDown.  It comes after all that the thread had sent here.  Blocks as
-    `send` does, but raises nothing for what it cannot reach.  Erlang: monitor, monitor_node.
-
-    NodeDown says that contact was lost, not that anything ended: what was only cut off goes on,
-    and can be sent to when it is back.  But a monitor or link that has told of a loss is over.
-    Nothing more comes of it, also when the thread ends indeed; monitor it anew.
-    """
-    watch = _Watch(current_thread())
-    watch.monitor = Monitor(thread_or_node, watch.tag)
-    try:
-        if isinstance(thread_or_node, _Handle):
-            thread_or_node._ask(watch)
-        elif not local_node()._is_called(_address(thread_or_node)):
-            local_node()._depend(watch, local_node()._reach(_address(thread_or_node)).peer)
-    except (NodeDown, NoSuchThread) as error:
-        _settle(watch.tag, error)
-    except AuthenticationError as error:
-        _settle(watch.tag, NodeUnreachable(str(error)))
-    except BaseException:
-        _awaited.pop(watch.tag, None)
-        raise
-    return watch.monitor
-
-
-def demonitor(monitor: Monitor) -> None:
-    """End `monitor`: when this returns, no `Down` of it is in this thread's mailbox, nor comes.
-
-    Never blocks; to end it twice does nothing.  Erlang: demonitor with flush.
-    """
-    with _settling:
-        watch = _awaited.pop(monitor.tag, None)
-    if watch:
-        watch.excuse()
-    current_thread()._mailbox._get_if(
-        lambda message: isinstance(message, Down) and message.monitor == monitor, 0)
-
-
-######## Loss: of nodes, and of messages that nobody could take
-
-
-def _fail(peer: int, tag: str, error: DistconcError) -> bool:
-    """Tell who awaits `tag`, here (0) or on another node; False if nobody hears it."""
-    if not peer:
-        return _settle(tag, error)
-    payload = b""
-    if isinstance(error, ThreadDied):
-        reason, cause, text = error.args
-        error = ThreadDied(cause, cause, text)  # which must do, if the reason cannot cross
-        with suppress(BaseException):
-            payload = serialize(reason)
-    small = payload if len(payload) <= ROOM else b""
-    return local_node()._post(peer, (FAILED, tag, error), small)
-
-
-def _contact_lost(name: str, awaited: list[_Await], owed: list[str]) -> None:
-    """Settle what awaited this node; what is owed to it, nobody awaits any more."""
-    text = f"contact with {name} was lost"
-    with _because(None if local_node()._stopped else _record(None, "down", why=text)):
-        for each in awaited:
-            _settle(each.tag, NodeDown(text), None, each.peer)  # which needs no excuse
-    for tag in owed:
-        _strike(tag)
-
-
-_losses: dict[str, tuple[int, str]] = {}  # by target: how many since its last line, and why
-_reporting = False  # a thread does, while there are any
-_losing = threading.RLock()  # guards: _losses, _reporting
-
-
-def _undelivered(target: Handle, why: object) -> None:
-    local_node()._count("undelivered")
-    _lose(repr(target), str(why))
-
-
-def _lose(target: str, why: str, times: int = 1) -> None:
-    """Log lost messages: at once, or, if any were in the last second, when that is over.
-
-    So there is at most one line a second for a target, and the counts add up to all.
-    """
-    global _reporting
-    local_node()._count("lost", times)
-    _record(None, "lost", _here.cause, why=f"{times} to {target}: {why}")
-    with _losing:
-        _losses[target] = _losses.get(target, (0,))[0] + times, why
-        first, _reporting = not _reporting, True
-    if first:
-        try:
-            _thread("reporter", _report_on)
-        except RuntimeError:  # at exit, no thread starts any more
-            _reporting = False
-        _report()
-
-
-def _report() -> None:
-    global _losses
-    with _losing:
-        losses, _losses = _losses, {}
-    for target, (times, why) in losses.items():
-        _log("WARNING", "lost %d message%s to %s: %s", times, "s" * (times > 1), target, why)
-
-
-def _report_on() -> None:
-    """Once a second, log what was lost since; end when nothing was."""
-    global _reporting
-    while True:
-        sleep(1)
-        with _losing:
-            if not _losses:
-                _reporting = False
-                return
-        _report()
-
-
+################ Part three: seeing and breaking ################
 ######## Faults: a network that can be broken
 
-_faults: list["faults"] = []  # those entered, the last of which counts
+
+class _Faults:
+    """The faults that are entered."""
+
+    def __init__(self) -> None:
+        # Changed as a whole, so that it can be read without a lock.
+        self._entered: tuple[faults, ...] = ()
+        self.are_active = False
+
+    def enter(self, fault: "faults") -> None:
+        self._entered += (fault,)
+        self.are_active = True
+
+    def leave(self, fault: "faults") -> None:
+        entered = list(self._entered)
+        # After a fork, it is not there.
+        if fault in entered:
+            entered.remove(fault)
+        self._entered = tuple(entered)
+        self.are_active = bool(entered)
+
+    def concerning(self, addresses: Iterable[Address | None]) -> "faults | None":
+        """Return the last entered fault that concerns the node of these addresses."""
+        for fault in reversed(self._entered):
+            if fault._to is None or fault._to in addresses:
+                return fault
+        return None
+
+    def cut_off(self, addresses: Iterable[Address | None]) -> bool:
+        """Return whether nothing at all goes to the node of these addresses."""
+        fault = self.concerning(addresses)
+        return fault is not None and fault._drop >= 1
+
+    def send(self, connection: _Connection, header: _Header, payload: bytes) -> bool:
+        """Send a message as `_Connection.send` does, but made worse."""
+        fault = self.concerning(connection.addresses)
+        if fault is None:
+            return connection.send(header, payload)
+        return fault._send(connection, header, payload)
+
+
+_faults = _Faults()
 
 
 class faults:
@@ -2511,77 +4656,164 @@ class faults:
     `seed` makes the same of the same messages from one thread.  `to` is the node it concerns
     (None: all); of several that concern one, the last entered counts.  `drop=1` cuts the node
     off, on this side: nothing goes there, heartbeats included, nor can it be dialled or dial
-    this one; so each takes the other for lost.  What is dropped, nobody is told; what is still
-    held up goes out when the fault is left, or when it is too much (2,000 messages for a node).
-    Entering and leaving never block.  Raises ValueError for what is no probability.
+    this one; so each takes the other for lost.  Nobody is told of a dropped message; what is
+    still held up goes out when the fault is left, or when it is too much (2,000 messages for a
+    node).  Entering and leaving never block.  Raises ValueError for what is no probability.
     """
 
     def __init__(self, *, to: NodeLike | None = None, drop: float = 0, delay: float = 0,
                  duplicate: float = 0, seed: Any = None) -> None:
-        if not (0 <= drop <= 1 and 0 <= duplicate <= 1 and delay >= 0):
+        if not (0 <= drop <= 1 and 0 <= duplicate <= 1 and 0 <= delay < threading.TIMEOUT_MAX):
             raise ValueError("drop= and duplicate= are from 0 to 1, delay= is seconds")
-        self._to = None if to is None else _address(to)
-        self._drop, self._delay, self._duplicate, self._seed = drop, delay, duplicate, seed
+        self._to: Address | None = None
+        if to is not None:
+            self._to = _parse_address(to)
+        self._drop = drop
+        self._delay = delay
+        self._duplicate = duplicate
+        self._seed = seed
+        self._random = random.Random(seed)
 
     def __enter__(self) -> "faults":
         self._random = random.Random(self._seed)
-        _faults.append(self)
+        _faults.enter(self)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        with suppress(ValueError):  # a fork has cleared them
-            _faults.remove(self)
-        for connection in local_node()._open.copy():
-            other = _fault(connection.names)
-            if connection.late and not (other and other._delay):
-                connection.late = 0.0
-                _ring(connection._bell)
+        _faults.leave(self)
+        for connection in local_node()._established.copy():
+            other = _faults.concerning(connection.addresses)
+            if connection.delayed_until and not (other and other._delay):
+                connection.delayed_until = 0.0
+                connection._work.wake_all()
 
-    def _send(self, connection: _Connection, head: Head, payload: bytes) -> bool:
-        """Send, or not, or twice; what is to be late waits in the outbox, so in order."""
-        drop, duplicate, delay = (self._random.random() for _ in range(3))
+    def _send(self, connection: _Connection, header: _Header, payload: bytes) -> bool:
+        """Send a message, or not, or twice; a delayed one waits in the outbox, so in order."""
+        drop = self._random.random()
+        duplicate = self._random.random()
+        delay = self._random.random()
         if drop < self._drop:
-            _record(None, "lost", _here.cause, why="dropped by faults")
+            _observer.record(None, "lost", header[-1], why="dropped by faults")
             return True
-        copies = [(head, payload)] * (1 + (duplicate < self._duplicate))
-        waiting = len(connection._outbox)
-        if not waiting:
-            connection.late = monotonic() + delay * self._delay
-        if not self._delay or waiting >= FULL:
-            return any([connection.send(*copy) for copy in copies])
-        for copy in copies:
-            connection.post(*copy)
-        return not connection.ending or connection._has_taken((head, payload))
+        copies = 1
+        if duplicate < self._duplicate:
+            copies = 2
+        queued = len(connection._outbox)
+        if not queued:
+            connection.delayed_until = monotonic() + delay * self._delay
+        send = connection.send
+        if self._delay and queued < MAX_QUEUED:
+            send = connection.post
+        elif self._delay:
+            connection.delayed_until = 0.0
+        return any([send(header, payload) for _ in range(copies)])
 
 
-def _hold_up(connection: _Connection) -> None:
-    """Keep the writer waiting while a fault has what it would write be late; ticks go out."""
-    while _faults and not connection.ending and (left := _left(connection.late)):
-        connection._bell.acquire(True, min(left, connection.heartbeat / 5))
-        beat = monotonic() > connection._wrote + connection.heartbeat / 5
-        with connection._writing:
-            if beat and not connection._shut:
-                connection._write((), ())
-
-
-def _fault(names: set[Address | None]) -> faults | None:
-    """The fault that concerns the node of these addresses."""
-    return next((one for one in reversed(_faults.copy()) if one._to in (None, *names)), None)
-
-
-def _cut_off(names: set[Address | None]) -> bool:
-    fault = _fault(names)
-    return fault is not None and fault._drop >= 1
-
-
-################ Part four: seeing ################
 ######## Traces: trace
 
-Stamp = tuple[Any, ...]  # an event of a trace: incarnation, thread's id, its Lamport clock
-UNKNOWN: Stamp = ()
-_trace, _file = "", -1  # the directory, and the file of this process there; "": no trace
-_clocks: dict[int, int] = {}  # Lamport's, by thread's id; 0 is the node
-_clocking = threading.RLock()  # guards: an event's clock and its line are one step
+
+class _Recorder(_Observer):
+    """Records events in a file of this process's own, if `trace` was called.
+
+    The clock of a thread counts its events, and jumps ahead of the cause of each: so it is
+    greater in all that comes of an event than in the event.  Lamport 1978.
+    """
+
+    def __init__(self) -> None:
+        # Guards the clocks and the file: an event's clock and its line are one step.  An
+        # RLock, because a `__del__` that sends may interrupt its holder.
+        self._lock = threading.RLock()
+        self._clocks: dict[int, int] = {}  # thread's id -> clock; 0 is the node
+        self._descriptor = -1
+        self.directory = ""  # "" while nothing is recorded
+        self.is_recording = False
+
+    def start(self, directory: str) -> None:
+        """Record to a file in `directory` from now on; raise OSError, changing nothing."""
+        os.makedirs(directory, exist_ok=True)
+        path = os.path.join(directory, f"{_incarnation:016x}.jsonl")
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with self._lock:
+            self.stop()
+            self._descriptor = descriptor
+            self.directory = directory
+            self.is_recording = True
+
+    def stop(self) -> None:
+        with self._lock:
+            self.is_recording = False
+            self.directory = ""
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+            self._descriptor = -1
+
+    def after_fork(self) -> None:
+        """Record the child's events in a file of its own."""
+        directory = self.directory
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self.__init__()  # type: ignore[misc]
+        if directory:
+            self.start(directory)
+
+    def record(self, thread: Thread | None, event: str, cause: _EventId | None = None,
+               **about: Any) -> _EventId | None:
+        if not self.is_recording:
+            return None
+        thread_id = 0
+        name = "node"
+        if thread:
+            if thread._ended or thread._remote:
+                return None
+            thread_id = thread.id
+            name = thread.name
+        about.update(process=f"{_incarnation:016x}", node=str(local_node()), thread=thread_id,
+                     name=name, event=event)
+        if cause:
+            about["cause"] = cause
+        return self._write(thread_id, cause, about)
+
+    def _write(self, thread_id: int, cause: _EventId | None,
+               about: dict[str, Any]) -> _EventId | None:
+        """Give an event its clock, and append it to the file."""
+        import json
+
+        with self._lock:
+            if not self.is_recording:
+                return None
+            earlier = [self._clocks.get(thread_id, 0)]
+            if thread_id == 0:
+                # The node's own events come after all that its threads did.
+                earlier.extend(self._clocks.values())
+            if cause:
+                earlier.append(cause[2])
+            clock = max(earlier) + 1
+            self._clocks[thread_id] = clock
+            about.update(clock=clock, time=time())
+            try:
+                os.write(self._descriptor, json.dumps(about).encode() + b"\n")
+            except OSError as error:
+                # A full disk is no reason to stop the program.
+                self.stop()
+                _log("WARNING", "the trace of this process ends here: %s", error)
+        return about["process"], thread_id, clock
+
+    def record_send(self, message: Any, thread: Handle) -> _EventId | None:
+        receiver = f"{_format_address(thread.node)}/{thread.id}"
+        if isinstance(thread, Thread):
+            receiver = thread.name
+        return self.record(current_thread(), "send", message=_short_repr(message), to=receiver)
+
+    def record_receive(self, message: Any, cause: _EventId | None) -> None:
+        self.record(current_thread(), "receive", cause, message=_short_repr(message))
+
+    def message_lost(self, thread: Handle, why: object, cause: _EventId | None) -> None:
+        local_node()._count("undelivered")
+        _losses.add(repr(thread), str(why), 1, cause)
+
+
+_tracer = _Recorder()
+_observer = _tracer
 
 
 def trace(directory: "str | os.PathLike[str] | None") -> None:
@@ -2592,119 +4824,50 @@ def trace(directory: "str | os.PathLike[str] | None") -> None:
     from now on do so, too, and so does every process with DISTCONC_TRACE=directory in its
     environment.  The directory is made if there is none; each record is written at once, so
     kill -9 loses none.
-    Raises OSError, and goes on as before.  Should the disk be full later, the trace ends, with
-    a warning.  See `chart`.  Erlang: seq_trace.
+    Raises OSError, or ValueError for an empty name, and goes on as before.  Should the disk be
+    full later, the trace ends, with a warning.  See `chart`.  Erlang: seq_trace.
     """
-    global _trace, _file
-    new, file = "", -1
-    if directory is not None:
-        new = os.path.abspath(os.fsdecode(directory))
-        os.makedirs(new, exist_ok=True)
-        path = os.path.join(new, f"{_incarnation:016x}.jsonl")
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    with _clocking:
-        old, _trace, _file = _file, new, file
-        if old >= 0:
-            os.close(old)
+    if directory is None:
+        _tracer.stop()
+        return
+    name = os.fsdecode(directory)
+    if not name:
+        raise ValueError("trace takes the name of a directory, or None to stop")
+    _tracer.start(os.path.abspath(name))
 
 
-def _record(thread: Thread | None, event: str, cause: Stamp | None = None,
-            **about: Any) -> Stamp:
-    """Record an event of `thread`, unless it has ended, or of the node; return its stamp.
-
-    The clock of a thread counts its events, and jumps ahead of the cause of each: so it is
-    later in what comes of an event than in the event.
-    """
-    if not _trace or thread and thread._key not in _threads:
-        return UNKNOWN
-    import json
-
-    id, name = (thread.id, thread.name) if thread else (0, "node")
-    about.update(process=f"{_incarnation:016x}", node=str(local_node()), thread=id, name=name)
-    if cause:
-        about["cause"] = cause
-    with _clocking:
-        seen = [_clocks.get(id, 0)] if id else _clocks.values()  # a node saw all before
-        clock = _clocks[id] = max([0, *seen, *(cause or UNKNOWN)[2:]]) + 1
-        about.update(event=event, clock=clock, time=time())
-        try:
-            if _trace:  # it may have ended just now
-                os.write(_file, json.dumps(about).encode() + b"\n")
-        except OSError as error:  # a full disk is no reason to stop the program
-            trace(None)
-            _log("WARNING", "the trace of this process ends here: %s", error)
-    return about["process"], id, clock
-
-
-class _because:
-    """While it is entered, what this thread sends is caused by `cause`, and no event itself."""
-
-    def __init__(self, cause: Stamp | None) -> None:
-        self._cause = cause
-
-    def __enter__(self) -> None:
-        self._before, _here.cause = _here.cause, self._cause
-
-    def __exit__(self, *_: Any) -> None:
-        _here.cause = self._before
-
-
-class _sending(_because):
-    """This thread sends `message`, which is the cause of what comes of it meanwhile."""
-
-    def __init__(self, message: Any, thread: Handle) -> None:
-        to = thread.name if isinstance(thread, Thread) else f"{_text(thread.node)}/{thread.id}"
-        super().__init__(_record(current_thread(), "send", message=_shown(message), to=to))
-
-    def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
-        super().__exit__()
-        if isinstance(error, Exception):
-            _record(current_thread(), "lost", self._cause, why=_words(error))
-
-
-def _stamped(head: Head, cause: Stamp | None = None) -> Head:
-    cause = cause or _here.cause
-    return (STAMP, cause, *head) if cause else head
-
-
-class _Traced(list[Any]):
-    """The cell of a message in a mailbox, which records that it is taken.
-
-    Who only looks iterates over it; `cell[0]` is for who takes.
-    """
-
-    def __init__(self, message: Any, cause: Stamp | None) -> None:
-        super().__init__([message])
-        self._cause = cause
-
-    def __getitem__(self, index: Any) -> Any:
-        message = super().__getitem__(index)
-        _record(current_thread(), "receive", self._cause, message=_shown(message))
-        return message
-
-
-def _shown(message: Any) -> str:
-    """A message as a trace shows it, in one short line; safe even from a bad __repr__."""
+def _short_repr(message: Any) -> str:
+    """Return a message as a trace shows it: one short line, even if its __repr__ fails."""
     import reprlib
 
-    match message:
-        case Synchronous(data) | Reply(data):
-            return _shown(data)
-        case Down(_, target, reason):
-            return f"Down: {_shown(target)}, {_shown(reason)}"
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 100
+    shortened = reprlib.Repr()
+    shortened.maxstring = 100
+    shortened.maxother = 100
+    # A request may hold a request, and so on; ten of them are enough to see.
+    for _ in range(10):
+        if not isinstance(message, (Synchronous, Reply)):
+            break
+        message = message.data
+    if isinstance(message, Down):
+        return f"Down: {_short_repr(message.target)}, {_short_repr(message.reason)}"
+    if type(message) is bytes:
+        message = message[:200]
     try:
-        return short.repr(message[:200] if type(message) is bytes else message)
-    except Exception:  # it is too large a number, or another thread changes it
+        return shortened.repr(message)
+    except Exception:
+        # It is too large a number, or another thread changes it.
         return f"<a {type(message).__name__}>"
 
 
-if os.environ.get("DISTCONC_TRACE") and __name__ != "__main__":
+# Run as a program, this file imports itself (see the end), and that copy starts the trace.
+if __name__ != "__main__" and os.environ.get("DISTCONC_TRACE"):
     trace(os.environ["DISTCONC_TRACE"])
 
 
+################ Part four: pictures and shell ################
 ######## Charts: chart, the traces it reads, and three ways to draw them
+
+_CHART_FORMATS = ("svg", "text", "shiviz")
 
 
 def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: int = 0,
@@ -2712,176 +4875,389 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
     """Return the traces in `directory` as one space-time diagram.
 
     A column is a thread; time runs down, so no arrow points up.  `format` is "svg" (a page for
-    any browser: point at what you want to know more of), "text" (for a terminal, 80 characters
-    wide for up to 20 threads) or "shiviz" (vector clocks, for the tool of that name).  `first`
-    and `last` narrow it to these Lamport clocks, `threads` to those called so, such as "logger"
-    or "logger,127.0.0.1:9001/MainThread", or a list of such.
+    any browser: point at an arrow or a mark to read more of it), "text" (for a terminal, 80
+    characters wide for up to 20 threads) or "shiviz" (vector clocks, for the tool of that
+    name).  `first` and `last` narrow it to these Lamport clocks, `threads` to the threads of
+    that name, such as "logger" or "127.0.0.1:9001/MainThread", or of the names in a list.
 
-    What is damaged is left out, and logged.  Raises FileNotFoundError if no trace is there;
-    ValueError for another format, and if nothing is left to draw.
+    Damaged lines of a trace are left out, with a warning in the log.  Raises
+    FileNotFoundError if there is no trace; ValueError for another format, and if nothing is
+    left to draw.
     """
-    formats = {"svg": _as_svg, "text": _as_text, "shiviz": _as_shiviz}
-    if format not in formats:
-        raise ValueError(f"{format!r} is no format of a chart; there are {', '.join(formats)}")
-    wanted = {threads} if isinstance(threads, str) else {*threads}
-    past = _read_traces(directory)
-    shown = [event for event in past if first <= event.clock <= last and (
-        not wanted or wanted & {event.name, f"{event.node}/{event.name}"})]
-    if not shown:
+    if format not in _CHART_FORMATS:
+        formats = ", ".join(_CHART_FORMATS)
+        raise ValueError(f"{format!r} is no format of a chart; there are {formats}")
+    if isinstance(threads, str):
+        threads = [threads]
+    wanted_names = set(threads)
+    all_events = _read_traces(directory)
+    columns = _assign_columns(all_events)
+    events = []
+    for event in all_events:
+        column = columns[event.thread]
+        is_wanted = not wanted_names or event.has_name_in(wanted_names, column.node)
+        if is_wanted and first <= event.clock <= last:
+            events.append(event)
+    if not events:
         raise ValueError("nothing is left to draw: no event is of such a clock and thread")
-    return formats[format](shown, past)
+    if format == "svg":
+        return _SvgDrawing(events, columns).render()
+    if format == "text":
+        return _TextDrawing(events, columns).render()
+    return _format_shiviz(events, all_events, columns)
 
 
-_MARKS = {  # of an event: in text and in SVG, what it means, what it tells
-    "start": ("o\u25cb", "start", ""),
-    "spawn": ("++", "spawn", "spawns {child}"),
-    "send": ("*\u25cf", "message", "{message}"),
-    "receive": ("*\u25cf", "message", "{message}"),
-    "end": ("=\u2534", "end", ""),
-    "crash": ("XX", "crash", "{error}"),
-    "lost": ("xx", "lost", "lost: {why}"),
-    "down": ("!!", "node lost", "{why}"),
-    "timeout": ("??", "time-out", "{what} timed out"),
+class _Mark(NamedTuple):
+    """How a chart shows one kind of event.
+
+    `text` and `svg` are the character that marks it in a drawing of that format, `meaning`
+    is its explanation in the legend, and `words` is a template for the words beside it,
+    which is filled with the fields of the trace's record.
+    """
+
+    text: str
+    svg: str
+    meaning: str
+    words: str
+
+
+_MARKS = {
+    "start": _Mark("o", "\u25cb", "start", ""),
+    "spawn": _Mark("+", "+", "spawn", "spawns {child}"),
+    "send": _Mark("*", "\u25cf", "message", "{message}"),
+    "receive": _Mark("*", "\u25cf", "message", "{message}"),
+    "end": _Mark("=", "\u2534", "end", ""),
+    "crash": _Mark("X", "X", "crash", "{error}"),
+    "lost": _Mark("x", "x", "lost", "lost: {why}"),
+    "down": _Mark("!", "!", "node lost", "{why}"),
+    "timeout": _Mark("?", "?", "time-out", "{what} timed out"),
 }
-_BAR = "|\u2502"  # of a lifeline
-_Event = types.SimpleNamespace  # a line of a trace; _name_columns, _rows and _draw tell it more
-_Row = list[_Event]
-_Column = tuple[int, int, str]  # the place of the node, the thread's id, what it is called
+
+_ThreadKey = tuple[str, int]  # incarnation in hex, thread's id
+
+
+class _Event(NamedTuple):
+    """One line of a trace: something that a thread did, or that happened to its node."""
+
+    process: str
+    node: str
+    thread_id: int
+    thread_name: str
+    kind: str
+    words: str
+    receiver: str
+    clock: int
+    time: float
+    cause: _EventId
+
+    @property
+    def id(self) -> _EventId:
+        return (self.process, self.thread_id, self.clock)
+
+    @property
+    def thread(self) -> _ThreadKey:
+        return (self.process, self.thread_id)
+
+    def lamport_order(self) -> tuple[int, float, _EventId]:
+        """Return a key to sort by: effects come after their causes."""
+        return (self.clock, self.time, self.id)
+
+    def has_name_in(self, names: set[str], node: str) -> bool:
+        """Return True if the thread's name is in `names`, alone or with its node's."""
+        full_name = f"{node}/{self.thread_name}"
+        return self.thread_name in names or full_name in names
 
 
 def _read_traces(directory: "str | os.PathLike[str]") -> list[_Event]:
-    """Return all events, by their clocks, which say where they belong."""
+    """Return the events of all traces in a directory, ordered by their clocks."""
     from pathlib import Path
 
-    paths = sorted(path for path in Path(directory).glob("*.jsonl") if path.is_file())
+    found = Path(directory).glob("*.jsonl")
+    paths = sorted(path for path in found if path.is_file())
     if not paths:
-        raise FileNotFoundError(f"there are no traces (*.jsonl) in {os.fspath(directory)!r}")
-    found: dict[Stamp, _Event] = {}
+        place = os.fspath(directory)
+        raise FileNotFoundError(f"there are no traces (*.jsonl) in {place!r}")
+    events: dict[_EventId, _Event] = {}
     for path in paths:
         lines = path.read_bytes().splitlines()
-        bad = len(lines)
+        damaged = len(lines)
         for line in lines:
-            with suppress(Exception):  # of as many kinds as there are ways to damage a file
-                event = _read_event(line)
-                bad -= found.setdefault(event.key, event) is event
-        if bad:
-            _log("WARNING", "%s: %d of its lines are no events, and left out", path, bad)
-    events = sorted(found.values(), key=lambda event: (event.clock, event.time, event.key))
-    _name_columns(events)
-    return events
+            # There are as many kinds of errors as there are ways to damage a file.
+            with suppress(Exception):
+                event = _parse_event(line)
+                if event.id not in events:
+                    events[event.id] = event
+                    damaged -= 1
+        if damaged:
+            text = "%s: %d of its lines are no events, and left out"
+            _log("WARNING", text, path, damaged)
+    return sorted(events.values(), key=_Event.lamport_order)
 
 
-def _read_event(line: bytes) -> _Event:
-    """Raise some exception for what is no event.  A cause is older: so there are no cycles."""
+def _parse_event(line: bytes) -> _Event:
+    """Return the event that a line of a trace records.
+
+    Raises an exception of any kind if the line is damaged.
+    """
     import json
 
-    given = json.loads(line)
-    text = {field: _plain(value) for field, value in given.items() if isinstance(value, str)}
-    process, thread, clock = given.get("cause", ("", 0, -1))
+    record = json.loads(line)
+    texts = {}
+    for field, value in record.items():
+        if isinstance(value, str):
+            texts[field] = _printable(value)
+    process, thread_id, clock = record.get("cause", ("", 0, -1))
     event = _Event(
-        process=text["process"], node=text["node"], name=text["name"], event=text["event"],
-        words=_MARKS[text["event"]][2].format_map(text), to=text.get("to", ""),
-        clock=int(given["clock"]), time=float(given["time"]),
-        cause=(str(process), int(thread), int(clock)))
-    event.key = event.process, int(given["thread"]), event.clock
-    if not (-1 <= event.cause[2] < event.clock < 1 << 64 and 0 <= event.time):
-        raise ValueError(given)
+        process=texts["process"],
+        node=texts["node"],
+        thread_id=int(record["thread"]),
+        thread_name=texts["name"],
+        kind=texts["event"],
+        words=_MARKS[texts["event"]].words.format_map(texts),
+        receiver=texts.get("to", ""),
+        clock=int(record["clock"]),
+        time=float(record["time"]),
+        cause=(str(process), int(thread_id), int(clock)),
+    )
+    # A cause has a lower clock than its effect, so no event can be among its own causes.
+    is_later = -1 <= event.cause[2] < event.clock
+    is_credible = event.clock < 1 << 64 and event.time >= 0
+    if not (is_later and is_credible):
+        raise ValueError(f"no event has such clocks or such a time: {record}")
     return event
 
 
-def _plain(text: str) -> str:
-    """`text` in one line, fit for XML: as in a repr, if not all of it is printable."""
-    return text if text.isprintable() else repr(text)[1:-1]
+def _printable(text: str) -> str:
+    """Return `text`, or what its repr shows of it, if not all of it can be printed.
 
-
-def _name_columns(events: list[_Event]) -> None:
-    """Tell events their column.  The last address of a node is the one to know it by."""
-    homes = {event.process: event.node for event in events if event.node}
-    names = {event.key[:2]: event.name for event in events}
-    places, alike = dict[str, int](), dict[str, dict[Any, int]]()
-    for event in events:
-        place = places.setdefault(event.process, len(places))
-        event.node = homes.get(event.process, f"process {event.process[:4]}")
-        event.who = f"{event.node}/{names[event.key[:2]]}".replace(" ", "_")
-        numbers = alike.setdefault(event.who, {})
-        number = numbers.setdefault(event.key[:2], len(numbers) + 1)
-        event.who += f"#{number}" if number > 1 else ""  # of a later run of the node, perhaps
-        event.column = place, event.key[1], event.who
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else text[:most - 2] + ".."
-
-
-def _rows(shown: list[_Event]) -> list[_Row]:
-    """An event is put into the row of its cause, if its thread does nothing in between.
-
-    So rows are in an order that causes allow, and mostly a message takes one.  Tell events
-    their `origin`: their cause, or, if that is not shown, themselves.
+    Either is one line, and fit for XML.
     """
-    rows, latest, before = list[_Row](), dict[_Column, int](), dict[Stamp, _Event]()
-    for event in shown:
-        event.row = -1  # in none yet
-        event.origin = before.get(event.cause, event)
-        event.row = event.origin.row
-        if event.row <= latest.get(event.column, -1) or len(rows[event.row]) > 1:
-            event.row = len(rows)
-            rows.append([])
-        rows[event.row].append(event)
-        latest[event.column] = event.row
-        before[event.key] = event
+    if text.isprintable():
+        return text
+    return repr(text)[1:-1]
+
+
+class _Column(NamedTuple):
+    """Where a chart shows a thread.  Columns are sorted by node, then by the thread's id."""
+
+    node_number: int
+    thread_id: int
+    label: str
+    node: str
+
+
+def _assign_columns(events: list[_Event]) -> dict[_ThreadKey, _Column]:
+    """Return the column of each thread; nodes stand in the order of their first events."""
+    # A node may get its address late, or get another: users know the node by the last one.
+    addresses = {event.process: event.node for event in events if event.node}
+    thread_names = {event.thread: event.thread_name for event in events}
+    node_numbers: dict[str, int] = {}
+    threads_by_label = Counter[str]()
+    columns = {}
+    for thread, name in thread_names.items():
+        process, thread_id = thread
+        node = addresses.get(process, f"process {process[:4]}")
+        label = f"{node}/{name}".replace(" ", "_")
+        # Threads with the same label can be of an earlier and a later run of the node.
+        threads_by_label[label] += 1
+        if threads_by_label[label] > 1:
+            label += f"#{threads_by_label[label]}"
+        node_number = node_numbers.setdefault(process, len(node_numbers))
+        columns[thread] = _Column(node_number, thread_id, label, node)
+    return columns
+
+
+class _Row:
+    """A line of a chart: one event, or a cause and its effect, side by side."""
+
+    def __init__(self) -> None:
+        self.events: list[_Event] = []
+
+        # The cause of the last event, which may stand in an earlier row, or be shown nowhere.
+        self.cause: _Event | None = None
+
+    def add(self, event: _Event, cause: _Event | None) -> None:
+        self.events.append(event)
+        self.cause = cause
+
+    def arrow_ends(self) -> list[_Event]:
+        """Return the cause and the last event; only the event, if no cause is shown."""
+        last = self.events[-1]
+        if self.cause is None:
+            return [last]
+        return [self.cause, last]
+
+    def words(self) -> str:
+        """Return the words that stand beside the row."""
+        # The words of a send and of its receive are the same, and said once.
+        words = []
+        for event in self.events:
+            if event.words and event.words not in words:
+                words.append(event.words)
+        text = "; ".join(words)
+        last = self.events[-1]
+        if last.kind == "send":
+            text += f" to {last.receiver}"
+        return text
+
+
+def _arrange_rows(events: list[_Event]) -> list[_Row]:
+    """Put each event into a row below its thread's earlier events, and not above its cause.
+
+    An event shares the row of its cause if its thread does nothing in between.  So mostly a
+    message takes one row.
+    """
+    rows: list[_Row] = []
+    shown: dict[_EventId, _Event] = {}
+    row_numbers: dict[_EventId, int] = {}
+    last_row_numbers: dict[_ThreadKey, int] = {}
+    for event in events:
+        cause_row = row_numbers.get(event.cause, -1)
+        last_row = last_row_numbers.get(event.thread, -1)
+        if cause_row > last_row and len(rows[cause_row].events) == 1:
+            number = cause_row
+        else:
+            number = len(rows)
+            rows.append(_Row())
+        rows[number].add(event, shown.get(event.cause))
+        shown[event.id] = event
+        row_numbers[event.id] = number
+        last_row_numbers[event.thread] = number
     return rows
 
 
-def _draw(shown: list[_Event], svg: bool) -> Iterator[tuple[str, _Row]]:
-    """Yield the lines of the picture, each with the row of events that it shows, if one.
+_CLOCK_WIDTH = 7  # characters
+_LABEL_WIDTH = 33  # characters
 
-    They have 80 characters at most; more, if there are more than 20 columns; and more for SVG,
-    which draws the arrows by itself.  The columns are named again and again, as the first names
-    scroll away.  Tell events their `x`, in characters.
+
+class _Drawing:
+    """A chart drawn in characters: the base of the drawings as text and as SVG.
+
+    From left to right, a line has the clock, the lifelines of the threads, and words.
     """
-    columns = sorted({event.column for event in shown})
-    pitch = max(2, min(6, 40 // len(columns))) * (2 if svg else 1)
-    at = {column: 7 + pitch * place for place, column in enumerate(columns)}
-    width, alive = 7 + pitch * len(columns), set[int]()
-    most, often = max(80, width + (80 if svg else 33)), 30 + 2 * len(columns)
-    for number, row in enumerate(_rows(shown)):
-        for place, (*_, name) in enumerate(columns if number % often == 0 else ()):
-            yield f"{'':7}{_BAR[svg].ljust(pitch) * place}{name[-33:]}", []
-        for event in row:
-            event.x = at[event.column]
-        line = _picture(f"{row[0].clock:>5}".ljust(width), row, alive, svg)
-        yield _cut(line + _told(row), most), row
-    marks = dict.fromkeys(f"{mark[svg]} {what}" for mark, what, _ in _MARKS.values())
-    yield from (("", []), ("  ".join(marks), []))
+
+    # Each format has its own characters and widths.
+    lifeline: str
+    widening: int
+    words_width: int
+
+    def __init__(self, events: list[_Event], columns: dict[_ThreadKey, _Column]) -> None:
+        self._events = events
+        self._columns = columns
+        drawn_columns = {columns[event.thread] for event in events}
+        self._drawn_columns = sorted(drawn_columns)
+
+        # A line of text has 7 characters for the clock, 40 for up to 20 columns, and 33 for
+        # words, which makes 80.
+        count = len(drawn_columns)
+        column_width = max(2, min(6, 40 // count))
+        self._column_width = column_width * self.widening
+        self._picture_width = _CLOCK_WIDTH + self._column_width * count
+        self._max_width = max(80, self._picture_width + self.words_width)
+        self._rows_per_heading = 30 + 2 * count
+
+        # The x of each column, in characters.
+        self._positions: dict[_Column, int] = {}
+        for number, column in enumerate(self._drawn_columns):
+            self._positions[column] = _CLOCK_WIDTH + self._column_width * number
+
+        # The positions of the lifelines that go on below the row that was drawn last.
+        self._lifelines: set[int] = set()
+
+    def _position(self, event: _Event) -> int:
+        column = self._columns[event.thread]
+        return self._positions[column]
+
+    def _symbol(self, mark: _Mark) -> str:
+        raise NotImplementedError
+
+    def _draw_arrow(self, line: list[str], row: _Row) -> None:
+        raise NotImplementedError
+
+    def _draw_lines(self) -> Iterator[tuple[str, _Row | None]]:
+        """Yield the lines of the chart, each with the row that it shows, if it shows one.
+
+        The columns are named again and again, because the first names scroll away.
+        """
+        for number, row in enumerate(_arrange_rows(self._events)):
+            if number % self._rows_per_heading == 0:
+                yield from self._draw_headings()
+            picture = self._draw_row(row)
+            yield _truncate(picture + row.words(), self._max_width), row
+        yield "", None
+        yield self._draw_legend(), None
+
+    def _draw_headings(self) -> Iterator[tuple[str, None]]:
+        margin = " " * _CLOCK_WIDTH
+        lifelines = ""
+        for column in self._drawn_columns:
+            yield margin + lifelines + column.label[-_LABEL_WIDTH:], None
+            lifelines += self.lifeline.ljust(self._column_width)
+
+    def _draw_row(self, row: _Row) -> str:
+        """Return the clock, the lifelines, the arrow and the marks of a row."""
+        clock = f"{row.events[0].clock:>5}"
+        line = list(clock.ljust(self._picture_width))
+        self._lifelines.update(map(self._position, row.events))
+        for position in self._lifelines:
+            line[position] = self.lifeline
+        self._draw_arrow(line, row)
+        for event in row.events:
+            position = self._position(event)
+            line[position] = self._symbol(_MARKS[event.kind])
+            if event.kind in ("end", "crash"):
+                self._lifelines.remove(position)
+        return "".join(line)
+
+    def _draw_legend(self) -> str:
+        entries = []
+        for mark in _MARKS.values():
+            entry = f"{self._symbol(mark)} {mark.meaning}"
+            if entry not in entries:
+                entries.append(entry)
+        return "  ".join(entries)
 
 
-def _picture(blank: str, row: _Row, alive: set[int], svg: bool) -> str:
-    """Draw the lifelines and the arrow of a row; afterwards, `alive` is where others go on."""
-    line, start, stop = list(blank), row[-1].x if svg else row[-1].origin.x, row[-1].x
-    alive.update(event.x for event in row)
-    for x in alive | {start}:
-        line[x] = _BAR[svg]
-    if start < stop:
-        line[start + 1:stop] = ">".rjust(stop - start - 1, "-")
-    elif stop < start:
-        line[stop + 1:start] = "<".ljust(start - stop - 1, "-")
-    for event in row:
-        line[event.x] = _MARKS[event.event][0][svg]
-    alive.difference_update(event.x for event in row if event.event in ("end", "crash"))
-    return "".join(line)
+def _truncate(text: str, max_length: int) -> str:
+    if len(text) <= max_length:
+        return text
+    return text[:max_length - 2] + ".."
 
 
-def _told(row: _Row) -> str:
-    told = "; ".join(dict.fromkeys(event.words for event in row if event.words))
-    return f"{told} to {row[-1].to}" if row[-1].event == "send" else told
+class _TextDrawing(_Drawing):
+    """A chart for a terminal, 80 characters wide; wider, if it has more than 20 columns."""
+
+    lifeline = "|"
+    widening = 1
+    words_width = 33
+
+    def render(self) -> str:
+        """Return the chart as lines of text."""
+        lines = [line.rstrip() + "\n" for line, _ in self._draw_lines()]
+        return "".join(lines)
+
+    def _symbol(self, mark: _Mark) -> str:
+        return mark.text
+
+    def _draw_arrow(self, line: list[str], row: _Row) -> None:
+        """Draw dashes from the cause to the last event of the row, with a tip."""
+        ends = row.arrow_ends()
+        start = self._position(ends[0])
+        stop = self._position(ends[-1])
+        if start == stop:
+            return
+        # The thread of the cause may have ended, and its lifeline with it.
+        line[start] = self.lifeline
+        length = abs(stop - start) - 1
+        if start < stop:
+            line[start + 1:stop] = ">".rjust(length, "-")
+        else:
+            line[stop + 1:start] = "<".ljust(length, "-")
 
 
-def _as_text(shown: list[_Event], _: Any) -> str:
-    return "".join(f"{line.rstrip()}\n" for line, _ in _draw(shown, svg=False))
-
-
-_STYLE = """<style>
+_CHARACTER_WIDTH = 8  # pixels
+_LINE_HEIGHT = 16  # pixels
+_SVG_STYLE = """<style>
 svg { color-scheme: light dark; background: Canvas; font: 13.3px ui-monospace, monospace }
 text { fill: CanvasText; white-space: pre }
 path { fill: none; stroke: #2f7de1; stroke-width: 1.3; marker-end: url(#tip) }
@@ -2893,65 +5269,189 @@ markerHeight="9" markerUnits="userSpaceOnUse" orient="auto"><path d="M0 1 10 5 0
 </marker>"""
 
 
-def _as_svg(shown: list[_Event], _: Any) -> str:
-    """Typeset the picture, with arrows that slope, in characters 8 pixels wide and 16 high."""
+class _SvgDrawing(_Drawing):
+    """A chart for a browser: lines of characters, with arrows that are drawn across them."""
+
+    lifeline = "\u2502"
+    widening = 2
+    words_width = 80
+
+    def render(self) -> str:
+        """Return the chart as the text of an SVG file."""
+        elements = []
+        heights: dict[_EventId, int] = {}
+        width = 0
+        y = 0
+        for line, row in self._draw_lines():
+            y += _LINE_HEIGHT
+            line_width = _CHARACTER_WIDTH * len(line)
+            width = max(width, line_width)
+            element = self._format_text(line, y, line_width)
+            if row is not None:
+                for event in row.events:
+                    heights[event.id] = y
+                element = self._format_row(row, element, heights)
+            elements.append(element)
+        size = f'width="{width + 20}" height="{y + 20}"'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{_SVG_STYLE}'
+        svg = "\n".join([head, *elements, "</svg>\n"])
+        # With all but ASCII escaped, the file can be saved in any encoding.
+        return svg.encode("ascii", "xmlcharrefreplace").decode()
+
+    def _symbol(self, mark: _Mark) -> str:
+        return mark.svg
+
+    def _draw_arrow(self, line: list[str], row: _Row) -> None:
+        """Leave the line as it is: `_format_row` makes the arrow a path, which may slope."""
+
+    def _format_text(self, line: str, y: int, width: int) -> str:
+        # A text is placed by its base line, five pixels below the middle of its characters.
+        return f'<text y="{y + 5}" textLength="{width}">{_escape(line)}</text>'
+
+    def _format_row(self, row: _Row, element: str, heights: dict[_EventId, int]) -> str:
+        """Return a row's text with its arrow, in a group that has a title to point at."""
+        ends = row.arrow_ends()
+        arrow = ""
+        if len(ends) > 1:
+            points = []
+            for event in ends:
+                # An arrow goes from the middle of one character to the middle of another.
+                x = _CHARACTER_WIDTH * self._position(event) + 4
+                points.append(f"{x} {heights[event.id]}")
+            arrow = f'<path d="M{"L".join(points)}"/>'
+        kinds = " ".join(event.kind for event in row.events)
+        title = self._format_title(row)
+        return f'<g class="{kinds}">{title}{arrow}{element}</g>'
+
+    def _format_title(self, row: _Row) -> str:
+        """Return the row's words and where both ends of its arrow are."""
+        lines = [row.words()]
+        for event in row.arrow_ends():
+            label = self._columns[event.thread].label
+            lines.append(f"{event.kind} at {label}, clock {event.clock}")
+        title = "\n".join(lines).lstrip("\n")
+        return f"<title>{_escape(title)}</title>"
+
+
+def _escape(text: str) -> str:
     from html import escape
 
-    drawn, wide, y = list[str](), 0, 0
-    for line, row in _draw(shown, svg=True):
-        y, wide = y + 16, max(wide, 8 * len(line))
-        line = f'<text y="{y + 5}" textLength="{8 * len(line)}">{escape(line)}</text>'
-        if row:  # pointing there tells all of it
-            for event in row:
-                event.y = y
-            ends = row[-1:] if row[-1].origin is row[-1] else [row[-1].origin, row[-1]]
-            path = "L".join(f"{8 * each.x + 4} {each.y}" for each in ends)
-            arrow = f'<path d="M{path}"/>' if len(ends) > 1 else ""
-            where = (f"{each.event} at {each.who}, clock {each.clock}" for each in ends)
-            title = escape("\n".join([_told(row), *where]).lstrip("\n"))
-            kinds = " ".join(event.event for event in row)
-            line = f'<g class="{kinds}"><title>{title}</title>{arrow}{line}</g>'
-        drawn.append(line)
-    size = f'width="{wide + 20}" height="{y + 20}"'
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{_STYLE}'
-    svg = "\n".join([svg, *drawn, "</svg>\n"])
-    return svg.encode("ascii", "xmlcharrefreplace").decode()  # for any encoding
+    return escape(text)
 
 
-def _as_shiviz(shown: list[_Event], past: list[_Event]) -> str:
-    """Each event with how many events of each thread it may depend on: its vector clock."""
+def _format_shiviz(events: list[_Event], all_events: list[_Event],
+                   columns: dict[_ThreadKey, _Column]) -> str:
+    """Return each of `events` with its vector clock, in the form that ShiViz reads.
+
+    A vector clock says, for each thread, how many of its events this one may depend on.
+    Events that are not shown count for nothing, but hand on the clocks of their causes.
+    """
     import json
 
-    known: dict[Stamp, Counter[str]] = {}  # by event; by thread, its latest
-    drawn, lines = {event.key for event in shown}, ""
-    for event in past:  # what is not drawn hands on what it knows, too
-        clock = known.get(event.key[:2], Counter()) | known.get(event.cause, Counter())
-        if event.key in drawn:
-            clock[event.who] += 1
-            lines += f"{event.who} {json.dumps(clock)}\n{event.words or event.event}\n"
-        known[event.key] = known[event.key[:2]] = clock
-    return lines
+    shown = {event.id for event in events}
+    clock_by_event: dict[_EventId, Counter[str]] = {}
+    clock_by_thread: dict[_ThreadKey, Counter[str]] = {}
+    lines = []
+    for event in all_events:
+        thread_clock = clock_by_thread.get(event.thread, Counter())
+        cause_clock = clock_by_event.get(event.cause, Counter())
+        vector_clock = thread_clock | cause_clock
+        if event.id in shown:
+            label = columns[event.thread].label
+            vector_clock[label] += 1
+            lines.append(f"{label} {json.dumps(vector_clock)}\n")
+            lines.append(f"{event.words or event.kind}\n")
+        clock_by_event[event.id] = vector_clock
+        clock_by_thread[event.thread] = vector_clock
+    return "".join(lines)
 
 
-######## At the shell: demo, node, send, call, ps, chart
+######## At the shell: main, and its commands demo, node, send, call, ps, chart
 
 
-def _demo() -> None:
-    """Run the example that started it all, on two nodes."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command that the arguments of the command line name.
+
+    Exits with status 1 and one line on standard error if the command fails, with 2 if it is
+    used wrongly, and with 130 on Ctrl-C.
+    """
+    import logging
+
+    _make_output_safe()
+    logging.basicConfig(format="distconc: %(message)s")
+    options = vars(_make_parser().parse_args(arguments))
+    run_command = options.pop("run_command")
+    try:
+        run_command(**options)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (DistconcError, AuthenticationError, OSError, ValueError) as error:
+        sys.exit(f"distconc: {_printable(str(error))}")
+
+
+def _make_output_safe() -> None:
+    """Let any text be printed, in whatever encoding standard output and errors have."""
+    for stream in (sys.stdout, sys.stderr):
+        # A closed stream is None, and a program may have put anything in its place.
+        with suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def _make_parser() -> Any:
+    """Return the parser of the command line, an argparse.ArgumentParser."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        "distconc",
+        description="Threads that send, on any node.  In the environment: "
+                    "DISTCONC_AUTHKEY, the key; DISTCONC_COOKIE, the file that has it "
+                    "otherwise; DISTCONC_TRACE, a directory to write traces to.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_node(commands)
+    _add_send(commands)
+    _add_call(commands)
+    _add_ps(commands)
+    _add_chart(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, run_command: Callable[..., None],
+                 description: str) -> Any:
+    """Add a command, which calls `run_command` with its options, and return its parser."""
+    parser = commands.add_parser(name, help=description, description=description)
+    parser.set_defaults(run_command=run_command)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    _add_command(commands, "demo", _run_demo,
+                 "Run the example that started it all, on two nodes.")
+
+
+def _run_demo() -> None:
     with tempfile.TemporaryDirectory() as directory:
-        if not _trace:
+        if not _tracer.directory:
             trace(directory)
         with start_node() as node, spawn_node() as child:
-            print(f"node {node} has pid {os.getpid()}, its child {child} has pid {child.pid}")
-            spawn_server(_log_message, node=child, name="logger", register=True)
-            logger = RemoteThread(child, "logger")
-            send("hello", logger)
-            shouter = spawn(handle_synchronous, str.upper, name="shouter", node=child)
-            print("a call:", send_synchronous("can you hear me?", shouter), flush=True)
-            send(current_thread(), logger)
-            spawn(send, "thank you", current_thread(), name="thanker", node=child)
-            print("through a handle that travelled:", receive())
-        print("\nAll of it, time running down:\n\n" + chart(_trace, "text").rstrip())
+            own_pid = os.getpid()
+            print(f"node {node} has pid {own_pid}, its child {child} has pid {child.pid}")
+            _talk_to(child)
+        drawing = chart(_tracer.directory, "text")
+        print("\nAll of it, time running down:\n\n" + drawing.rstrip())
+
+
+def _talk_to(child: ChildNode) -> None:
+    """Send a message, make a call, and have an answer sent to a handle that travelled."""
+    spawn_server(_log_message, node=child, name="logger", register=True)
+    logger = RemoteThread(child, "logger")
+    send("hello", logger)
+    shouter = spawn(handle_synchronous, str.upper, name="shouter", node=child)
+    print("a call:", send_synchronous("can you hear me?", shouter), flush=True)
+    send(current_thread(), logger)
+    spawn(send, "thank you", current_thread(), name="thanker", node=child)
+    print("through a handle that travelled:", receive())
 
 
 def _log_message() -> bool:
@@ -2959,144 +5459,184 @@ def _log_message() -> bool:
     return True
 
 
-def _run_node(address: str | int = 0, script: str = "") -> None:
-    """Run a node, with a Python prompt, or with SCRIPT, after which it stays up.
+def _add_node(commands: Any) -> None:
+    parser = _add_command(
+        commands, "node", _run_node,
+        "Run a node, with a Python prompt, or with SCRIPT, after which it stays up.")
+    parser.add_argument("address", nargs="?", default="0",
+                        help="9000, host:9000, or a path; without it, a free port is taken")
+    parser.add_argument("script", nargs="?", default="",
+                        help="a Python file, run as the main program of the node")
 
-    ADDRESS is 9000, host:9000, or a path; without it, a free port is taken.
-    """
-    import code
 
-    if os.path.isfile(str(address)):
+def _run_node(address: str, script: str) -> None:
+    if os.path.isfile(address):
         raise ValueError(f"{address} is a file; say: node ADDRESS {address}")
-    main = sys.modules["__main__"] = types.ModuleType("__main__")  # none of what runs it
+    # The prompt and the script get a module of their own, with none of this file's names.
+    main_module = types.ModuleType("__main__")
+    sys.modules["__main__"] = main_module
     with start_node(address) as node:
         print(f"node {node}, pid {os.getpid()}", flush=True)
         if script:
-            _run_script(script, main)
+            _run_script(script, main_module)
             threading.Event().wait()
-        main.__dict__.update({name: globals()[name] for name in __all__})
-        banner = "All names of distconc are here; Ctrl-D ends the node."
-        code.interact(banner, local=main.__dict__, exitmsg="")
+        else:
+            _run_prompt(main_module)
 
 
-def _run_script(path: str, main: types.ModuleType) -> None:
-    """Run a file as Python would, as the module `main`; end the process if it fails."""
+def _run_prompt(main_module: types.ModuleType) -> None:
+    """Run a Python prompt, where all public names of this file are imported already."""
+    import code
+
+    namespace = main_module.__dict__
+    for name in __all__:
+        namespace[name] = globals()[name]
+    banner = "All names of distconc are here; Ctrl-D ends the node."
+    code.interact(banner, local=namespace, exitmsg="")
+
+
+def _run_script(path: str, main_module: types.ModuleType) -> None:
+    """Run a file as Python would, as the module `__main__`.
+
+    Exits with status 1 if the file raises an exception, after printing that.
+    """
     with open(path, "rb") as file:
         source = file.read()
-    sys.argv, main.__file__ = [path], path
+    sys.argv = [path]
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    main_module.__file__ = path
     try:
-        exec(compile(source, path, "exec"), main.__dict__)
+        exec(compile(source, path, "exec"), main_module.__dict__)
     except Exception as error:
-        error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
+        # The outermost frame is that of this function, not of the script.
+        if error.__traceback__:
+            error.__traceback__ = error.__traceback__.tb_next
         sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(1)
 
 
-def _send(target: str, message: str, *, timeout: float = 10.0) -> None:
-    """Send MESSAGE to TARGET; wait --timeout seconds (10) for it to be there; 1 if it was lost.
-
-    TARGET is such as 127.0.0.1:9000/logger; MESSAGE a Python literal, such as '("hello", 1)'.
-    """
-    thread = _target(target)
-    send(_literal(message), thread)
-    _ask_node(thread.node, "ps", timeout=timeout)  # whose answer comes after news of a loss
-    sys.exit(local_node().stats()["lost"] and 1)
+def _add_send(commands: Any) -> None:
+    parser = _add_command(
+        commands, "send", _run_send,
+        "Send MESSAGE to TARGET, and wait for it to be there; exit with 1 if it was lost.")
+    _add_message_arguments(parser)
 
 
-def _call(target: str, message: str, *, timeout: float = 10.0) -> None:
-    """Send MESSAGE to TARGET as `send` does, and print the reply.
+def _add_message_arguments(parser: Any) -> None:
+    parser.add_argument("target", help="a thread, such as 127.0.0.1:9000/logger")
+    parser.add_argument("message", help="a Python literal, such as '(\"hello\", 1)'")
+    parser.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS",
+                        help="fail after so many seconds (10)")
 
-    Without one within the --timeout, of 10 seconds, it fails.
-    """
-    print(repr(send_synchronous(_literal(message), _target(target), timeout)))
+
+def _run_send(target: str, message: str, timeout: float) -> None:
+    thread = _parse_target(target)
+    send(_parse_literal(message), thread)
+    # A node handles messages in order.  So before it answers this request, it has reported
+    # our message if that was lost.
+    _call_node(thread.node, ("ps",), timeout=timeout)
+    if local_node().stats()["lost"]:
+        sys.exit(1)
 
 
-def _target(text: str) -> RemoteThread:
+def _parse_target(text: str) -> RemoteThread:
     node, _, name = text.rpartition("/")
     if not node or not name:
         raise ValueError(f"{text!r} is no target; say 127.0.0.1:9000/logger")
-    return RemoteThread(node, int(name) if name.isdecimal() else name)
+    if name.isdecimal():
+        return RemoteThread(node, int(name))
+    return RemoteThread(node, name)
 
 
-def _literal(text: str) -> Any:
+def _parse_literal(text: str) -> Any:
     import ast
 
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        such = "such as 7, '(\"hello\", 1)' or '\"hello\"'"
-        raise ValueError(f"{_cut(text, 60)} is no Python literal, {such}") from None
+        examples = "such as 7, '(\"hello\", 1)' or '\"hello\"'"
+        start = _truncate(text, 60)
+        raise ValueError(f"{start} is no Python literal, {examples}") from None
 
 
-def _ps(node: str) -> None:
-    """List the threads of NODE, such as 9000 or 127.0.0.1:9000."""
+def _add_call(commands: Any) -> None:
+    parser = _add_command(
+        commands, "call", _run_call,
+        "Send MESSAGE to TARGET as `send` does, and print the reply.")
+    _add_message_arguments(parser)
+
+
+def _run_call(target: str, message: str, timeout: float) -> None:
+    request = _parse_literal(message)
+    reply = send_synchronous(request, _parse_target(target), timeout)
+    print(repr(reply))
+
+
+def _add_ps(commands: Any) -> None:
+    parser = _add_command(commands, "ps", _run_ps, "List the threads of NODE.")
+    parser.add_argument("node", help="such as 9000 or 127.0.0.1:9000")
+
+
+def _run_ps(node: str) -> None:
     rows = [("id", "name", "registered", "unread", "age", "in")]
-    for id, name, names, unread, age, doing in _ask_node(_address(node), "ps"):
-        rows.append((str(id), name, names, str(unread), f"{age:.0f} s", doing))
+    answer = _call_node(_parse_address(node), ("ps",))
+    for thread_id, name, registered, unread, age, current_call in answer:
+        seconds = f"{age:.0f} s"
+        row = (str(thread_id), name, registered, str(unread), seconds, current_call)
+        rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        print("  ".join(map(str.ljust, map(_plain, row), widths)).rstrip())
+        cells = []
+        for cell, width in zip(row, widths):
+            cells.append(_printable(cell).ljust(width))
+        print("  ".join(cells).rstrip())
 
 
-def _chart(directory: str, *, output: str = "", format: str = "svg", first: int = 0,
-           last: float = float("inf"), thread: Sequence[str] = ()) -> None:
-    """Draw what was traced to DIRECTORY: as svg, text or shiviz; to standard output, or -o.
+def _add_chart(commands: Any) -> None:
+    parser = _add_command(
+        commands, "chart", _run_chart, "Draw what was traced to DIRECTORY.")
+    parser.add_argument("directory", help="where the traces are")
+    parser.add_argument("-o", dest="output", default="", metavar="FILE",
+                        help="write to this file, not to standard output")
+    parser.add_argument("--format", default="svg", help="svg (the default), text or shiviz")
+    parser.add_argument("--from", dest="first", type=int, default=0, metavar="CLOCK",
+                        help="leave out events of lower Lamport clocks")
+    parser.add_argument("--to", dest="last", type=float, default=float("inf"),
+                        metavar="CLOCK", help="leave out events of higher Lamport clocks")
+    parser.add_argument("--thread", dest="threads", action="append", default=[],
+                        metavar="NAME",
+                        help="show only the threads of that name, such as logger or "
+                             "127.0.0.1:9000/logger; may be repeated")
 
-    --from and --to narrow it to these Lamport clocks, --thread to the threads of that name,
-    such as logger or 127.0.0.1:9000/logger; it may be repeated.
-    """
-    drawing = chart(directory, format, first=first, last=last, threads=thread)
-    with open(output, "w", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
-        file.write(drawing)
+
+def _run_chart(directory: str, output: str, format: str, first: int, last: float,
+               threads: list[str]) -> None:
+    drawing = chart(directory, format, first=first, last=last, threads=threads)
+    if output:
+        with open(output, "w", encoding="utf-8") as file:
+            file.write(drawing)
+    else:
+        sys.stdout.write(drawing)
 
 
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": _demo, "node": _run_node, "send": _send, "call": _call, "ps": _ps, "chart": _chart}
-_FLAGS = {"output": "-o", "first": "--from", "last": "--to"}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Threads that send, on any node.
-
-    In the environment: DISTCONC_AUTHKEY, the key; DISTCONC_COOKIE, the file that has it
-    otherwise; DISTCONC_TRACE, a directory to write traces to.
-    """
-    import argparse
-    import inspect
-    import logging
-
-    for stream in sys.stdout, sys.stderr:  # any text can be printed there, or to nowhere
-        with suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    logging.basicConfig(format="distconc: %(message)s")
-    parser = argparse.ArgumentParser("distconc", description=main.__doc__)
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command, run in _COMMANDS.items():  # which takes what its function does
-        sub = commands.add_parser(command, help=run.__doc__, description=run.__doc__,
-                                  argument_default=argparse.SUPPRESS)
-        sub.set_defaults(run=run)
-        for name, given in inspect.signature(run).parameters.items():
-            if given.kind is given.KEYWORD_ONLY:
-                flag, default = _FLAGS.get(name, f"--{name}"), given.default
-                kind = {"type": type(default)} if default != () else {"action": "append"}
-                sub.add_argument(flag, dest=name, **kind)
-            else:
-                sub.add_argument(name, nargs=None if given.default is given.empty else "?")
-    options = vars(parser.parse_args(arguments))
-    try:
-        options.pop("run")(**options)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (DistconcError, AuthenticationError, OSError, ValueError) as error:
-        sys.exit(f"distconc: {_plain(str(error))}")
+def _own_name() -> str:
+    """Return the name by which other programs import this file."""
+    # Only `python3 -m` knows the name within a package.
+    if __spec__:
+        return __spec__.name
+    # Where the file is run through a symbolic link, it is imported from its real place.
+    file_name = os.path.basename(os.path.realpath(__file__))
+    return os.path.splitext(file_name)[0]
 
 
 if __name__ == "__main__":
+    import importlib
+
+    # Messages name classes by their module, and `__main__` is another module on each node.
+    # So this file imports itself by its own name, and that copy runs the command.
     try:
-        import distconc  # this file by its name: its classes are those that messages name
+        own_module = importlib.import_module(_own_name())
     except OSError as error:
         sys.exit(f"distconc: DISTCONC_TRACE: {error}")
 
-    distconc.main()
+    own_module.main()
