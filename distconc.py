@@ -32,10 +32,11 @@ narrow.  Frames cannot be forged or altered on their way, but they can be read: 
 
 Words.  A *node* is a process that can be addressed.  Its *incarnation* is a random number drawn
 once per process, which tells it from earlier processes at that address.  A *thread* has a
-*mailbox*.  A *handle* denotes a thread: a `Thread` of this node, or a `RemoteThread` of any.  An
-*entry* is a message in a mailbox.  *Pending* is the reply or the end of a thread that somebody
-here waits for; a *watcher* is told when a thread ends.  A *connection* joins two nodes; a
-*header* says for whom a message on a connection is, and its *payload* is the message, pickled.
+*mailbox*.  A *handle* denotes a thread: a `Thread` of this node, or a `RemoteThread` of any.
+An *entry* is a message in a mailbox.  *Pending* is the reply or the end of a thread that
+somebody here waits for; a *watcher* is told when a thread ends.  A *connection* joins two
+nodes; a *header* says for whom a message on a connection is, and its *payload* is the message,
+pickled.
 
     node A                                                  node B
 
@@ -159,7 +160,10 @@ class ThreadDied(DistconcError):
 
 
 class SynchronousToSelfError(DistconcError):
-    """A thread called itself; it would wait for ever.  Factor: cannot-send-synchronous-to-self."""
+    """A thread called itself, and would wait for ever.
+
+    Factor: cannot-send-synchronous-to-self.
+    """
 
 
 class SerializationError(DistconcError, ValueError):
@@ -167,7 +171,10 @@ class SerializationError(DistconcError, ValueError):
 
 
 class RemoteError(DistconcError):
-    """Stands in for an error that could not cross: `.type` is its name, the text its traceback."""
+    """Stands in for an error that could not cross.
+
+    `.type` is its name, the text its traceback.
+    """
 
     def __init__(self, type: str, *text: str) -> None:
         super().__init__(type, *text)
@@ -503,7 +510,10 @@ class _Observer:
 
     def record(self, thread: "Thread | None", event: str, cause: _EventId | None = None,
                **about: Any) -> _EventId | None:
-        """Record an event of `thread` (None: of the node) that `cause` led to; return its id."""
+        """Record an event of `thread` (None: of the node); return the event's id.
+
+        `cause` is the event that led to it.
+        """
         return None
 
     def record_send(self, message: Any, thread: Handle) -> _EventId | None:
@@ -1051,7 +1061,10 @@ def current_thread() -> Thread:
 
 
 def threads() -> dict[int, Thread]:
-    """Return a new dict of this node's living threads by id.  Never blocks.  Factor: threads."""
+    """Return a new dict of this node's living threads by id.  Never blocks.
+
+    Factor: threads.
+    """
     return _registry.by_id.copy()
 
 
@@ -1862,8 +1875,8 @@ def _read_cookie(path: str) -> bytes:
             _make_cookie(path)
         except OSError as error:
             raise OSError(
-                error.errno, f"no cookie file can be made at {path}: {error.strerror}; give a key "
-                "by authkey=, by DISTCONC_AUTHKEY, or in a file that DISTCONC_COOKIE names"
+                error.errno, f"no cookie file can be made at {path}: {error.strerror}; give a "
+                "key by authkey=, by DISTCONC_AUTHKEY, or in a file that DISTCONC_COOKIE names"
             ) from None
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
@@ -1930,16 +1943,18 @@ def _make_cookie(path: str) -> None:
 #   ...     the payloads, end to end
 #   16      MAC; missing, as the two before it, if both lengths are 0
 #
-# A MAC is BLAKE2b, keyed, of all frames of that direction so far, but without the MACs, and with
-# the SHA-256 of an envelope, or of payloads, of more than 2048 bytes in their place.  Its key is
-# HMAC-SHA256(authkey, role of the sender + SHA-256(dialler's hello) + SHA-256(acceptor's)).
+# A MAC is BLAKE2b, keyed, of all frames of that direction so far, but without the MACs, and
+# with the SHA-256 of an envelope, or of payloads, of more than 2048 bytes in their place.  Its
+# key is HMAC-SHA256(authkey, role of the sender + SHA-256(dialler's hello) +
+# SHA-256(acceptor's hello)).
 #
 # A frame of two zeros is a tick: a side that has nothing to send sends one every fifth of the
 # heartbeat.  Silence for four fifths of it ends the connection.  The last frame of a side has
-# the header "end"; after it that side shuts down its writing half, and reads to the other's end.
-# A direction that ends without "end" was cut off: what was sent last may be lost.
+# the header "end"; after it that side shuts down its writing half, and reads to the other's
+# end.  A direction that ends without "end" was cut off: what was sent last may be lost.
 #
-# An envelope holds plain data only, and each header at least one payload, 65,536 in all.  These are the headers, and their payloads:
+# An envelope holds plain data only: of each header, at least one payload; in all, at most
+# 65,536.  These are the headers, and their payloads:
 #
 #   "serials"      serial, oldest serial          empty; see _Handshake._exchange_serials
 #   "send"         incarnation, id, cause         the message, pickled
@@ -2112,12 +2127,12 @@ def _check_cause(cause: Any) -> _EventId | None:
     return None
 
 
-def _one_line(text: Any, limit: int = MAX_LINE) -> str:
+def _one_line(text: object, limit: int = MAX_LINE) -> str:
     """Return a peer's text fit for a log: in one line, without control characters, and cut."""
-    text = str(text)[:limit]
-    if text.isprintable():
-        return text
-    return repr(text)[1:-1]
+    line = str(text)[:limit]
+    if line.isprintable():
+        return line
+    return repr(line)[1:-1]
 
 
 ######## Connection: one sealed connection, its outbox, its reader and its writer
@@ -2512,7 +2527,7 @@ class _Connection:
 
     def _make_frame(self, groups: list[tuple[_Header, list[int]]],
                     payloads: list[bytes]) -> list[bytes]:
-        """Return the bytes of a frame: in one piece, unless it is so large that joining costs."""
+        """Return the bytes of a frame: in one piece, unless joining would cost too much."""
         if not groups:
             lengths = FRAME_LENGTHS.pack(0, 0)
             return [lengths + self._outgoing.mac_of_lengths(lengths)]
@@ -2666,7 +2681,8 @@ class _Connection:
         if envelope_length == 0 and payloads_length == 0:
             return []
         if envelope_length > MAX_ENVELOPE or payloads_length > self._max_incoming:
-            raise OSError(f"a frame of {envelope_length} + {payloads_length} bytes is too large")
+            raise OSError(
+                f"a frame of {envelope_length} + {payloads_length} bytes is too large")
         if payloads_length > READ_BUFFER:
             # Read apart from the rest, so that it need not be copied.
             envelope = self._read_exactly(envelope_length)
@@ -3085,7 +3101,7 @@ class Node(AbstractContextManager["Node"]):
 
     def _start(self, address: NodeLike | None, authkey: Any, advertise: Any, allow: Any,
                heartbeat: float, connect_timeout: float, max_message: int) -> None:
-        """Take the options of `start_node`, and listen; raise for bad ones before any change."""
+        """Take the options of `start_node`, and listen; bad ones raise before any change."""
         _check_seconds("heartbeat", heartbeat)
         _check_seconds("connect_timeout", connect_timeout)
         if type(max_message) is not int or not 0 < max_message < MAX_MAX_MESSAGE:
@@ -3239,8 +3255,9 @@ class Node(AbstractContextManager["Node"]):
         if _faults.cut_off({address}):
             raise NodeUnreachable(f"faults(drop=1) cuts {_format_address(address)} off")
         if _local.must_not_wait:
-            raise NodeUnreachable("a __del__ or a logging handler that runs in a thread of this "
-                                  f"module cannot dial {_format_address(address)}")
+            raise NodeUnreachable(
+                "a __del__ or a logging handler that runs in a thread of this module cannot "
+                f"dial {_format_address(address)}")
         for handshake in self._handshakes:
             if handshake.dialled == address and handshake.error is None:
                 return handshake
@@ -3319,7 +3336,7 @@ class Node(AbstractContextManager["Node"]):
             _pending.fail(pending.tag, _Failure(NodeDown(text)), event)
         if connection.broken_by and not waiting and not self._stopped:
             # Nobody else hears of it, and messages may have been lost.
-            _log("WARNING", "%s: %s; what was sent last may be lost", text, connection.broken_by)
+            _log("INFO", "%s: %s; what was sent last may be lost", text, connection.broken_by)
         _registry.remove_watchers_of(connection.peer)
 
     # Letting others in
@@ -3432,8 +3449,8 @@ def _is_same_host(sock: socket.socket) -> bool:
     """Return whether the other end of a connection is on this machine."""
     if sock.family != socket.AF_INET:
         return True
-    here = sock.getsockname()[0]
-    there = sock.getpeername()[0]
+    here: str = sock.getsockname()[0]
+    there: str = sock.getpeername()[0]
     return here == there or there.startswith("127.")
 
 
@@ -3591,7 +3608,8 @@ class RemoteThread(_Handle):
     def __init__(self, node: NodeLike | None, id: int | str,
                  incarnation: int | None = None) -> None:
         if not isinstance(id, (int, str)) or len(str(id)) > MAX_NAME:
-            raise TypeError(f"an id is an int, or a name of up to {MAX_NAME} letters, not {id!r}")
+            raise TypeError(
+                f"an id is an int, or a name of up to {MAX_NAME} letters, not {id!r}")
         if incarnation is not None and type(incarnation) is not int:
             raise TypeError(f"an incarnation is an int, not {incarnation!r}")
         self._node: Address | None = None
