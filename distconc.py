@@ -4110,7 +4110,8 @@ class _Strangers(_LimitedLog):
         if isinstance(why, AuthenticationError):
             super().add(host or "this machine", _one_line(why), count)
         else:
-            _log("INFO", "a stranger was not let in: %s: %s", type(why).__name__, why)
+            _log("INFO", "a stranger was not let in: %s: %s",
+                 type(why).__name__, _one_line(why))
 
 
 _losses = _Losses("lost %d message%s to %s: %s")

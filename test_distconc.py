@@ -864,6 +864,14 @@ class SynchronousTests(Case):
             case wrong:
                 self.fail(wrong)
 
+    def test_a_request_equals_every_other_of_its_tag_whatever_its_data(self):
+        one = Synchronous([1], self.me, "tag")
+        other = Synchronous(array.array("i", [2]), self.me, "tag")
+        self.assertEqual(one, other)
+        self.assertEqual(1, len({one, other}))
+        self.assertNotEqual(one, Synchronous([1], self.me, "another"))
+        self.assertNotEqual(one, Reply([1], "tag"))
+
     def test_messages_are_immutable_and_no_tuples(self):
         watch = monitor(joined(int))
         for message in (Synchronous(1, self.me, "t"), Reply(2, "t"), receive(WAIT), watch):
@@ -922,6 +930,11 @@ class HandleTests(Case):
         with start_node() as node:
             self.assertEqual(1, len({RemoteThread(spelling, "x") for spelling in (
                 node, str(node), node.address, node.address[1])}))
+
+    def test_handles_can_be_referred_to_weakly(self):
+        handles = self.me, RemoteThread(9000, "x")
+        kept = weakref.WeakKeyDictionary((handle, handle.id) for handle in handles)
+        self.assertEqual([self.me.id, "x"], [kept[handle] for handle in handles])
 
     def test_a_remote_thread_is_immutable(self):
         handle = RemoteThread(9000, "logger")
@@ -2681,6 +2694,7 @@ class TheWire(Net):
     def test_a_peers_address_is_no_second_line_of_the_log(self):
         for address in "a\nb:9", "\x1b[31m:9", "/tmp/a\nb", "/\x1b[31m":
             with self.subTest(address), Records() as log:
+                log.informed()
                 with suppress(Cut):
                     peer = self.dial(address=address)
                     peer.write((("undelivered", "x", "why", 1, None), b""))
@@ -2795,6 +2809,45 @@ class Lines:
 
 class TwoNodes(OneChild):
     """Names, handles, spawning and calls between two processes."""
+
+    def test_a_handle_joins_and_asks_whether_a_thread_elsewhere_lives(self):
+        thread = spawn(receive, node=self.other)
+        self.assertEqual((True, False), (thread.is_alive(), thread.join(0.01)))
+        waiting = spawn(lambda me: send(thread.join(T), me), current_thread())
+        send("end", thread)
+        self.assertEqual((True, True, False), (receive(T), thread.join(T), thread.is_alive()))
+        self.assertTrue(waiting.join(T))
+        nobody = RemoteThread(self.other, "nobody at all")
+        self.assertEqual((False, True), (nobody.is_alive(), nobody.join(T)))
+
+    def test_a_default_time_out_of_the_programs_makes_no_difference(self):
+        done = script("""if True:
+            import socket
+            socket.setdefaulttimeout(0.2)
+            with start_node(), spawn_node() as child:
+                thread = spawn(handle_synchronous, str.upper, node=child)
+                receive(0.5, None)
+                print(send_synchronous("hello", thread, 20))""")
+        self.assertEqual((done.out, done.err), ("HELLO\n", ""))
+
+    def test_what_a_message_runs_while_it_is_loaded_may_send_and_not_call(self):
+        me = current_thread()
+        server = spawn_server(handle_synchronous, echo, node=self.other)
+        for func, *args in (send, "sent", me), (send_synchronous, 1, server):
+            send(Does(func, *args), spawn_server(receive, 0.5, None, node=self.other))
+        self.assertEqual(receive(T), "sent")
+        with self.assertRaises(RemoteError) as caught:
+            send_synchronous(Does(send_synchronous, 1, server), server, T)
+        self.assertIn("being loaded cannot call", str(caught.exception))
+        self.assertEqual(send_synchronous(2, server, T), 2)
+
+    def test_a_message_that_takes_long_to_load_holds_up_no_other(self):
+        slow = spawn(receive, node=self.other)
+        start = monotonic()
+        send(Does(time.sleep, 2), slow)
+        self.assertEqual(ask(self.other, echo, "quick"), "quick")
+        self.assertLess(monotonic() - start, 1.5)
+        self.assertTrue(slow.join(T))
 
     def test_factors_first_test_gives_8(self):
         for node in self.node, self.other:
@@ -6082,6 +6135,15 @@ class Documents(unittest.TestCase):
         for name, terminal in self.terminals.items():
             terminal.close()
             self.assertRegex(terminal.screen(), r"\A(>>> )?\Z", f"left on terminal {name}")
+
+    def test_every_private_name_in_the_tutorials_prose_exists(self):
+        with open(os.path.join(HERE, "tutorial.md"), encoding="utf-8") as file:
+            text = file.read()
+        text = re.sub(r"```.*?\n```", "", text, flags=re.S)
+        names = [name for name in re.findall(r"`((?:\w+\.)?_\w+)`", text) if "__" not in name]
+        self.assertIn("Mailbox._put", names)
+        for name in names:
+            self.assertTrue(operator.attrgetter(name)(distconc), name)
 
     def test_the_tutorial_has_every_public_name_and_an_exercise_in_each_chapter(self):
         with open(DOCUMENTS[1]) as file:
