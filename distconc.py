@@ -230,20 +230,17 @@ class _WaitQueue:
 
         Whoever makes it true calls `wake_all` after that.
         """
-        while not is_true():
-            sleeper = threading.Lock()
-            sleeper.acquire()
-            self._sleepers.append(sleeper)
-            try:
-                # It may have become true before this thread was in the list.
-                if is_true():
-                    return True
+        sleeper = threading.Lock()
+        sleeper.acquire()
+        self._sleepers.append(sleeper)
+        try:
+            # It is tested only now, with the lock in the list: so no `wake_all` is missed.
+            while not is_true():
                 if not sleeper.acquire(timeout=_remaining(deadline)):
                     return is_true()
-            finally:
-                with suppress(ValueError):
-                    self._sleepers.remove(sleeper)
-        return True
+            return True
+        finally:
+            self._sleepers.remove(sleeper)
 
     def wake_all(self) -> None:
         """Have every waiting thread look again.  Never blocks."""
@@ -1116,7 +1113,6 @@ class _Link(_Pending):
         self._failure = None
 
 
-
 class _SpawnRequest(NamedTuple):
     """What is needed to start a thread, here or on another node."""
 
@@ -1453,10 +1449,11 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
         if not call.wait(deadline):
             _observer.record(caller, "timeout", what="call")
             raise TimeoutError(f"no reply within {timeout} seconds; the call may still run")
-        return call.result()
-    finally:
-        # After a time-out or Ctrl-C: no outcome is wanted any more, here or there.
+    except BaseException:
+        # After a time-out or Ctrl-C no outcome is wanted any more, here or there.
         call.cancel()
+        raise
+    return call.result()
 
 
 def reply_synchronous(reply: Any, synchronous: Synchronous) -> None:
@@ -1923,7 +1920,7 @@ def _make_cookie(path: str) -> None:
 #
 # A hello is these fields, as text, joined by NUL:
 #
-#   protocol       "distconc 4"
+#   protocol       "distconc 5"
 #   role           "dialler" or "acceptor"
 #   nonce          16 random bytes, in hex
 #   incarnation    of the sender, in hex
@@ -1933,7 +1930,8 @@ def _make_cookie(path: str) -> None:
 #   dialled        from the dialler alone: the address that it wanted to reach
 #   reached        from the dialler alone: the address that its socket is connected to
 #
-# A frame has no meaning until its MACs are right, and no memory is taken for it before:
+# A frame is two pieces, its lengths and its body, each with a MAC behind it.  A piece has no
+# meaning until its MAC is right, so no memory is taken for lengths that a stranger altered:
 #
 #   bytes   meaning
 #   4       length of the envelope, big-endian, at most 64 MiB
@@ -1941,15 +1939,14 @@ def _make_cookie(path: str) -> None:
 #   16      MAC
 #   ...     envelope: a pickled list of pairs (header, lengths of its payloads)
 #   ...     the payloads, end to end
-#   16      MAC; missing, as the two before it, if both lengths are 0
+#   16      MAC
 #
-# A MAC is BLAKE2b, keyed, of all frames of that direction so far, but without the MACs, and
-# with the SHA-256 of an envelope, or of payloads, of more than 2048 bytes in their place.  Its
-# key is HMAC-SHA256(authkey, role of the sender + SHA-256(dialler's hello) +
-# SHA-256(acceptor's hello)).
+# A MAC is BLAKE2b, keyed, of all pieces of that direction so far, with the SHA-256 of each that
+# is longer than 2048 bytes in its place.  Its key is HMAC-SHA256(authkey, role of the sender +
+# SHA-256(dialler's hello) + SHA-256(acceptor's hello)).
 #
-# A frame of two zeros is a tick: a side that has nothing to send sends one every fifth of the
-# heartbeat.  Silence for four fifths of it ends the connection.  The last frame of a side has
+# A frame whose lengths are 0 has no body.  It is a tick: a side that has nothing to send sends
+# one every fifth of the heartbeat.  Silence for four fifths of it ends the connection.  The last frame of a side has
 # the header "end"; after it that side shuts down its writing half, and reads to the other's
 # end.  A direction that ends without "end" was cut off: what was sent last may be lost.
 #
@@ -1979,7 +1976,7 @@ def _make_cookie(path: str) -> None:
 # A request is ("ps",), ("is alive", id), or ("spawn", func, args, name, register, is_server,
 # link): link is a tag, for which a failure of the new thread is reported, or None.
 
-PROTOCOL = "distconc 4"
+PROTOCOL = "distconc 5"
 MAX_HELLO = 4096  # bytes
 FRAME_LENGTHS = struct.Struct(">IQ")
 MAC_SIZE = 16  # bytes
@@ -2049,19 +2046,16 @@ class _Seal:
         direction_key = hmac.digest(key, sender.role.encode() + transcript, "sha256")
         self._state = hashlib.blake2b(key=direction_key, digest_size=MAC_SIZE)
 
-    def mac_of_lengths(self, lengths: bytes) -> bytes:
-        """Return the MAC of all before, and then the lengths of a frame."""
-        self._state.update(lengths)
-        return self._state.digest()
-
-    def mac_of_body(self, envelope: bytes, payloads: bytes) -> bytes:
-        """Return the MAC of all before, and then the rest of a frame."""
-        if len(envelope) > SMALL_PAYLOAD:
+    def mac(self, *pieces: "bytes | memoryview") -> bytes:
+        """Return the MAC of all before, and then of these pieces."""
+        if sum(map(len, pieces)) > SMALL_PAYLOAD:
             # SHA-256 is twice as fast per byte as BLAKE2b, but slower to begin.
-            envelope = hashlib.sha256(envelope).digest()
-        if len(payloads) > SMALL_PAYLOAD:
-            payloads = hashlib.sha256(payloads).digest()
-        self._state.update(envelope + payloads)
+            digest = hashlib.sha256()
+            for piece in pieces:
+                digest.update(piece)
+            pieces = (digest.digest(),)
+        for piece in pieces:
+            self._state.update(piece)
         return self._state.digest()
 
 
@@ -2091,7 +2085,7 @@ def _check_header(header: Any) -> None:
             raise ValueError(f"a header {header[0]!r:.30} has a {type(field).__name__}")
 
 
-def _decode_frame(envelope: bytes, payloads: bytes) -> list[_Group]:
+def _decode_frame(envelope: memoryview, payloads: memoryview) -> list[_Group]:
     """Return the headers of a frame, each with its payloads; raise for nonsense."""
     decoded: list[_Group] = []
     start = 0
@@ -2110,7 +2104,8 @@ def _decode_frame(envelope: bytes, payloads: bytes) -> list[_Group]:
         for length in lengths:
             if length < 0:
                 raise ValueError(f"a payload of {length} bytes")
-            parts.append(payloads[start:start + length])
+            # A copy, so that a message that nobody takes does not hold all others in memory.
+            parts.append(bytes(payloads[start:start + length]))
             start += length
         decoded.append((header, parts))
     if start != len(payloads):
@@ -2407,9 +2402,8 @@ class _Connection:
         Returns False if the connection closes and does not take the message.  Raises NodeDown
         if contact was lost while it was written.
         """
-        if not self._outbox and self._is_lone(payload):
-            if self._write_at_once(header, payload):
-                return True
+        if self._write_if_lone(header, payload):
+            return True
         if len(self._outbox) >= MAX_QUEUED and self._may_wait():
             self._room.wait_until(self._has_room, None)
         was_taken = self.post(header, payload)
@@ -2443,22 +2437,19 @@ class _Connection:
     def _has_room(self) -> bool:
         return self.closing or len(self._outbox) < MAX_QUEUED
 
-    def _is_lone(self, payload: bytes) -> bool:
-        """Return whether a message is better written at once than queued.
+    def _write_if_lone(self, header: _Header, payload: bytes) -> bool:
+        """Write a message at once, if that is better than to queue it; return whether it was.
 
         To write it in the sender's thread saves waking the writer, which costs as much as all
         the rest of a call.  But a message that follows a write at once is one of many: hundreds
         share a frame if they queue up while the writer waits for its turn, and that makes a
         flood four times as fast.
         """
-        if _faults.are_active or self._write_lock.locked():
+        if self._outbox or self._write_lock.locked() or _faults.are_active:
             return False
-        if len(payload) > SMALL_PAYLOAD:
-            return True
-        return monotonic() - self._last_write >= BURST_SECONDS
-
-    def _write_at_once(self, header: _Header, payload: bytes) -> bool:
-        """Write a lone message; return False if it has to be queued after all."""
+        is_soon = monotonic() - self._last_write < BURST_SECONDS
+        if is_soon and len(payload) <= SMALL_PAYLOAD:
+            return False
         with self._write_lock:
             if self._outbox or self.closing:
                 return False
@@ -2528,19 +2519,20 @@ class _Connection:
     def _make_frame(self, groups: list[tuple[_Header, list[int]]],
                     payloads: list[bytes]) -> list[bytes]:
         """Return the bytes of a frame: in one piece, unless joining would cost too much."""
+        seal = self._outgoing
         if not groups:
             lengths = FRAME_LENGTHS.pack(0, 0)
-            return [lengths + self._outgoing.mac_of_lengths(lengths)]
+            return [lengths + seal.mac(lengths)]
         envelope = pickle.dumps(groups, 5)
-        body = payloads[0]
+        payload = payloads[0]
         if len(payloads) > 1:
-            body = b"".join(payloads)
-        lengths = FRAME_LENGTHS.pack(len(envelope), len(body))
-        start = lengths + self._outgoing.mac_of_lengths(lengths) + envelope
-        end = self._outgoing.mac_of_body(envelope, body)
-        if len(body) > READ_BUFFER:
-            return [start, body, end]
-        return [start + body + end]
+            payload = b"".join(payloads)
+        lengths = FRAME_LENGTHS.pack(len(envelope), len(payload))
+        start = lengths + seal.mac(lengths)
+        if len(payload) > READ_BUFFER:
+            return [start + envelope, payload, seal.mac(envelope, payload)]
+        body = envelope + payload
+        return [start + body + seal.mac(body)]
 
     # The writer
 
@@ -2673,42 +2665,29 @@ class _Connection:
         Raises EOFError or OSError if the connection ends, is silent for too long, or what
         comes is not what the peer has written.
         """
-        start = self._read_exactly(FRAME_LENGTHS.size + MAC_SIZE)
-        lengths = start[:FRAME_LENGTHS.size]
-        mac = self._incoming.mac_of_lengths(lengths)
-        self._compare_macs(mac, start[FRAME_LENGTHS.size:])
+        lengths = self._read_piece(FRAME_LENGTHS.size)
         envelope_length, payloads_length = FRAME_LENGTHS.unpack(lengths)
         if envelope_length == 0 and payloads_length == 0:
             return []
         if envelope_length > MAX_ENVELOPE or payloads_length > self._max_incoming:
             raise OSError(
                 f"a frame of {envelope_length} + {payloads_length} bytes is too large")
-        if payloads_length > READ_BUFFER:
-            # Read apart from the rest, so that it need not be copied.
-            envelope = self._read_exactly(envelope_length)
-            payloads = self._read_exactly(payloads_length)
-            end = self._read_exactly(MAC_SIZE)
-        else:
-            rest = self._read_exactly(envelope_length + payloads_length + MAC_SIZE)
-            envelope = rest[:envelope_length]
-            payloads = rest[envelope_length:-MAC_SIZE]
-            end = rest[-MAC_SIZE:]
-        self._compare_macs(self._incoming.mac_of_body(envelope, payloads), end)
-        return _decode_frame(envelope, payloads)
+        body = self._read_piece(envelope_length + payloads_length)
+        return _decode_frame(body[:envelope_length], body[envelope_length:])
 
-    def _compare_macs(self, expected: bytes, received: bytes) -> None:
-        if not hmac.compare_digest(expected, received):
-            raise OSError("a frame was altered, repeated, lost or moved on its way")
-
-    def _read_exactly(self, size: int) -> bytes:
-        data: bytes | None = self._file.read(size)
+    def _read_piece(self, size: int) -> memoryview:
+        """Read so many bytes and their MAC; return the bytes if that is right."""
+        data: bytes | None = self._file.read(size + MAC_SIZE)
         if data is None:
             raise OSError("nothing was heard for too long")
-        if len(data) == size:
-            return data
-        if data:
+        if not data:
+            raise EOFError("it was cut off: the other side had not said that it ends")
+        if len(data) < size + MAC_SIZE:
             raise OSError("it ended, or fell silent, in the middle of a frame")
-        raise EOFError("it was cut off: the other side had not said that it ends")
+        piece = memoryview(data)[:size]
+        if not hmac.compare_digest(self._incoming.mac(piece), data[size:]):
+            raise OSError("a frame was altered, repeated, lost or moved on its way")
+        return piece
 
     def _dispatch(self, header: _Header, payloads: "Sequence[bytes | memoryview]") -> None:
         """Do what the messages with this header say."""

@@ -1705,7 +1705,7 @@ class RawPeer:
     def __init__(self, conn, role, address="", meant=(), key=KEY, heartbeat=10.0):
         self.conn, self.role, self.key = conn, role, key.encode()
         self.incarnation = int.from_bytes(os.urandom(8), "big")
-        self.fields = ["distconc 4", role, os.urandom(16).hex(), f"{self.incarnation:x}",
+        self.fields = ["distconc 5", role, os.urandom(16).hex(), f"{self.incarnation:x}",
                        str(heartbeat), str(1 << 28), address, *meant]
         self.inbox, self.has_read_end = [], False
 
@@ -1773,10 +1773,10 @@ class RawPeer:
         return self.seal(envelope_of(*groups), b"".join(chain(*(group[1:] for group in groups))))
 
     def seal(self, envelope, payloads=b""):
-        frame = self.seal_lengths(len(envelope), len(payloads))
-        for part in envelope, payloads:
-            self.out.update(part if len(part) <= 2048 else hashlib.sha256(part).digest())
-        return frame + envelope + payloads + self.out.digest()
+        lengths = self.seal_lengths(len(envelope), len(payloads))
+        body = envelope + payloads
+        self.out.update(body if len(body) <= 2048 else hashlib.sha256(body).digest())
+        return lengths + body + self.out.digest()
 
     def seal_lengths(self, *lengths):
         """The beginning of a frame; all of it, if the lengths are zeros."""
@@ -1823,11 +1823,10 @@ class RawPeer:
         self.check(mac)
         if sizes == [0, 0]:
             return []
-        parts = [self.take(size) for size in sizes]
-        for part in parts:
-            self.into.update(part if len(part) <= 2048 else hashlib.sha256(part).digest())
+        body = self.take(sum(sizes))
+        self.into.update(body if len(body) <= 2048 else hashlib.sha256(body).digest())
         self.check(self.take(16))
-        envelope, payloads = pickle.loads(parts[0]), io.BytesIO(parts[1])
+        envelope, payloads = pickle.loads(body[:sizes[0]]), io.BytesIO(body[sizes[0]:])
         groups = [(header, [payloads.read(length) for length in lengths])
                   for header, lengths in envelope]
         if payloads.read():
