@@ -3884,10 +3884,10 @@ with spawn_node() as child:
         demonitor(watch)
 
     def test_an_idle_connection_between_different_heartbeats_stays(self):
-        child = self.child(heartbeat=0.5)
+        child = self.child(heartbeat=1.5)
         watch = monitor(child)
         self.assertEqual(ask(child, echo, 1), 1)
-        self.assertIs(receive(2.0, NOTHING), NOTHING)
+        self.assertIs(receive(3.0, NOTHING), NOTHING)
         demonitor(watch)
 
     def test_a_frozen_node_delays_no_traffic_to_another(self):
@@ -4933,12 +4933,12 @@ class Faults(OneChild):
         self.assertLess(monotonic() - start, T)
 
     def test_what_is_held_up_for_longer_than_a_heartbeat_is_no_silence(self):
-        other = self.child(heartbeat=0.5)
+        other = self.child(heartbeat=1.5)
         target = self.collector(other)
         watch = monitor(other)
         with faults(delay=1000, seed=1):
             send(1, target)
-            self.assertIs(receive(2.0, NOTHING), NOTHING)
+            self.assertIs(receive(3.0, NOTHING), NOTHING)
         self.assertEqual(self.got(target, 1), [1])
         demonitor(watch)
 
@@ -4954,8 +4954,8 @@ class Faults(OneChild):
         self.assertEqual(self.got(target, 1), [1])
 
     def test_to_leave_faults_again_and_again_is_no_silence(self):
-        other = self.child(heartbeat=0.5)
-        watch, end = monitor(other), monotonic() + 2
+        other = self.child(heartbeat=1.5)
+        watch, end = monitor(other), monotonic() + 3
         while monotonic() < end:
             with faults(to=1, drop=1):
                 self.assertIs(receive(0.02, NOTHING), NOTHING)
