@@ -85,7 +85,15 @@ def check(holds, *about):
         raise AssertionError(*about)
 
 
+# The tests of part one also run on that part alone, cut out of the file: see PartOneAlone.
+PART_ONE_ALONE = not hasattr(distconc, "serialize")
+whole_file = unittest.skipIf(PART_ONE_ALONE, "it names later parts")
+
+
 def trip(thing):
+    """A copy, as another node would get it; in part one there are none."""
+    if PART_ONE_ALONE:
+        return thing
     return deserialize(serialize(thing))
 
 
@@ -414,7 +422,7 @@ class ThreadTests(Case):
                 contextlib.redirect_stderr(io.StringIO()):
             thread = spawn(lambda: receive() / 0, name="bad")
             thread.send(1)
-            self.assertTrue(thread.join(T))
+            self.assertTrue(thread.join(WAIT))
         self.assertEqual(seen[0], (False, False))
 
     def test_a_failure_that_nobody_is_linked_to_is_shown_with_the_threads_name(self):
@@ -427,6 +435,7 @@ class ThreadTests(Case):
             self.assertIsNotNone(shown.exc_traceback)
             self.assertIsInstance(receive(WAIT), Down)
 
+    @whole_file
     def test_what_cannot_start_is_an_error_here_and_leaves_nothing_behind(self):
         before = threads()
         for start in (spawn, spawn_linked, spawn_server):
@@ -646,6 +655,7 @@ class MessageTests(Case):
         for wrong in ("hello", 1, None, [2]):
             self.assertRaisesRegex(TypeError, r"send\(message, thread\)", send, self.me, wrong)
 
+    @whole_file
     def test_a_message_to_an_ended_thread_is_dropped_counted_and_logged(self):
         for way in (lambda thread: thread, trip):
             target, before = way(joined(int)), local_node().stats()["undelivered"]
@@ -705,6 +715,7 @@ class SynchronousTests(Case):
     def test_add1_gives_six(self):  # Factor's own
         self.assertEqual(6, send_synchronous(5, spawn(handle_synchronous, lambda n: n + 1)))
 
+    @whole_file
     def test_nobody_can_call_himself_by_any_handle(self):  # Factor's own, and more
         with start_node() as node:
             register_remote_thread(self.me, "myself")
@@ -872,6 +883,7 @@ class SynchronousTests(Case):
         self.assertNotEqual(one, Synchronous([1], self.me, "another"))
         self.assertNotEqual(one, Reply([1], "tag"))
 
+    @whole_file
     def test_messages_are_immutable_and_no_tuples(self):
         watch = monitor(joined(int))
         for message in (Synchronous(1, self.me, "t"), Reply(2, "t"), receive(WAIT), watch):
@@ -884,6 +896,96 @@ class SynchronousTests(Case):
                 forged = Reduced(*message.__reduce__(), {name: 3})
                 self.assertRaises(TypeError, pickle.loads, pickle.dumps(forged))
                 self.assertIs(before, getattr(message, name))
+
+
+######## Monitors
+
+
+class MonitorTests(Case):
+    def test_a_monitor_that_comes_while_others_are_told_hears_that_there_is_no_such_thread(self):
+        thread, died = spawn(receive), distconc._died
+        late = []
+
+        def monitor_late(*about):
+            if not late:
+                late.append(monitor(thread))
+            return died(*about)
+
+        early = [monitor(thread) for _ in range(3)]
+        with mock.patch.object(distconc, "_died", monitor_late):
+            send("end", thread)
+            self.assertTrue(thread.join(WAIT))
+        downs = {down.monitor: down.reason for down in
+                 [receive_if(Down, WAIT) for _ in range(3)]}
+        self.assertEqual([None] * 3, [downs[one] for one in early])
+
+    def watched(self, func, *args):
+        """The reason of the one Down of a thread that runs `func`."""
+        thread = spawn(lambda: (receive(), func(*args)))
+        watch = monitor(thread)
+        send("go", thread)
+        down = receive(WAIT)
+        self.assertEqual((watch, thread), (down.monitor, down.target))
+        return down.reason
+
+    def test_the_reason_is_none_if_it_returned_and_else_the_exception(self):
+        self.assertIsNone(self.watched(int))
+        for error in (ValueError("why"), Awkward()):
+            self.assertIs(error, self.watched(fail, error))
+            self.failure_shown()
+
+    def test_the_reason_is_no_such_thread_if_it_had_ended(self):
+        for target in (ended := joined(int), trip(ended)):
+            watch, down = monitor(target), receive(WAIT)
+            self.assertEqual((watch, target), (down.monitor, down.target))
+            self.assertIsInstance(down.reason, NoSuchThread)
+
+    def test_down_comes_after_all_that_the_thread_had_sent(self):
+        for _ in range(10):
+            thread = spawn(lambda: (receive(), [send(at, self.me) for at in range(100)]))
+            watches = [monitor(thread), monitor(trip(thread)), monitor(thread)]
+            send("go", thread)
+            self.assertEqual(list(range(100)), [receive(WAIT) for _ in range(100)])
+            downs = [receive(WAIT) for _ in watches]
+            self.assertCountEqual(watches, [down.monitor for down in downs])
+            self.assertEqual([None] * 3, [down.reason for down in downs])
+
+    def test_a_monitor_that_races_with_the_end_gets_exactly_one_down(self):
+        for _ in range(200):
+            watch = monitor(thread := spawn(int))
+            down = receive(WAIT)
+            self.assertEqual((watch, thread), (down.monitor, down.target))
+            self.assertIsInstance(down.reason, (type(None), NoSuchThread))
+
+    def test_after_demonitor_no_down_is_or_comes(self):
+        first, second = spawn(idle), spawn(idle)
+        kept, early, late = monitor(first), monitor(second), monitor(second)
+        end(first)
+        demonitor(early)
+        end(second)
+        joined(send, "other", self.me)
+        demonitor(late)
+        demonitor(late)
+        self.assertEqual("other", receive_if(str, WAIT))
+        self.assertEqual(Down(kept, first, None), receive(WAIT))
+        self.assertRaises(TimeoutError, receive, 0)
+
+    def test_after_a_demonitor_that_races_with_the_end_no_down_is_or_comes(self):
+        for at in range(300):
+            thread = spawn([int, receive][at % 2])
+            watch = monitor(thread)
+            send("go", thread)
+            demonitor(watch)
+            self.assertIsNone(receive(0, None))
+            self.assertTrue(thread.join(WAIT))
+            self.assertIsNone(receive(0, None))
+
+    @whole_file
+    def test_what_is_neither_thread_nor_node_cannot_be_watched(self):
+        for wrong in (3.5, object(), None, True):
+            with self.subTest(wrong):
+                self.addCleanup(receive, 0, None)
+                self.assertRaises(ValueError, monitor, wrong)
 
 
 ######## Remote handles and the registry
@@ -1148,95 +1250,6 @@ class SerializeTests(Case):
                 self.assertIn("message", str(error))
 
 
-######## Monitors
-
-
-class MonitorTests(Case):
-    def test_a_monitor_that_comes_while_others_are_told_hears_that_there_is_no_such_thread(self):
-        thread, died = spawn(receive), distconc._died
-        late = []
-
-        def monitor_late(*about):
-            if not late:
-                late.append(monitor(thread))
-            return died(*about)
-
-        early = [monitor(thread) for _ in range(3)]
-        with mock.patch.object(distconc, "_died", monitor_late):
-            send("end", thread)
-            self.assertTrue(thread.join(WAIT))
-        downs = {down.monitor: down.reason for down in
-                 [receive_if(Down, WAIT) for _ in range(3)]}
-        self.assertEqual([None] * 3, [downs[one] for one in early])
-
-    def watched(self, func, *args):
-        """The reason of the one Down of a thread that runs `func`."""
-        thread = spawn(lambda: (receive(), func(*args)))
-        watch = monitor(thread)
-        send("go", thread)
-        down = receive(WAIT)
-        self.assertEqual((watch, thread), (down.monitor, down.target))
-        return down.reason
-
-    def test_the_reason_is_none_if_it_returned_and_else_the_exception(self):
-        self.assertIsNone(self.watched(int))
-        for error in (ValueError("why"), Awkward()):
-            self.assertIs(error, self.watched(fail, error))
-            self.failure_shown()
-
-    def test_the_reason_is_no_such_thread_if_it_had_ended(self):
-        for target in (ended := joined(int), trip(ended)):
-            watch, down = monitor(target), receive(WAIT)
-            self.assertEqual((watch, target), (down.monitor, down.target))
-            self.assertIsInstance(down.reason, NoSuchThread)
-
-    def test_down_comes_after_all_that_the_thread_had_sent(self):
-        for _ in range(10):
-            thread = spawn(lambda: (receive(), [send(at, self.me) for at in range(100)]))
-            watches = [monitor(thread), monitor(trip(thread)), monitor(thread)]
-            send("go", thread)
-            self.assertEqual(list(range(100)), [receive(WAIT) for _ in range(100)])
-            downs = [receive(WAIT) for _ in watches]
-            self.assertCountEqual(watches, [down.monitor for down in downs])
-            self.assertEqual([None] * 3, [down.reason for down in downs])
-
-    def test_a_monitor_that_races_with_the_end_gets_exactly_one_down(self):
-        for _ in range(200):
-            watch = monitor(thread := spawn(int))
-            down = receive(WAIT)
-            self.assertEqual((watch, thread), (down.monitor, down.target))
-            self.assertIsInstance(down.reason, (type(None), NoSuchThread))
-
-    def test_after_demonitor_no_down_is_or_comes(self):
-        first, second = spawn(idle), spawn(idle)
-        kept, early, late = monitor(first), monitor(second), monitor(second)
-        end(first)
-        demonitor(early)
-        end(second)
-        joined(send, "other", self.me)
-        demonitor(late)
-        demonitor(late)
-        self.assertEqual("other", receive_if(str, WAIT))
-        self.assertEqual(Down(kept, first, None), receive(WAIT))
-        self.assertRaises(TimeoutError, receive, 0)
-
-    def test_after_a_demonitor_that_races_with_the_end_no_down_is_or_comes(self):
-        for at in range(300):
-            thread = spawn([int, receive][at % 2])
-            watch = monitor(thread)
-            send("go", thread)
-            demonitor(watch)
-            self.assertIsNone(receive(0, None))
-            self.assertTrue(thread.join(WAIT))
-            self.assertIsNone(receive(0, None))
-
-    def test_what_is_neither_thread_nor_node_cannot_be_watched(self):
-        for wrong in (3.5, object(), None, True):
-            with self.subTest(wrong):
-                self.addCleanup(receive, 0, None)
-                self.assertRaises(ValueError, monitor, wrong)
-
-
 ######## The module as a whole
 
 CONTRACT = """
@@ -1286,6 +1299,134 @@ class ModuleTests(Case):
                 timeout=60, cwd=os.path.dirname(os.path.abspath(distconc.__file__)))
             self.assertEqual(("6 7\nTrue\ndivision by zero\n", "", 0),
                              (done.stdout, done.stderr, done.returncode))
+
+
+class PartOneAlone(unittest.TestCase):
+    """Part one, cut out into a file of its own, teaches all of Erlang's ideas and runs."""
+
+    def cut(self, path, before, after=""):
+        """Write the beginning of a file, to the banner `before`, into one of the same name."""
+        with open(path, encoding="utf-8") as file:
+            text, found, _ = file.read().partition(before)
+        self.assertTrue(found, before)
+        name = os.path.join(self.dir, os.path.basename(path))
+        with open(name, "w", encoding="utf-8") as file:
+            file.write(text + after)
+
+    def test_its_tests_pass_on_it(self):
+        self.dir = tempfile.mkdtemp(prefix="dc")
+        self.addCleanup(shutil.rmtree, self.dir)
+        self.cut(MODULE, "################ Part two",
+                 "__all__ = [name for name in __all__ if name in globals()]\n")
+        self.cut(__file__, "######## Remote handles and the registry")
+        done = subprocess.run(
+            [sys.executable, "-m", "unittest", "test_distconc"], cwd=self.dir, text=True,
+            env=environment(PYTHONPATH=None), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=10 * WAIT)
+        self.assertEqual(0, done.returncode, done.stdout)
+        ran, skipped = re.search(r"Ran (\d+) tests.*skipped=(\d+)", done.stdout, re.S).groups()
+        self.assertGreater(int(ran) - int(skipped), 50, done.stdout)
+
+
+USERS_PROGRAM = """
+from collections.abc import Callable
+from distconc import *
+
+def log_message() -> bool:
+    print(receive())
+    return True
+
+def double(number: int) -> int:
+    return 2 * number
+
+def outcome(call: Callable[[], object]) -> object:
+    try:
+        return call()
+    except (NodeDown, NodeUnreachable, NoSuchThread, SerializationError) as error:
+        return str(error)
+    except ThreadDied as error:
+        return error.reason
+    except RemoteError as error:
+        return error.type
+    except LinkedError as error:
+        return error.error, error.thread
+    except (SynchronousToSelfError, AuthenticationError, DistconcError):
+        return None
+
+with start_node(9000, authkey="sixteen letters!", allow=[double], heartbeat=5) as node:
+    address: tuple[str, int] | str | None = node.address
+    counts: dict[str, int] = node.stats()
+    server: Thread = spawn_server(handle_synchronous, double, name="double", register=True)
+    logger = spawn_server(log_message, name="logger")
+    linked: Thread = spawn_linked(double, 1)
+    remote = spawn(double, 1, node=node)
+    register_remote_thread(logger)
+    send("hello", RemoteThread(9000, "logger"))
+    logger.send(("a", 1))
+    handles: list[Thread | RemoteThread] = [server, remote, current_thread()]
+    handles.append(get_remote_thread("double"))
+    print(send_synchronous(3, server, timeout=5) + 1, threads()[server.id].name)
+    watch: Monitor = monitor(server)
+    demonitor(watch)
+    monitor("127.0.0.1:9001")
+    match receive(1.0, None):
+        case Down(of, target, reason):
+            print(of == watch, target, reason)
+        case Synchronous(data, sender, tag) as request:
+            reply_synchronous((data, sender, tag), request)
+        case Reply(data, tag):
+            print(data, tag)
+    receive_if(int, 0, default=None)
+    receive_if((int, str), 0, default=None)
+    receive_if(lambda message: message == 1, timeout=0, default=None)
+    box = Mailbox()
+    box.put(1)
+    print(box.get(), box.get_all(0), box.empty(), box.get_if(str, 0.1))
+    with spawn_node(allow="anything") as child:
+        there = spawn(double, 4, node=child)
+        print(there.join(5), there.is_alive(), there.node, there.id, child.pid, child.address)
+        connect(child)
+        disconnect(child)
+        child.kill()
+    other: ChildNode = spawn_node()
+    other.stop()
+    here: Node = local_node()
+    print(here.incarnation, nodes(), deserialize(serialize(handles)))
+    with faults(to=other, drop=0.5, delay=1, seed=1):
+        outcome(lambda: send_synchronous(1, RemoteThread(other, "x")))
+    trace("traces")
+    picture: str = chart("traces", format="text")
+    trace(None)
+    unregister_remote_thread("logger")
+stop_node()
+"""
+
+
+class Types(unittest.TestCase):
+    """A user's program, which uses every public name, is clean for the type checkers."""
+
+    def checked(self, *command):
+        if shutil.which(command[0]) is None:
+            self.skipTest(f"{command[0]} is not installed")
+        dir = tempfile.mkdtemp(prefix="dc")
+        self.addCleanup(shutil.rmtree, dir)
+        with open(os.path.join(dir, "program.py"), "w", encoding="utf-8") as file:
+            file.write(USERS_PROGRAM)
+        shutil.copy(MODULE, dir)
+        done = subprocess.run(
+            [*command, "program.py"], cwd=dir, env=environment(PYTHONPATH=None), text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(0, done.returncode, done.stdout)
+
+    def test_the_program_uses_every_public_name(self):
+        words = set(re.findall(r"\w+", USERS_PROGRAM))
+        self.assertEqual(set(), set(CONTRACT) - words)
+
+    def test_mypy_is_content(self):
+        self.checked("mypy", "--strict")
+
+    def test_pyright_is_content(self):
+        self.checked("pyright")
 
 
 def tearDownModule():
