@@ -1946,9 +1946,10 @@ def _make_cookie(path: str) -> None:
 # SHA-256(dialler's hello) + SHA-256(acceptor's hello)).
 #
 # A frame whose lengths are 0 has no body.  It is a tick: a side that has nothing to send sends
-# one every fifth of the heartbeat.  Silence for four fifths of it ends the connection.  The last frame of a side has
-# the header "end"; after it that side shuts down its writing half, and reads to the other's
-# end.  A direction that ends without "end" was cut off: what was sent last may be lost.
+# one every fifth of the heartbeat.  Silence for four fifths of it ends the connection.  The last
+# frame of a side has the header "end"; after it that side shuts down its writing half, and reads
+# to the other's end.  A direction that ends without "end" was cut off: messages that were sent
+# last may be lost.
 #
 # An envelope holds plain data only: of each header, at least one payload; in all, at most
 # 65,536.  These are the headers, and their payloads:
