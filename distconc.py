@@ -79,7 +79,7 @@ from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import (
     Client, Connection, Listener, answer_challenge, deliver_challenge, wait)
 from time import monotonic, sleep, time
-from typing import IO, Any, NamedTuple, Union, cast, overload
+from typing import IO, Any, ClassVar, NamedTuple, Union, cast, overload
 
 __all__ = [
     "Mailbox", "Thread", "RemoteThread", "spawn", "spawn_linked", "spawn_server",
@@ -1592,45 +1592,55 @@ def demonitor(monitor: Monitor) -> None:
 
 
 def serialize(obj: Any) -> bytes:
-    """Return `obj` as bytes: the copy that a remote `send` makes.  Factor: object>bytes.
+    """Return `obj` as bytes: the copy that a remote `send` makes.
 
-    Handles of threads turn into `RemoteThread`; cycles and shared objects survive.  Raises
-    SerializationError, which names the part that cannot be pickled.
+    Handles of threads turn into `RemoteThread`; cycles and shared objects survive.
+    Never blocks.  Raises SerializationError, which names the part that cannot be
+    pickled.
+
+    Factor: object>bytes.  Erlang: term_to_binary.
     """
     try:
         return pickle.dumps(obj, 5)
     except Exception as error:
         text = f"message is a {type(obj).__name__} and cannot be sent to another node"
-        # Some part of it may not let itself be looked at, either.
+        # A part of the message may refuse even to be looked at.
         with suppress(Exception):
             text = _why_unpicklable(obj, error)
         raise SerializationError(text) from error
 
 
 def deserialize(data: bytes) -> Any:
-    """Return the object that `data` was made of, if this node's `allow` does.
+    """Return the object that `data` was made of, if this node's `allow` lets it in.
 
-    Raises whatever unpickling raises, and that is anything.  Factor: bytes>object.
+    Never blocks, unless an object's own code does.  Raises UnpicklingError for what
+    is not allowed, and whatever else unpickling raises, which may be anything.
+
+    Factor: bytes>object.  Erlang: binary_to_term.
     """
     return local_node().load(data)
 
 
+_MAX_PATH = 500  # letters
+
+
 def _why_unpicklable(obj: Any, error: Exception, path: str = "message") -> str:
-    """Say which part of `obj`, as small as can be told, cannot be pickled, and why."""
-    # There may be cycles, so the path has a limit.
-    if len(path) < 500:
-        for name, child in _children(obj):
-            try:
-                pickle.dumps(child, 5)
-            except Exception as child_error:
-                if child is not obj:
-                    return _why_unpicklable(child, child_error, path + name)
-    return (f"{path} is a {type(obj).__name__} and cannot be sent to another node ({error}); "
+    """Say which part of `obj` cannot be pickled, as small as it can be told, and why."""
+    # An object that contains itself has a path without end, so the path is bounded.
+    children = _children(obj) if len(path) < _MAX_PATH else []
+    for step, child in children:
+        try:
+            pickle.dumps(child, 5)
+        except Exception as child_error:
+            if child is not obj:
+                return _why_unpicklable(child, child_error, path + step)
+    kind = type(obj).__name__
+    return (f"{path} is a {kind} and cannot be sent to another node ({error}); "
             "send plain data, something importable, or the handle of a thread that keeps it")
 
 
 def _children(obj: Any) -> list[tuple[str, Any]]:
-    """Return the parts of `obj`, each with its name as an expression would have it."""
+    """Return what `obj` consists of, each part with the step that leads to it."""
     if isinstance(obj, dict):
         return [(f"[{_short_repr(key)}]", value) for key, value in obj.items()]
     if isinstance(obj, (list, tuple)):
@@ -1639,273 +1649,601 @@ def _children(obj: Any) -> list[tuple[str, Any]]:
     return [(f".{name}", value) for name, value in attributes.items()]
 
 
+_Names = dict[tuple[str, str], Any]  # (module, name) -> what a pickle means by them
+
+
 class _NotAllowed(pickle.UnpicklingError):
-    """A message names something that `allow` does not."""
+    """A message contains something that `allow` does not let in."""
+
+
+class _NeedsCare(Exception):
+    """A message names something that only the careful unpickler may handle."""
 
 
 def _check_allow(allow: Any) -> "str | tuple[Any, ...]":
-    """Return the option `allow`; raise TypeError unless it is classes and functions."""
-    if isinstance(allow, str) and allow == "anything":
-        return allow
-    items = tuple(allow)
-    for item in items:
-        is_plain = isinstance(item, (type, types.FunctionType, types.BuiltinFunctionType))
-        if not is_plain or isinstance(item, types.GenericAlias):
-            raise TypeError(f"allow= takes classes and functions themselves, not {item!r}")
-    return items
+    """Return `allow` as "anything" or a tuple; raise TypeError if it is neither.
+
+    The tuple has classes and functions of modules, and nothing else: a pickle can
+    name no other callable, so that to list one would be a mistake.
+    """
+    if isinstance(allow, str):
+        if allow == "anything":
+            return allow
+        raise TypeError('allow= is "anything", or a list of classes and functions, '
+                        f"not {allow!r:.300}")
+    listed = tuple(allow)
+    for item in listed:
+        if not _is_class(item) and not _is_function(item):
+            raise TypeError("allow= takes classes and functions of modules themselves, "
+                            f"not {item!r:.300}")
+    return listed
 
 
-def _make_loader(allow: "str | Sequence[Any]") -> Callable[[Any], Any]:
+def _is_class(item: Any) -> bool:
+    """Say whether `item` is a class; list[int] only pretends to be one."""
+    return issubclass(type(item), type)
+
+
+def _is_function(item: Any) -> bool:
+    """Say whether `item` is a function of a module, and no method, bound or not."""
+    if type(item) is types.FunctionType:
+        return "." not in item.__qualname__
+    # A built-in function belongs to its module, a built-in method to its object.
+    if type(item) is types.BuiltinFunctionType:
+        return isinstance(item.__self__, types.ModuleType)
+    return False
+
+
+def _make_loader(allow: Any) -> Callable[[Any], Any]:
     """Return the function that unpickles messages: anything, or what `allow` lets in."""
+    allow = _check_allow(allow)
     if allow == "anything":
         return pickle.loads
-    listed = (*_plain_types(), *allow)
-    allowed = {(item.__module__, item.__qualname__): item for item in listed}
-    return partial(_load_restricted, allowed, frozenset(allow))
-
-
-def _plain_types() -> list[Any]:
-    """Return the types of plain data that a pickle has to name."""
-    import builtins
-    import datetime
-    import decimal
-    import fractions
+    import copyreg
     import uuid
 
-    plain = [complex, range, decimal.Decimal, fractions.Fraction, uuid.UUID, datetime.date,
-             datetime.time, datetime.datetime, datetime.timedelta, datetime.timezone,
-             RemoteThread, *_Message.__subclasses__()]
-    for named in (*vars(builtins).values(), *globals().values()):
-        if isinstance(named, type) and issubclass(named, BaseException):
-            plain.append(named)
-    return plain
+    # The pickle of a UUID makes an empty one first, for which it needs the class itself.
+    as_listed = {_pickled_name(item): item for item in (uuid.UUID, *allow)}
+    # A listed class stands before the constructor of the same name.
+    simple = _without_listed(_simple_constructors(), as_listed)
+    exceptions = _without_listed(_exception_constructors(), as_listed)
+    all_constructors = {**simple, **exceptions}
+    # The table has no public name, but each pickle module imports it by this one.
+    extension_codes: dict[int, Any] = copyreg._inverted_registry  # type: ignore[attr-defined]
+
+    def load(data: Any) -> Any:
+        if not extension_codes:
+            try:
+                return _unpickle(_RestrictedUnpickler, data, simple, {})
+            except _NeedsCare:
+                pass
+        # Nothing of the user's has run so far, so it may well start again.
+        return _unpickle(_CarefulUnpickler, data, all_constructors, as_listed)
+
+    return load
 
 
-def _load_restricted(allowed: dict[tuple[str, str], Any], listed: frozenset[Any],
-                     data: Any) -> Any:
-    """Unpickle plain data and what `allow` lists; raise _NotAllowed for the rest."""
-    unpickler = _RestrictedUnpickler(io.BytesIO(data))
-    unpickler.allowed = allowed
-    unpickler.listed = listed
-    constructors = unpickler.constructors
+def _pickled_name(item: Any) -> tuple[str, str]:
+    """Return the module and the name by which pickles mean this class or function."""
+    return item.__module__, item.__qualname__
+
+
+def _without_listed(constructors: _Names, as_listed: _Names) -> _Names:
+    return {name: function for name, function in constructors.items() if name not in as_listed}
+
+
+def _unpickle(kind: Any, data: Any, constructors: _Names, as_listed: _Names) -> Any:
+    """Return the message in `data`; raise what that kind of unpickler raises."""
+    unpickler = kind(io.BytesIO(data))
+    unpickler.constructors = constructors
+    unpickler.as_listed = as_listed
+    unpickler.handed_out = []
+    handed_out = unpickler.handed_out
     message = unpickler.load()
-    # Its memo holds the constructors, too.  Of those that live on, the message is the owner.
+    # All that the unpickler remembers goes with it.  A constructor that still lives is a
+    # part of the message.
     del unpickler
-    for constructor in constructors:
-        if constructor() is not None:
-            raise _NotAllowed("a class itself is not plain data; allow= must list it")
+    if any(constructor() is not None for constructor in handed_out):
+        raise _NotAllowed("a class itself is not plain data; allow= must list it")
     return message
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Lets in plain data, and what `allow` lists.
+    """Unpickles messages of plain data fast, and leaves all others to the careful one.
 
-    A pickle is a program.  It names classes and functions, calls them, and sets attributes of
-    whatever it holds; that of a hostile node would name `os.system`, or set a method of a class
-    that this node uses.  So what is not allowed is not even imported.  And a class of plain
-    data is not handed out itself, but a constructor, which can be called and not be changed.
+    Who has the key writes the pickle, which is a program for a small machine.  These
+    are the attacks, and what stops each of them:
 
-    What `allow` lists is handed out itself, because its instances may need it; so whoever has
-    the key can change its attributes.
+    - To name something that is not allowed.  `find_class` looks names up in a table
+      and never imports a module.
+    - To change a class through what `find_class` returns: the instruction BUILD calls
+      its `__setstate__`, writes into its `__dict__` or sets its attributes, and APPEND
+      and SETITEM call other methods.  The pickle therefore gets no class, but a
+      `_Constructor` in its place, which can be called and is otherwise inert.
+    - To chain such stand-ins through their state until C's stack overflows, as can be
+      done with `functools.partial`.  A `_Constructor` has no state that BUILD could set.
+    - To pass a class itself off as plain data.  A constructor that is left in the
+      message is found by `_unpickle`.
+    - To name something by a number that the program registered with `copyreg`.  A
+      number seen before bypasses `find_class`, so a program which registers any gets
+      the careful unpickler for all its messages.
+    - To fill an exception with values that do harm when it is printed, and to change a
+      listed class or function.  Both need an eye on each BUILD.  C offers none, so a
+      message which names an exception, or anything listed, goes to the careful
+      unpickler, as one that names the unknown does, to be refused there.
+
+    The functions that can run here have no effects but their results, so a message
+    may be loaded half, dropped, and loaded again.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file)
-        self.allowed: dict[tuple[str, str], Any] = {}  # (module, name) -> class or function
-        self.listed: frozenset[Any] = frozenset()
-        self.constructors: list[Any] = []  # weak references
+    constructors: _Names  # the functions that make plain data
+    handed_out: list[Any]  # weak references to the constructors that the pickle got
 
     def find_class(self, module: str, name: str) -> Any:
-        item = self.allowed.get((module, name))
-        if item is None:
-            raise _NotAllowed(f"{module}.{name}"[:300] + " is not among what it allows")
-        # The pickle of a UUID makes it without calling its class.
-        if item in self.listed or item.__name__ == "UUID":
-            return item
-        constructor = _Constructor(item)
-        self.constructors.append(weakref.ref(constructor))
+        function = self.constructors.get((module, name))
+        if function is None:
+            raise _NeedsCare
+        constructor = _Constructor(function)
+        self.handed_out.append(weakref.ref(constructor))
         return constructor
 
 
+# The unpickler in Python is what the one in C replaces, on every version.
+class _CarefulUnpickler(pickle._Unpickler):
+    """Unpickles what needs an eye on each BUILD, in Python, about ten times slower.
+
+    What is listed comes as itself: it may be called, and may be a part of the message.
+    So BUILD is refused for every class, function and module, be it listed or what a
+    listed function returned, and an exception's state is checked.
+    """
+
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {**pickle._Unpickler.dispatch}
+    constructors: _Names  # the functions that make plain data
+    as_listed: _Names
+    handed_out: list[Any]  # weak references to the constructors that the pickle got
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.as_listed:
+            return self.as_listed[module, name]
+        function = self.constructors.get((module, name))
+        if function is None:
+            full_name = f"{module}.{name}"[:300]
+            raise _NotAllowed(f"{full_name} is not among what it allows")
+        constructor = _Constructor(function)
+        self.handed_out.append(weakref.ref(constructor))
+        return constructor
+
+    def get_extension(self, code: int) -> Any:
+        raise _NotAllowed(f"copyreg's extension code {code} is not among what it allows")
+
+    def load_build(self) -> None:
+        """Set the state on top of the stack in the object below it."""
+        instance = self.stack[-2]
+        if isinstance(instance, _UNCHANGEABLE):
+            raise _NotAllowed("no message may change a class, a function or a module")
+        if _has_plain_exception_state(instance):
+            _set_exception_state(instance, self.stack.pop())
+        else:
+            super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+_UNCHANGEABLE = (type, types.ModuleType, types.FunctionType, types.MethodType,
+                 types.BuiltinFunctionType)
+
+
 class _Constructor:
-    """Makes instances of a class of plain data, for a pickle that may do nothing else."""
+    """Stands for a class while a message is loaded: to be called, and nothing else."""
 
-    __slots__ = ("_make", "__weakref__")
-    _make: Callable[..., Any]
+    __slots__ = ("_function", "__weakref__")
 
-    def __init__(self, make: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_make", make)
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
 
-    def __call__(self, *args: Any) -> Any:
-        return self._make(*args)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise _NotAllowed("a message must not change a class")
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
 
     def __setstate__(self, state: Any) -> None:
-        raise _NotAllowed("a message must not change a class")
+        raise _NotAllowed("no message may change a class")
 
 
-######## Addresses and keys: where a node listens, and who may come in
+def _simple_constructors() -> _Names:
+    """Return the functions that make plain data which needs no care."""
+    import datetime
+    import decimal
+    import fractions
 
-_PORTS = range(65536)
+    constructors: _Names = {}
+    for kind in (complex, range, decimal.Decimal, fractions.Fraction, datetime.timedelta,
+                 datetime.timezone, RemoteThread, *_Message.__subclasses__()):
+        constructors[_pickled_name(kind)] = kind
+    for kind in (datetime.date, datetime.time, datetime.datetime):
+        constructors[_pickled_name(kind)] = partial(_build_date, kind)
+    return constructors
+
+
+def _build_date(kind: Any, *arguments: Any) -> Any:
+    """Return a date or time that is one; from a pickle, its fields come unchecked."""
+    return kind(*arguments).replace()
+
+
+def _exception_constructors() -> _Names:
+    """Return the functions that make built-in exceptions, and our own."""
+    import builtins
+
+    constructors: _Names = {}
+    for kind in (*vars(builtins).values(), *globals().values()):
+        if isinstance(kind, type) and issubclass(kind, BaseException):
+            constructors[_pickled_name(kind)] = partial(_build_exception, kind)
+    return constructors
+
+
+_UNICODE_ERROR_FIELDS: dict[type[BaseException], list[type]] = {
+    UnicodeDecodeError: [str, bytes, int, int, str],
+    UnicodeEncodeError: [str, str, int, int, str],
+    UnicodeTranslateError: [str, int, int, str],
+}
+
+
+def _build_exception(kind: type[BaseException], *arguments: Any) -> BaseException:
+    """Return an exception of that kind, if it can be printed without harm.
+
+    Printing a Unicode error reads memory at its offsets.  Printing a syntax error opens
+    the file that it names, and writes as many carets as it says.
+    """
+    if kind in _UNICODE_ERROR_FIELDS and not _has_good_offsets(kind, arguments):
+        raise _NotAllowed(f"a {kind.__name__} with offsets outside of its object")
+    if issubclass(kind, SyntaxError) and len(arguments) > 1:
+        raise _NotAllowed(f"a {kind.__name__} with the place of the error")
+    return kind(*arguments)
+
+
+def _has_good_offsets(kind: type[BaseException], arguments: tuple[Any, ...]) -> bool:
+    """Say whether the offsets of a Unicode error are in the object that is at fault."""
+    if list(map(type, arguments)) != _UNICODE_ERROR_FIELDS[kind]:
+        return False
+    *_, faulty, start, end, _ = arguments
+    return bool(0 <= start <= end <= len(faulty))
+
+
+def _has_plain_exception_state(instance: Any) -> bool:
+    """Say whether this is an exception whose class leaves its state to BaseException."""
+    if not isinstance(instance, BaseException):
+        return False
+    setter: Any = type(instance).__setstate__
+    return bool(setter == BaseException.__setstate__)
+
+
+def _set_exception_state(error: BaseException, state: Any) -> None:
+    """Give `error` those attributes that do no harm when it is printed.
+
+    What the class itself knows, such as a `__cause__` or a Unicode error's offsets, is
+    refused, as it was checked when the exception was made, or no pickle sets it.  The
+    names that an ImportError or AttributeError is about are texts.  Python 3.12 imports
+    the module of an ImportError that has a `name_from`, to give a hint: this is dropped.
+    """
+    if type(state) is not dict:
+        raise _NotAllowed("the state of an exception is a dict")
+    for name, value in state.items():
+        if name == "__notes__" and type(value) is list and set(map(type, value)) <= {str}:
+            # The pickle may still add to its list, but not to this copy.
+            vars(error)[name] = value.copy()
+        elif name in ("name", "path") and isinstance(value, (str, type(None))):
+            setattr(error, name, value)
+        elif name in ("name_from", "args"):
+            continue
+        elif type(name) is str and not _is_built_in_attribute(error, name):
+            vars(error)[name] = value
+        else:
+            kind = type(error).__name__
+            raise _NotAllowed(f"no message may set {name!r:.100} of a {kind}")
+
+
+def _is_built_in_attribute(error: BaseException, name: str) -> bool:
+    """Say whether `name` has a meaning to Python, and not only to a program."""
+    if name.startswith("__"):
+        return True
+    built_in = (base for base in type(error).__mro__ if base.__module__ == "builtins")
+    return any(name in vars(base) for base in built_in)
+
+
+######## Addresses and keys: what a node is called, and who may come in
+
+_SPELLINGS = "9000, 'host:9000', ('host', 9000), or a path with a slash"
 
 
 def _parse_address(node: Any) -> Address | None:
-    """Return the one spelling of all that denotes a node; None for one that does not listen."""
+    """Return the one spelling of all that may stand where a node is asked for.
+
+    None stands for a node that does not listen.  Raises ValueError for everything that
+    is no node.
+    """
     address = getattr(node, "address", node)
     if address is None and node is not None:
         return None
-    if isinstance(address, int) and not isinstance(address, bool):
-        address = ("127.0.0.1", address)
-    if isinstance(address, str) and "/" not in address:
-        host, _, port = address.rpartition(":")
-        if port.isascii() and port.isdecimal():
-            address = (host, int(port))
-    if isinstance(address, (str, bytes, os.PathLike)):
-        path = os.fsdecode(address)
-        if "/" in path and "\0" not in path:
-            return os.path.abspath(path)
-    if isinstance(address, tuple) and len(address) == 2:
-        host, port = address
-        is_port = isinstance(port, int) and not isinstance(port, bool) and port in _PORTS
-        if is_port and _is_host(host):
-            if host in ("", "localhost"):
-                host = "127.0.0.1"
-            return str.__str__(host), int(port)
-    raise ValueError(f"not a node: {node!r}; say 9000, 'host:9000', ('host', 9000), "
-                     "or a path with a slash")
+    parsed = _parse_path(address) or _parse_host_and_port(address)
+    if parsed is None:
+        raise ValueError(f"not a node: {node!r:.300}; say {_SPELLINGS}")
+    return parsed
 
 
-def _is_host(host: Any) -> bool:
-    """Return whether a text could be the name or the IPv4 address of a host."""
-    return isinstance(host, str) and ":" not in host and (
-        host.isprintable() and " " not in host and len(host) <= MAX_NAME)
+# The control characters, and the two separators at which Python splits lines.
+_UNPRINTABLE = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)))
+
+
+def _parse_path(address: Any) -> str | None:
+    """Return the absolute path of a Unix socket, or None for what is no path.
+
+    Bytes that are no text stand in it as Python's file names have them.
+    """
+    if not isinstance(address, (str, bytes, os.PathLike)):
+        return None
+    path = os.fsdecode(address)
+    if "/" not in path or not _UNPRINTABLE.isdisjoint(path):
+        return None
+    return os.path.abspath(path)
+
+
+def _parse_host_and_port(address: Any) -> tuple[str, int] | None:
+    """Return the host and port that are meant, or None for what is no such address."""
+    if isinstance(address, str):
+        address = _split_host_and_port(address)
+    elif isinstance(address, int):
+        address = "127.0.0.1", address
+    if not isinstance(address, (tuple, list)) or len(address) != 2:
+        return None
+    host, port = address
+    if not isinstance(port, int) or isinstance(port, bool) or not 0 <= port < 65536:
+        return None
+    if not isinstance(host, str) or not _is_host(host):
+        return None
+    if host == "localhost":
+        host = "127.0.0.1"
+    return host, int(port)
+
+
+def _split_host_and_port(text: str) -> tuple[str, int] | None:
+    """Return the two parts of "host:9000"; "9000" alone is a port of this machine."""
+    host, colon, digits = text.rpartition(":")
+    # What has more digits than a port can have need not be made a number.
+    if not digits.isdecimal() or len(digits) > 5:
+        return None
+    return host if colon else "127.0.0.1", int(digits)
+
+
+_MAX_HOST = 253  # letters, by the rules of DNS
+
+
+def _is_host(host: str) -> bool:
+    """Say whether this can be a host's name or its IPv4 address."""
+    if not 0 < len(host) <= _MAX_HOST or not host.isprintable():
+        return False
+    return not any(character in host for character in " :/")
+
+
+_MAX_CACHED_ADDRESS = 256  # letters
 
 
 def _parse_address_cached(node: Any) -> Address | None:
-    """Return the same as `_parse_address`, at once for what a handle that travels has."""
-    if type(node) is tuple:
-        return _parse_pair(node)
+    """Return the same as `_parse_address`, fast for the addresses that come again.
+
+    What is long is not kept: strangers' paths must not fill the memory.
+    """
+    # A host that is too long is an error, and errors are not kept.
+    if isinstance(node, tuple):
+        return _parse_and_keep(node)
+    if isinstance(node, str) and len(node) <= _MAX_CACHED_ADDRESS:
+        return _parse_and_keep(node)
     return _parse_address(node)
 
 
-# Keys are (host, port): short, so the cache is small.
-_parse_pair: Callable[[Any], "Address | None"] = lru_cache(1024)(_parse_address)
+_parse_and_keep: Callable[[Any], Address | None] = lru_cache(1024)(_parse_address)
 
 
 def _format_address(address: Address | None) -> str:
-    """Return an address as a text, from which it can be parsed; "" for None."""
+    """Return the text of `address` that means the same node; '' if it does not listen."""
     if address is None:
         return ""
     if isinstance(address, str):
         return address
-    return f"{address[0]}:{address[1]}"
+    host, port = address
+    return f"{host}:{port}"
 
 
 def _address_family(address: Address | None) -> int:
-    if isinstance(address, str):
-        return socket.AF_UNIX
-    return socket.AF_INET
+    """Return the family of sockets at such an address."""
+    return socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
 
 
 def _is_loopback(address: Address | None) -> bool:
-    """Return whether only this machine can reach that address.
-
-    A host's name may begin with "127.", and be anywhere.
-    """
+    """Say whether only this machine can reach that address."""
     if not isinstance(address, tuple):
         return True
+    return _numeric_host(address[0]).startswith(b"\x7f")
+
+
+def _is_wildcard(address: Address | None) -> bool:
+    """Say whether this address stands for all that this machine has."""
+    return isinstance(address, tuple) and _numeric_host(address[0]) == bytes(4)
+
+
+def _numeric_host(host: str) -> bytes:
+    """Return the four bytes of an IPv4 address in digits; b"" for the name of a host."""
     try:
-        return socket.inet_aton(address[0])[0] == 127 and address[0].count(".") == 3
-    except OSError:
-        return False
+        return socket.inet_aton(host)
+    except (OSError, ValueError):
+        return b""
 
 
-def _advertised_address(bound: Any, advertise: Any) -> Address:
-    """Return what other nodes dial: `advertise`, or the address at which this node listens.
+def _advertised_address(bound: Address | None, advertise: Any) -> Address | None:
+    """Return the address that other nodes dial to reach the one that is bound.
 
-    A node that listens at all addresses of this machine tells one at which others on its
-    network reach it; not the machine's name, which nobody in a classroom can look up.
+    It is `advertise`, if given; there a host alone takes the port that is bound.
+    Raises ValueError where nobody could dial it.
     """
-    if advertise is not None:
-        if isinstance(advertise, str) and _is_host(advertise) and "/" not in advertise:
-            advertise = (advertise, bound[1])
-        address = _parse_address(advertise)
-        if address is None or isinstance(address, tuple) and address[1] == 0:
-            raise ValueError(f"advertise={advertise!r} is nothing that others can dial")
-        return address
-    if bound[0] != "0.0.0.0":
-        return bound  # type: ignore[no-any-return]
-    # To connect a datagram socket sends nothing, but chooses the address to send from.
+    if advertise is None:
+        if isinstance(bound, tuple) and _is_wildcard(bound):
+            return _network_host(), bound[1]
+        return bound
+    if _is_host_alone(advertise) and isinstance(bound, tuple):
+        advertise = advertise, bound[1]
+    address = _parse_address(advertise)
+    is_free_port = isinstance(address, tuple) and address[1] == 0
+    if address is None or is_free_port or _is_wildcard(address):
+        raise ValueError(f"advertise= is what other nodes dial, not {advertise!r:.300}")
+    return address
+
+
+def _is_host_alone(advertise: Any) -> bool:
+    """Say whether this is a host without a port; digits alone are a port."""
+    if not isinstance(advertise, str) or advertise.isdecimal():
+        return False
+    return _is_host(advertise)
+
+
+def _network_host() -> str:
+    """Return the IPv4 address at which this machine is reached from its network.
+
+    It is not a name, for in a classroom nobody can look that up.  To connect a UDP
+    socket sends nothing; it only has the system choose the address to send from.
+    Without a network it is the loopback address.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("10.255.255.255", 9))
-            return probe.getsockname()[0], bound[1]
-        except OSError:
-            return "127.0.0.1", bound[1]
+        # Any address beyond the router will do, also one that nobody has.
+        with suppress(OSError):
+            probe.connect(("10.255.255.255", 1))
+            return str(probe.getsockname()[0])
+    for index, _ in socket.if_nameindex():
+        address = _host_of_interface(index), 0
+        # An interface may have no address of its own.
+        if not _is_loopback(address) and not _is_wildcard(address):
+            return address[0]
+    return "127.0.0.1"
+
+
+def _host_of_interface(index: int) -> str:
+    """Return the IPv4 address of that network interface; if it has none, another.
+
+    This finds the address on a network without a router: the system need not know a
+    way to a multicast address, as the socket is told which interface to use.
+    """
+    # This is C's ip_mreqn: two addresses that do not matter, and the interface.
+    interface = struct.pack("@8xi", index)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface)
+        probe.connect(("224.0.0.1", 1))
+        return str(probe.getsockname()[0])
+    return "127.0.0.1"
+
+
+_MIN_KEY = 16  # bytes, off loopback
+_MAKE_KEY = 'python3 -c "import secrets; print(secrets.token_hex(16))"'
 
 
 def _find_key(key: bytes | str | None, address: Address | None) -> bytes:
-    """Return the key: `key`, or the environment's, or the cookie file's."""
+    """Return `key`, or the environment's, or the cookie file's, whichever is first.
+
+    Raises TypeError for what is no key, and ValueError for one that is empty, or too
+    short for an address that other machines reach.
+    """
     source = "authkey="
     if key is None:
         source = "DISTCONC_AUTHKEY"
-        key = os.environ.get("DISTCONC_AUTHKEY")
+        key = _environment_key()
     if key is None:
-        source = os.environ.get("DISTCONC_COOKIE") or os.path.expanduser("~/.distconc.cookie")
+        source = _cookie_path()
         key = _read_cookie(source)
-    if not isinstance(key, (bytes, str)):
-        raise TypeError(f"authkey= is bytes or a text, not {type(key).__name__}")
     if isinstance(key, str):
-        key = os.fsencode(key) if source == "DISTCONC_AUTHKEY" else key.encode()
+        key = key.encode("utf-8", "surrogateescape")
+    if not isinstance(key, bytes):
+        raise TypeError(f"authkey= is bytes or a str, not a {type(key).__name__}")
     if not key:
         raise ValueError(f"the key from {source} is empty; that would let everybody in")
-    if len(key) < 16 and not _is_loopback(address):
-        raise ValueError(
-            f"the key from {source} is short; off this machine it needs 16 bytes, and random "
-            "ones: python3 -c 'import secrets; print(secrets.token_hex(16))'")
-    return key
+    if len(key) < _MIN_KEY and not _is_loopback(address):
+        raise ValueError(f"the key from {source} is short; off this machine it needs "
+                         f"{_MIN_KEY} bytes, and random ones: make it with {_MAKE_KEY}")
+    return bytes(key)
+
+
+def _environment_key() -> bytes | None:
+    """Return the key in the environment, in the bytes that it has there."""
+    key = os.environ.get("DISTCONC_AUTHKEY")
+    return None if key is None else os.fsencode(key)
+
+
+def _cookie_path() -> str:
+    """Return the path of the file that has the key of this user's nodes."""
+    return os.environ.get("DISTCONC_COOKIE") or os.path.expanduser("~/.distconc.cookie")
 
 
 def _read_cookie(path: str) -> bytes:
-    """Return the key in the cookie file, which is made first if there is none."""
-    if not os.path.exists(path):
-        try:
-            _make_cookie(path)
-        except OSError as error:
-            raise OSError(
-                error.errno, f"no cookie file can be made at {path}: {error.strerror}; give a "
-                "key by authkey=, by DISTCONC_AUTHKEY, or in a file that DISTCONC_COOKIE names"
-            ) from None
-    with open(path, "rb") as file:
-        status = os.fstat(file.fileno())
-        if os.name == "posix":
-            if stat.S_IMODE(status.st_mode) & 0o077:
-                raise PermissionError(f"others can read the key in {path}; chmod 600 {path}")
-            if status.st_uid != os.geteuid():
-                raise PermissionError(f"the key in {path} is another user's")
-        return file.read().strip()
+    """Return the key in the cookie file, which is made at first use.
 
-
-def _make_cookie(path: str) -> None:
-    """Make the file with a fresh key, all at once: another process may do the same now."""
-    draft = f"{path}.{os.getpid()}.{threading.get_ident()}"
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    Raises OSError where there can be no such file, PermissionError if it is not this
+    user's alone, ValueError if it is empty.  Blocks for a second at most, while
+    another process makes the file.
+    """
     try:
-        with open(descriptor, "w") as file:
-            file.write(os.urandom(32).hex() + "\n")
-        try:
-            # Unlike a rename, this fails if another process was first.
-            os.link(draft, path)
-        except FileExistsError:
-            pass
-        except OSError:
-            # The file system has no hard links.
-            os.rename(draft, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(draft)
+        if not os.path.lexists(path):
+            _create_cookie(path)
+        file = open(path, "rb")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        text = (f"there is no key in {path}: {reason}; give one with authkey=, in the "
+                "environment's DISTCONC_AUTHKEY, or in a file that DISTCONC_COOKIE names")
+        raise OSError(error.errno, text) from None
+    with file:
+        _check_private(file.fileno(), path)
+        key = _read_when_written(file)
+    if not key:
+        raise ValueError(f"the key from {path} is empty; remove the file to have one made")
+    return key
+
+
+def _create_cookie(path: str) -> None:
+    """Make the cookie file with a fresh random key, unless another process is first.
+
+    The file is made in its place and has no draft that could be left behind.  Of all
+    processes that try, O_EXCL lets one make the file; the others wait for its key.
+    """
+    key = os.urandom(32).hex() + "\n"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(key.encode())
+    except BaseException:
+        # The disk may be full: an empty file would be in the way of the next try.
+        os.unlink(path)
+        raise
+
+
+def _check_private(descriptor: int, path: str) -> None:
+    """Raise PermissionError if anybody but this user could have read the key, or set it."""
+    # On Windows neither owners nor modes say who can read a file.
+    if os.name != "posix":
+        return
+    status = os.fstat(descriptor)
+    if status.st_uid != os.getuid():
+        raise PermissionError(f"the key in {path} belongs to another user; "
+                              "name a file of your own in DISTCONC_COOKIE")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        raise PermissionError(f"others can read the key in {path}; chmod 600 {path}")
+
+
+def _read_when_written(file: Any) -> bytes:
+    """Return the key in `file`; wait for it if the process that makes it just began."""
+    deadline = monotonic() + 1.0
+    key: bytes = file.read().strip()
+    while not key and monotonic() < deadline:
+        sleep(0.01)
+        file.seek(0)
+        key = file.read().strip()
+    return key
 
 
 ######## The wire: handshake, frames, headers
@@ -3109,9 +3447,9 @@ class Node(AbstractContextManager["Node"]):
         if allow is not None:
             allow = _check_allow(allow)
         if address is None:
+            advertised = _advertised_address(None, advertise)
             self._set_options(authkey, allow, heartbeat, connect_timeout, max_message)
-            if advertise is not None:
-                self.address = _parse_address(advertise)
+            self.address = advertised
             return
         wanted = _parse_address(address)
         key = _find_key(authkey, wanted)

@@ -5,7 +5,9 @@ import array
 import ast
 import contextlib
 import copy
+import copyreg
 import ctypes
+import datetime
 import difflib
 import dis
 import enum
@@ -1146,6 +1148,408 @@ class SerializeTests(Case):
             with self.subTest(at):
                 error = self.raised(SerializationError, serialize, wrong)
                 self.assertIn("message", str(error))
+
+
+######## What allow lets in
+
+
+class Strict(Exception):
+    code = None
+
+    def __init__(self, one, two):
+        super().__init__(one, two)
+
+
+def short_text(word):
+    return b"\x8c" + bytes([len(word)]) + word.encode()
+
+
+def named(thing):
+    return short_text(thing.__module__) + short_text(thing.__qualname__) + b"\x93"
+
+
+def built(start, state, end=b""):
+    """Return the pickle that says BUILD, with `state`, of what `start` leaves on the stack."""
+    body = pickle.dumps(state, 2)[2:-1]
+    return b"\x80\x04" + start + body + b"b" + end + b"."
+
+
+class AllowCase(Case):
+    def load(self, data, *allow):
+        return distconc._make_loader(allow)(data)
+
+    def trip(self, thing, *allow):
+        return self.load(pickle.dumps(thing, 5), *allow)
+
+    def assert_refused(self, data, *allow):
+        self.assertRaises(distconc._NotAllowed, self.load, data, *allow)
+
+
+class ExceptionsThatComeInTests(AllowCase):
+    def test_a_unicode_error_whose_offsets_are_outside_of_its_object_is_refused(self):
+        for args in ((("u", b"x", -(1 << 40), 1, "r"), ("u", b"x", 0, 1 << 40, "r"),
+                      ("u", b"x", 1, 0, "r"), ("u", "x", 0, 1, "r"), ("u", b"x", 0, 1, 7))):
+            with self.subTest(args):
+                self.assert_refused(pickle.dumps(Reduced(UnicodeDecodeError, args)))
+        self.assert_refused(pickle.dumps(Reduced(UnicodeEncodeError, ("u", "x", -9, 1, "r"))))
+        error = Reduced(UnicodeTranslateError, ("x", 0, 1 << 40, "r"))
+        self.assert_refused(pickle.dumps(error))
+
+    def test_a_state_cannot_move_the_offsets_of_a_unicode_error(self):
+        data = pickle.dumps(Reduced(UnicodeDecodeError, ("u", b"x", 0, 1, "r"),
+                                    {"start": -(1 << 40)}))
+        self.assert_refused(data)
+        self.assert_refused(data, echo)
+
+    def test_a_true_unicode_error_gets_in(self):
+        for wrong in (lambda: b"\xff".decode(), lambda: "\xff".encode("ascii")):
+            with self.assertRaises(UnicodeError) as caught:
+                wrong()
+            back = self.trip(caught.exception)
+            self.assertEqual(str(back), str(caught.exception))
+        error = UnicodeTranslateError("abc", 1, 2, "why")
+        self.assertEqual(self.trip(error).args, error.args)
+
+    def test_name_from_of_an_import_error_does_not_get_in(self):
+        state = {"name_from": "x", "name": "antigravity"}
+        data = pickle.dumps(Reduced(ImportError, ("no",), state))
+        self.assertIsNone(getattr(self.load(data), "name_from", None))
+        self.assertEqual(self.load(data).name, "antigravity")
+
+    def test_the_name_of_an_import_error_is_a_text(self):
+        self.assert_refused(pickle.dumps(Reduced(ImportError, ("no",), {"name": [1]})))
+
+    def test_a_true_import_error_keeps_its_name(self):
+        try:
+            import no_such_module_at_all  # noqa: F401
+        except ImportError as error:
+            back = self.trip(error)
+        self.assertEqual(type(back), ModuleNotFoundError)
+        self.assertEqual(back.name, "no_such_module_at_all")
+        try:
+            [].nothing
+        except AttributeError as error:
+            self.assertEqual(self.trip(error).args, error.args)
+
+    def test_no_state_sets_what_python_itself_reads_of_an_exception(self):
+        for name, value in (("__cause__", ValueError()), ("__context__", ValueError()),
+                            ("__traceback__", None), ("__notes__", [1]), ("__notes__", "x"),
+                            ("filename", 7), ("__class__", 1), (7, 7)):
+            with self.subTest(name):
+                self.assert_refused(pickle.dumps(Reduced(OSError, (2, "no"), {name: value})))
+        self.assert_refused(pickle.dumps(Reduced(ValueError, (), (None, {"x": 1}))))
+
+    def test_notes_are_texts_even_if_the_pickle_adds_to_them_later(self):
+        notes = ["one"]
+        error = Reduced(ValueError, ("v",), {"__notes__": notes})
+        back = self.load(pickle.dumps([error, notes]))
+        self.assertEqual(back[0].__notes__, ["one"])
+        self.assertIsNot(back[0].__notes__, back[1])
+
+    def test_attributes_that_mean_nothing_to_python_get_in(self):
+        error = ValueError("v")
+        error.code = [5]
+        self.assertEqual(self.trip(error).code, [5])
+
+    def test_a_syntax_error_that_names_a_place_is_refused(self):
+        place = ("file", 1, 1, "text", 1, 1 << 40)
+        self.assert_refused(pickle.dumps(SyntaxError("no", place)))
+        self.assertEqual(self.trip(SyntaxError("no")).args, ("no",))
+
+    def test_no_exception_is_made_without_its_constructor(self):
+        body = b"\x80\x04" + named(UnicodeDecodeError) + b")\x81."  # NEWOBJ
+        with self.assertRaises(Exception):
+            self.load(body)
+
+    def test_our_own_errors_and_the_built_in_ones_get_in(self):
+        for error in (ValueError("v"), OSError(2, "no"), KeyError(1), StopIteration(1),
+                      NodeDown("d"), ThreadDied(None, None, "t"), RemoteError("a", "b"),
+                      AuthenticationError("a"), SystemExit(3)):
+            back = self.trip(error)
+            self.assertEqual((type(back), back.args), (type(error), error.args))
+        back = self.trip(LinkedError(ValueError("x"), RemoteThread(9000, "y")))
+        self.assertEqual(repr(back.error), "ValueError('x')")
+        self.assertEqual(back.thread, RemoteThread(9000, "y"))
+
+    def test_a_listed_exception_keeps_its_attributes_and_no_cause_is_forged(self):
+        error = Strict(1, 2)
+        error.code = 5
+        self.assertEqual(self.trip(error, Strict).code, 5)
+        self.assert_refused(pickle.dumps(Reduced(Strict, (1, 2), {"__cause__": 1})), Strict)
+
+
+class AllowTests(AllowCase):
+    def setUp(self):
+        self.defaults = echo.__defaults__
+
+    def test_no_message_changes_a_listed_function(self):
+        for state in (None, {"__defaults__": (1,)}), {"note": 1}:
+            with self.subTest(state):
+                self.assert_refused(built(named(echo), state), echo)
+        self.assertEqual((echo.__defaults__, vars(echo)), (self.defaults, {}))
+
+    def test_no_message_changes_a_listed_class(self):
+        for state in (None, {"forged": 1}), {"forged": 1}:
+            self.assert_refused(built(named(Point), state), Point)
+        self.assertFalse(hasattr(Point, "forged"))
+
+    def test_no_message_changes_what_a_listed_function_gives_back(self):
+        call = named(echo) + named(Point) + b"\x85R"  # echo(Point)
+        self.assert_refused(built(call, (None, {"forged": 1})), Point, echo)
+        self.assertFalse(hasattr(Point, "forged"))
+
+    def test_no_message_changes_a_class_of_plain_data(self):
+        for kind in RemoteThread, Reply, uuid.UUID, datetime.date, NodeDown:
+            for state in (None, {"forged": 1}), {"forged": 1}:
+                with self.subTest(kind), self.assertRaises(Exception):
+                    self.load(built(named(kind), state))
+            self.assertFalse(hasattr(kind, "forged"))
+
+    def test_stand_ins_cannot_be_chained(self):
+        link = named(complex) + b"(" + named(range) + b")}Ntb"  # as partial takes it
+        self.assert_refused(b"\x80\x04" + link + b"K\x03\x85R.")  # and calls it with 3
+        self.assertEqual(self.trip(1j), 1j)
+
+    def test_a_class_itself_is_refused_wherever_it_hides(self):
+        down = Down(Monitor(1, "t"), RemoteThread(9000, 1), ValueError)
+        for value in (ValueError, [complex], {"k": (NodeDown,)}, Reply(RemoteThread, "t"), down,
+                      ValueError(complex), [RemoteThread(9000, 1), RemoteThread],
+                      [uuid.uuid4(), RemoteThread], [RemoteThread] * 3):
+            with self.subTest(value):
+                self.assert_refused(pickle.dumps(value, 5))
+        self.assert_refused(pickle.dumps([Point(ValueError)], 5), Point)
+        for value in {complex}, {complex: 1}, {(complex,): 1}:
+            with self.subTest(value):
+                self.assert_refused(pickle.dumps(value, 5))
+
+    def test_extension_codes_are_refused_though_they_were_seen_before(self):
+        copyreg.add_extension("os", "getpid", 0xF0)
+        try:
+            data = b"\x80\x02\x82\xf0)R."
+            self.assertEqual(pickle.loads(data), os.getpid())  # which caches it
+            self.assert_refused(data)
+            self.assert_refused(data, echo)
+            self.assertEqual(self.trip([1, RemoteThread(9000, 1)]), [1, RemoteThread(9000, 1)])
+        finally:
+            copyreg.remove_extension("os", "getpid", 0xF0)
+
+    def test_a_registered_code_is_refused_by_a_loader_older_than_it(self):
+        load = distconc._make_loader([])
+        copyreg.add_extension("os", "getpid", 0xF0)
+        try:
+            pickle.loads(b"\x80\x02\x82\xf0.")
+            self.assertRaises(distconc._NotAllowed, load, b"\x80\x02\x82\xf0)R.")
+        finally:
+            copyreg.remove_extension("os", "getpid", 0xF0)
+
+    def test_plain_data_and_what_is_listed_comes_back_equal(self):
+        zone = datetime.timezone(datetime.timedelta(hours=1), "x")
+        plain = [None, True, 1 << 70, 1j, range(5), bytearray(b"x"), {1}, frozenset("a"),
+                 uuid.uuid4(),
+                 datetime.datetime(2020, 1, 1, fold=1, tzinfo=zone), datetime.time(1, fold=1),
+                 datetime.date(2020, 2, 29), RemoteThread(9000, 1), Reply(1, "t")]
+        self.assertEqual(self.trip(plain), plain)
+        mixed = [*plain, Point(7), echo, Point]
+        self.assertEqual(self.trip(mixed, Point, echo), mixed)
+        self.assertEqual(self.trip(mixed, Point, echo)[9].fold, 1)
+
+    def test_a_ring_gets_in_and_a_date_that_is_none_does_not(self):
+        ring = [RemoteThread(9000, 1)]
+        ring.append(ring)
+        back = self.trip(ring)
+        self.assertIs(back[1], back)
+        for kind, fields in ((datetime.date, b"\x07\xe4\x01\xff"),
+                             (datetime.time, b"\x17\xff\xff\0\0\0")):
+            with self.subTest(kind), self.assertRaises(ValueError):
+                self.load(pickle.dumps(Reduced(kind, (fields,))))
+
+    def test_what_is_not_named_is_never_imported(self):
+        sys.modules.pop("antigravity", None)
+        name = short_text("antigravity") + short_text("fly") + b"\x93"
+        self.assert_refused(b"\x80\x04" + name + b".")
+        self.assertNotIn("antigravity", sys.modules)
+
+    def test_allow_takes_classes_and_functions_themselves(self):
+        def local():
+            pass
+        for item in (Point().__eq__, Point.__eq__, list[int], Point(), "os.system", None, os,
+                     [].append, str.join, local, functools.lru_cache(echo),
+                     types.SimpleNamespace(__qualname__="x", __module__="y")):
+            with self.subTest(item), self.assertRaises(TypeError):
+                distconc._check_allow([item])
+        for allow in "os.system", 7, None, Point, "":
+            with self.subTest(allow), self.assertRaises(TypeError):
+                distconc._check_allow(allow)
+        self.assertEqual(distconc._check_allow([Point, echo, len]), (Point, echo, len))
+        self.assertIs(distconc._make_loader("anything"), pickle.loads)
+
+
+######## Addresses and keys
+
+
+class AddressTests(Case):
+    def test_what_is_no_address_is_an_error_at_once(self):
+        for node in ("", "h", "h:", ":", "h:x", "h:90O0", "a\0b:1", "a\nb:1", "/a\0b", "/a\nb",
+                     "/a\x1bb", "/a\x9bb", ("h", True), ("h", -1), ("h", 65536), ("h", 1.0),
+                     ("", 1), True, -1, 70000, ("h",), ("h", 1, 2), 1.5, b"h:1", b"127.0.0.1:1",
+                     None, object(), "h h:1", ("a:b", 1), ":9", "h:" + "0" * 100 + "1",
+                     "h:" + "9" * 5000, "h" * 300 + ":1", ("h\udc80", 1)):
+            with self.subTest(repr(node)[:50]), self.assertRaises((ValueError, TypeError)):
+                distconc._parse_address(node)
+
+    def test_every_spelling_comes_to_one(self):
+        for node in (9000, "9000", "127.0.0.1:9000", ("127.0.0.1", 9000), "localhost:9000",
+                     ["localhost", 9000]):
+            self.assertEqual(distconc._parse_address(node), ("127.0.0.1", 9000))
+
+    def test_a_path_of_any_bytes_has_a_text_that_means_it(self):
+        path = os.fsdecode(b"/tmp/\xff\xfe:9000")
+        for node in path, b"/tmp/\xff\xfe:9000":
+            address = distconc._parse_address(node)
+            self.assertEqual(os.fsencode(address), b"/tmp/\xff\xfe:9000")
+            text = distconc._format_address(address)
+            self.assertEqual(distconc._parse_address(text), address)
+        self.assertEqual(distconc._format_address(None), "")
+
+    def test_long_paths_are_not_kept(self):
+        distconc._parse_and_keep.cache_clear()
+        for number in range(50):
+            distconc._parse_address_cached(f"/{number}" + "x" * 1000)
+        self.assertEqual(distconc._parse_and_keep.cache_info().currsize, 0)
+
+    def test_only_digits_that_begin_with_127_are_loopback(self):
+        for host, expected in (("127.0.0.1", True), ("127.9.9.9", True), ("127.1", True),
+                               ("127.evil.org", False), ("127.0.0.1.evil.org", False),
+                               ("127.", False), ("10.0.0.1", False), ("h", False)):
+            with self.subTest(host):
+                self.assertIs(distconc._is_loopback((host, 1)), expected)
+        self.assertTrue(distconc._is_loopback("/run/x"))
+        self.assertTrue(distconc._is_loopback(None))
+
+    def test_what_is_advertised_can_be_dialled(self):
+        advertised, everywhere = distconc._advertised_address, ("0.0.0.0", 9000)
+        host, port = advertised(everywhere, None)
+        self.assertNotEqual(distconc._numeric_host(host), b"")
+        self.assertNotEqual(host, "0.0.0.0")
+        self.assertEqual(port, 9000)
+        self.assertEqual(advertised(everywhere, "public.example"), ("public.example", 9000))
+        self.assertEqual(advertised(everywhere, "public.example:7"), ("public.example", 7))
+        self.assertEqual(advertised(("10.0.0.9", 5), None), ("10.0.0.9", 5))
+        self.assertIsNone(advertised(None, None))
+        for wrong in 0, "h:0", ("0.0.0.0", 9), "0.0.0.0", "", "a b", True, 1.5:
+            with self.subTest(wrong), self.assertRaises(ValueError):
+                advertised(everywhere, wrong)
+        with self.assertRaises(ValueError):
+            advertised("/run/x", "h")
+
+    def test_without_a_network_the_loopback_address_is_advertised(self):
+        with mock.patch("socket.socket.connect", side_effect=OSError("no network")):
+            self.assertEqual(distconc._network_host(), "127.0.0.1")
+
+
+class KeyTests(Case):
+    LOCAL = ("127.0.0.1", 1)
+
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = directory.name
+        self.path = os.path.join(directory.name, "cookie")
+
+    def environment(self, **changes):
+        changed = {name: value for name, value in os.environ.items()
+                   if not name.startswith("DISTCONC_")}
+        changed.update(changes)
+        patch = mock.patch.dict(os.environ, changed, clear=True)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_only_bytes_and_text_are_keys(self):
+        for key in (bytearray(b"k" * 20), [1] * 20, (1,) * 20, range(20), 20,
+                    memoryview(b"k" * 20), True):
+            with self.subTest(key), self.assertRaises(TypeError):
+                distconc._find_key(key, self.LOCAL)
+        self.assertEqual(distconc._find_key("k\xe9", self.LOCAL), "k\xe9".encode())
+        for key in b"", "":
+            self.assertRaises(ValueError, distconc._find_key, key, self.LOCAL)
+
+    def test_the_environment_may_have_a_key_of_any_bytes(self):
+        self.environment()
+        os.environb[b"DISTCONC_AUTHKEY"] = b"\xff\xfe\x80key"
+        self.assertEqual(distconc._find_key(None, self.LOCAL), b"\xff\xfe\x80key")
+        same = os.environ["DISTCONC_AUTHKEY"]
+        self.assertEqual(distconc._find_key(same, self.LOCAL), b"\xff\xfe\x80key")
+
+    def test_a_short_key_is_refused_off_loopback_and_the_text_makes_a_good_one(self):
+        for host in "10.0.0.1", "127.evil.org", "0.0.0.0":
+            with self.assertRaisesRegex(ValueError, "random.*python3 -c"):
+                distconc._find_key("short", (host, 1))
+        self.assertEqual(distconc._find_key("é" * 8, ("10.0.0.1", 1)), "é".encode() * 8)
+        command = distconc._MAKE_KEY.replace("python3", sys.executable, 1)
+        made = subprocess.run(command, shell=True, capture_output=True, check=True).stdout
+        self.assertEqual(len(made.strip()), 32)
+
+    def test_the_argument_comes_before_the_environment_before_the_cookie(self):
+        self.environment(DISTCONC_COOKIE=self.path)
+        cookie = distconc._find_key(None, self.LOCAL)
+        self.assertEqual(distconc._read_cookie(self.path), cookie)
+        os.environ["DISTCONC_AUTHKEY"] = "environment"
+        self.assertEqual(distconc._find_key(None, self.LOCAL), b"environment")
+        self.assertEqual(distconc._find_key("argument", self.LOCAL), b"argument")
+
+    def test_a_cookie_is_made_for_its_user_alone_and_nothing_else_is_left(self):
+        key = distconc._read_cookie(self.path)
+        self.assertGreaterEqual(len(key), 32)
+        self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
+        self.assertEqual(os.listdir(self.directory), ["cookie"])
+        self.assertEqual(distconc._read_cookie(self.path), key)
+
+    def test_who_finds_that_another_was_first_takes_its_key(self):
+        key = distconc._read_cookie(self.path)
+        with mock.patch("os.path.lexists", return_value=False):
+            self.assertEqual(distconc._read_cookie(self.path), key)
+
+    def test_a_cookie_is_made_where_there_are_no_hard_links(self):
+        with mock.patch("os.link", side_effect=OSError("no hard links")):
+            self.assertGreaterEqual(len(distconc._read_cookie(self.path)), 32)
+        self.assertEqual(os.listdir(self.directory), ["cookie"])
+
+    def test_where_no_cookie_can_be_made_the_error_says_three_ways(self):
+        no_home = os.path.join(self.directory, "nowhere", "cookie")
+        os.symlink("nothing", os.path.join(self.directory, "dangling"))
+        dangling = os.path.join(self.directory, "dangling")
+        for path in no_home, self.directory, dangling, "/proc/cookie":
+            with self.subTest(path), self.assertRaises(OSError) as caught:
+                distconc._read_cookie(path)
+            for way in path, "authkey=", "DISTCONC_AUTHKEY", "DISTCONC_COOKIE":
+                self.assertIn(way, str(caught.exception))
+        self.assertEqual(os.listdir(self.directory), ["dangling"])
+
+    def test_a_full_disk_leaves_nothing_behind(self):
+        with mock.patch("os.urandom", return_value=mock.Mock(hex=lambda: "key")):
+            full = OSError(28, "No space left on device")
+            with mock.patch("builtins.open", side_effect=full):
+                self.assertRaises(OSError, distconc._read_cookie, self.path)
+        self.assertEqual(os.listdir(self.directory), [])
+
+    def test_a_cookie_that_others_can_read_or_that_is_anothers_is_refused(self):
+        distconc._read_cookie(self.path)
+        for mode in 0o640, 0o604, 0o602:
+            os.chmod(self.path, mode)
+            with self.assertRaisesRegex(PermissionError, "cookie; chmod 600"):
+                distconc._read_cookie(self.path)
+        os.chmod(self.path, 0o600)
+        with mock.patch("os.getuid", return_value=os.getuid() + 1):
+            with self.assertRaisesRegex(PermissionError, "cookie belongs to another user"):
+                distconc._read_cookie(self.path)
+
+    def test_an_empty_cookie_is_an_error_and_one_that_is_being_written_is_waited_for(self):
+        with open(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+            self.assertRaises(ValueError, distconc._read_cookie, self.path)
+            def write_it(_):
+                print("later", file=file, flush=True)
+            with mock.patch.object(distconc, "sleep", write_it):
+                self.assertEqual(distconc._read_cookie(self.path), b"later")
 
 
 ######## Monitors
