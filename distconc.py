@@ -636,18 +636,20 @@ class _PendingTable:
         with self._lock:
             return self._by_tag.pop(tag, None)
 
-    def resolve(self, tag: str, reply: _Entry, replier: Any = None) -> None:
+    def resolve(self, tag: str, reply: _Entry, replier: Any = None) -> bool:
         """Give what is pending its reply, which came from `replier` (None: this process).
 
-        If `replier` is another than the one that is watched, that one still has a watcher: the
+        Returns False if nothing is pending.  If `replier` is another than the one that is watched, that one still has a watcher: the
         call was passed on, or answered here.
         """
         with self._lock:
             pending = self._by_tag.pop(tag, None)
-            if pending:
-                pending.resolve(reply)
-        if pending and (replier is None or replier != pending.watched):
+            if pending is None:
+                return False
+            pending.resolve(reply)
+        if replier is None or replier != pending.watched:
             pending.stop_watching()
+        return True
 
     def fail(self, tag: str, failure: _Failure, cause: _EventId | None = None) -> bool:
         """Give what is pending its failure; return False if nobody can hear of it."""
@@ -990,12 +992,13 @@ class _Registry:
             self.by_watcher[watcher.tag] = thread
             return True
 
-    def remove_watcher(self, tag: str) -> None:
-        """Forget a watcher, if there still is one with that tag."""
+    def remove_watcher(self, tag: str) -> Any:
+        """Forget the watcher with that tag, and return it; None if there is none."""
         with self.lock:
             thread = self.by_watcher.pop(tag, None)
-            if thread:
-                thread._watchers.pop(tag, None)
+            if thread is None:
+                return None
+            return thread._watchers.pop(tag, None)
 
     def forget_names(self) -> None:
         with self.lock:
@@ -1035,7 +1038,7 @@ class _Local(threading.local):
 
     thread: Thread | None = None  # its handle
     exit_hook: _ExitHook | None = None  # of an adopted thread
-    is_loading = False  # while a message from another node is being unpickled
+    loading_from: Any = None  # the connection whose message is being unpickled (part two)
     must_not_wait = False  # of this module's own threads, for which others wait
     is_logging = False  # while a logging handler of the user's runs
 
@@ -1439,7 +1442,7 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     """
     if not isinstance(thread, _Handle):
         raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")
-    if _local.is_loading:
+    if _local.loading_from is not None:
         raise RuntimeError("a message that is being loaded cannot call: its receiver waits for "
                            "it; send instead, or call once it has been received")
     deadline = _deadline(timeout)
@@ -1464,6 +1467,10 @@ def reply_synchronous(reply: Any, synchronous: Synchronous) -> None:
 
     Blocks as `send` does.  If the caller is gone or gave up, nobody hears it, which is no
     error.  Raises SerializationError.
+
+    A request that came from another node never makes this one dial, as the address of its
+    sender may be made up.  If the caller's node is not connected to this one, the reply goes
+    back to the node that passed the request on, and from there to the caller.
     """
     if not isinstance(synchronous, Synchronous):
         raise TypeError(f"reply_synchronous(reply, synchronous): {synchronous!r} is no request")
@@ -2314,6 +2321,9 @@ def _read_when_written(file: Any) -> bytes:
 #   kind           "no thread", "returned", "died", or "unreadable"
 #   traceback      a pair: the error's name, and its traceback or the reason it is unreadable
 #
+# A thread may pass a call on to a third node, which knows no way to the caller.  The reply then
+# goes to the node that has passed the call on, and this one sends it to the caller's.
+#
 # A request is ("ps",), ("is alive", id), or ("spawn", func, args, name, register, is_server,
 # link): link is a tag, for which a failure of the new thread is reported, or None.
 
@@ -2596,14 +2606,14 @@ class _RemoteEntry(_Entry):
             return self.message is not _UNREADABLE
         # A call from code that runs now would wait for a thread that may wait for this one:
         # `send_synchronous` refuses it.
-        _local.is_loading = True
+        _local.loading_from = self.origin.connection
         try:
             self.message = self.origin.load(self.payload)
         except (Exception, SystemExit) as error:
             self.message = _UNREADABLE
             self._tell_sender(error)
         finally:
-            _local.is_loading = False
+            _local.loading_from = None
         self.payload = None
         if self.message.__class__ is Reply:
             # A reply has a header of its own.  This one is forged, and belongs to no mailbox.
@@ -2653,14 +2663,14 @@ class _RemoteReply(_RemoteEntry):
     __slots__ = ()
 
     def load(self) -> bool:
-        _local.is_loading = True
+        _local.loading_from = self.origin.connection
         try:
             self.message = self.origin.load(self.payload)
         except (Exception, SystemExit) as error:
             text = f"the reply cannot be read here: {_last_line(error)}"
             raise RemoteError(type(error).__name__, text) from None
         finally:
-            _local.is_loading = False
+            _local.loading_from = None
         return True
 
 
@@ -2777,6 +2787,19 @@ class _Connection:
             return False
         self._work.wake_all()
         return True
+
+    def post_reply(self, tag: str, payload: bytes, cause: _EventId | None) -> bool:
+        """Queue a reply as `post` does; one that is too large for the peer fails the call."""
+        return self.post(*self.encode_reply(tag, payload, cause))
+
+    def encode_reply(self, tag: str, payload: bytes,
+                     cause: _EventId | None) -> tuple[_Header, bytes]:
+        """Return the header and the payload of a reply, or of its failure if it is too large."""
+        if len(payload) <= self.max_outgoing:
+            return ("reply", tag, cause), payload
+        error = RemoteError("SerializationError", f"the reply has {len(payload)} bytes, more "
+                            f"than the max_message of the caller's node, {self.max_outgoing}")
+        return _encode_failure(tag, error, cause)
 
     def _has_room(self) -> bool:
         return self.closing or len(self._outbox) < MAX_QUEUED
@@ -3109,6 +3132,7 @@ class _Connection:
         handle = self._last_caller
         if handle is None or handle.id != id:
             handle = RemoteThread(self.address, id, self.peer.incarnation)
+            handle._named_by = self
             self._last_caller = handle
         return handle
 
@@ -3131,7 +3155,19 @@ class _Connection:
         if not isinstance(tag, str):
             raise TypeError(f"{tag!r:.100} is no tag")
         reply = _RemoteReply(payload, _Origin(self, "a reply", _check_cause(cause)))
-        _pending.resolve(tag, reply, self.peer)
+        if not _pending.resolve(tag, reply, self.peer):
+            self._pass_reply_on(tag, cause, payload)
+
+    def _pass_reply_on(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
+        """Hand on the reply to a call that a thread of this node has passed on to the peer.
+
+        The caller's node watches the thread that was called here, until it gets its reply.
+        """
+        watcher = _registry.remove_watcher(tag)
+        if isinstance(watcher, _RemoteWatcher):
+            caller_connection = self._node._established_with(watcher.peer.incarnation, None)
+            if caller_connection is not None:
+                caller_connection.post_reply(tag, bytes(payload), _check_cause(cause))
 
     def _on_request(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
         """Have the node do something: in a thread of its own, as that may run user's code."""
@@ -3941,7 +3977,8 @@ class RemoteThread(_Handle):
     another's.  One made by hand equals one made by hand of the same node and id.
     """
 
-    __slots__ = ("_node", "_id", "_incarnation", "_send_header", "_connection")
+    __slots__ = ("_node", "_id", "_incarnation", "_send_header", "_connection",
+                 "_named_by")
 
     def __init__(self, node: NodeLike | None, id: int | str,
                  incarnation: int | None = None) -> None:
@@ -3966,6 +4003,9 @@ class RemoteThread(_Handle):
 
         # The connection over which it was reached last.
         self._connection: _Connection | None = None
+
+        # The connection whose peer has named this thread; None if this process has.
+        self._named_by: _Connection | None = _local.loading_from
 
     @property
     def node(self) -> Address | None:
@@ -4055,16 +4095,38 @@ class RemoteThread(_Handle):
             _pending.resolve(tag, _Entry(data, cause))
             return
         try:
-            self._transmit(("reply", tag, cause), data, cause)
-        except _TooLargeForPeer as error:
-            failure = RemoteError("SerializationError", f"the reply is too large: {error}")
-            self._transmit_payload(*_encode_failure(tag, failure, cause))
-        except SerializationError:
+            payload = serialize(data)
+            _check_size(len(payload), local_node()._max_message)
+            connection = self._connection_for_reply()
+            if not _send_over(connection, *connection.encode_reply(tag, payload, cause)):
+                raise NodeDown(f"the connection to {connection.name} ended before it took it")
+        except Exception as error:
+            _record_lost(error, cause)
             raise
-        except (ValueError, PermissionError) as error:
-            # For its address another key would be needed: the sender was forged.
-            raise NodeUnreachable(str(error)) from error
         _registry.remove_watcher(tag)
+
+    def _connection_for_reply(self) -> _Connection:
+        """Return a connection over which a reply comes to this thread.
+
+        A thread that another node has named is not dialled: its address may be made up, and
+        while a server waits for that, honest callers would wait for the server.  The node that
+        has passed the request on can pass on the reply: see `_Connection._pass_reply_on`.
+        """
+        if self._connection is None or self._connection.closing:
+            self._connection = local_node()._established_with(self._incarnation, self._node)
+        connection = self._connection or self._named_by
+        if connection is None:
+            return self._dial_for_reply()
+        if connection.closing:
+            raise NodeUnreachable(f"this node is not connected to {connection.name} any more")
+        return connection
+
+    def _dial_for_reply(self) -> _Connection:
+        try:
+            return local_node()._connection_to(self._node, self._incarnation)
+        except (ValueError, PermissionError) as error:
+            # For the caller's address another key would be needed.
+            raise NodeUnreachable(str(error)) from error
 
     def _call(self, call: _Call, message: Any, cause: _EventId | None) -> None:
         if self._is_local():
@@ -4087,7 +4149,7 @@ class RemoteThread(_Handle):
         try:
             self._transmit_payload(header, serialize(message), pending)
         except Exception as error:
-            _observer.record(current_thread(), "lost", cause, why=_last_line(error))
+            _record_lost(error, cause)
             raise
 
     def _transmit_payload(self, header: _Header, payload: bytes,
@@ -4096,21 +4158,16 @@ class RemoteThread(_Handle):
         for _ in range(2):
             connection = self._connection
             if connection is None or connection.closing:
-                _check_size(len(payload), local_node()._max_message, SerializationError)
+                _check_size(len(payload), local_node()._max_message)
                 connection = local_node()._connection_to(self._node, self._incarnation)
                 self._connection = connection
             if pending:
                 # Set before it is sent, as contact may be lost at once.
                 pending.watched = connection.peer
-            if len(payload) > connection.max_outgoing:
-                _check_size(len(payload), connection.max_outgoing, _TooLargeForPeer)
+            _check_size(len(payload), connection.max_outgoing)
             if _local.is_logging:
                 _losses.mute(f"{self._id!r} at {connection.name}")
-            if _faults.are_active:
-                was_taken = _faults.send(connection, header, payload)
-            else:
-                was_taken = connection.send(header, payload)
-            if was_taken:
+            if _send_over(connection, header, payload):
                 return
         raise NodeDown(
             f"two connections to {_format_address(self._node)} ended before they took it")
@@ -4131,13 +4188,21 @@ class RemoteThread(_Handle):
         return RemoteThread, (self._node, self._id, self._incarnation)
 
 
-class _TooLargeForPeer(SerializationError):
-    """The message is larger than the other node's `max_message`."""
+def _send_over(connection: _Connection, header: _Header, payload: bytes) -> bool:
+    """Send over that connection; return False if it closes and does not take the message."""
+    if _faults.are_active:
+        return _faults.send(connection, header, payload)
+    return connection.send(header, payload)
 
 
-def _check_size(size: int, limit: int, error: type[SerializationError]) -> None:
+def _record_lost(error: Exception, cause: _EventId | None) -> None:
+    """Record that what the calling thread sent, as the event `cause`, went nowhere."""
+    _observer.record(current_thread(), "lost", cause, why=_last_line(error))
+
+
+def _check_size(size: int, limit: int) -> None:
     if size > limit:
-        raise error(f"{size} bytes are more than max_message, {limit}")
+        raise SerializationError(f"{size} bytes are more than max_message, {limit}")
 
 
 def register_remote_thread(thread: Thread, name: str | None = None) -> None:
@@ -4261,6 +4326,7 @@ def _call_node(target: Any, request: tuple[Any, ...], timeout: float | None = No
 
 def _serve_requests(connection: _Connection, requests: Mailbox) -> None:
     """The thread that does what the peer asks of this node; it ends with the connection."""
+    _local.loading_from = connection
     while True:
         request = requests.get()
         if request is None:

@@ -1776,6 +1776,19 @@ def answer_passed(suffix):
     reply_synchronous(request.data + suffix, request)
 
 
+def answer_at_length(size):
+    reply_synchronous(b"x" * size, receive_if(Synchronous, T))
+
+
+def tell_outcome(server, whom):
+    """Call, and tell `whom` the reply, or the error."""
+    try:
+        outcome_here = send_synchronous("hi", server, T)
+    except DistconcError as error:
+        outcome_here = error
+    send(outcome_here, whom)
+
+
 def try_send(message, thread):
     try:
         send(message, thread)
@@ -3106,6 +3119,37 @@ class TheWire(Net):
                     peer.sock.shutdown(socket.SHUT_WR)
                     self.assertTrue(log.get().getMessage().isprintable())
 
+    def test_a_forged_sender_is_not_dialled_and_keeps_nobody_waiting(self):
+        with socket.create_server(("127.0.0.1", 0)) as trap, self.dial() as peer:
+            trap.settimeout(0)
+            forged = Synchronous("to whom?", RemoteThread(trap.getsockname(), 5, 77), "tag")
+            peer.send(forged, "echo")
+            # The same server answers later: so it has not waited for that address.
+            start = monotonic()
+            self.assertEqual(send_synchronous("honest", RemoteThread(self.node, "echo"), T),
+                             "honest")
+            self.assertLess(monotonic() - start, 2)
+            self.assertEqual(peer.reply("tag"), "to whom?")
+            self.assertRaises(BlockingIOError, trap.accept)
+
+    def test_the_address_in_a_hello_is_not_dialled_for_a_reply(self):
+        requests = queue.Queue()
+        self.here(lambda: requests.put(receive_if(Synchronous, T)), name="asked")
+        with socket.create_server(("127.0.0.1", 0)) as trap:
+            trap.settimeout(0)
+            name = "%s:%d" % trap.getsockname()
+            with self.dial(address=name) as peer:
+                peer.ask("to whom?", "asked")
+                request = requests.get(timeout=T)
+                peer.end()
+                self.assertTrue(peer.is_cut())
+            self.wait_until_alone()
+            lost = self.node.stats()["lost"]
+            self.assertEqual(request.sender.node, trap.getsockname())
+            reply_synchronous("too late", request)
+            self.assertEqual(self.node.stats()["lost"], lost + 1)
+            self.assertRaises(BlockingIOError, trap.accept)
+
     def test_whatever_comes_the_node_works_on(self):
         seed = int(os.environ.get("DISTCONC_SEED", 4))
         choose, end, counts = random.Random(seed), monotonic() + 10, Counter()
@@ -3416,6 +3460,22 @@ class TwoNodes(OneChild):
             send("end", middle)
             local = self.here(pass_on, spawn(answer_passed, "?", node=third))
             self.assertEqual(send_synchronous("hi", local, T), "hi?")
+
+    def test_a_call_passed_on_to_where_its_caller_is_unknown_is_answered_all_the_same(self):
+        for size, expected in (10, b"x" * 10), (20_000, RemoteError):
+            with self.subTest(size), self.child() as third, self.child(max_message=9000) as first:
+                last = spawn(answer_at_length, size, node=third)
+                middle = self.here(pass_on, last)
+                caller = spawn(tell_outcome, middle, current_thread(), node=first)
+                outcome_there = receive(T)
+                if expected is RemoteError:
+                    self.assertIsInstance(outcome_there, RemoteError)
+                else:
+                    self.assertEqual(outcome_there, expected)
+                self.assertEqual(ask(third, nodes), [self.node.address])
+                self.assertTrue(middle.is_alive())
+                self.assertEqual(owed_by(middle.id), 0)
+                self.assertTrue(caller.join(T))
 
     def test_the_thread_that_was_called_owes_the_answer_even_if_it_passed_it_on(self):
         held = spawn(hold, node=self.other)
