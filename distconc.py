@@ -2146,7 +2146,7 @@ def _host_of_interface(index: int) -> str:
 
 
 _MIN_KEY = 16  # bytes, off loopback
-_MAKE_KEY = 'python3 -c "import secrets; print(secrets.token_hex(16))"'
+_MAKE_KEY = f"python3 {os.path.basename(__file__)} key"
 
 
 def _find_key(key: bytes | str | None, address: Address | None) -> bytes:
@@ -2170,7 +2170,8 @@ def _find_key(key: bytes | str | None, address: Address | None) -> bytes:
         raise ValueError(f"the key from {source} is empty; that would let everybody in")
     if len(key) < _MIN_KEY and not _is_loopback(address):
         raise ValueError(f"the key from {source} is short; off this machine it needs "
-                         f"{_MIN_KEY} bytes, and random ones: make it with {_MAKE_KEY}")
+                         f"{_MIN_KEY} bytes, and random ones, which nobody can guess: "
+                         f"`{_MAKE_KEY}` prints such a key")
     return bytes(key)
 
 
@@ -2337,7 +2338,7 @@ MAX_PAYLOADS = 1 << 16  # in a frame
 MAX_REASON = 1 << 16  # bytes of a pickled reason; of a larger one only the text is sent
 SMALL_PAYLOAD = 2048  # bytes; a larger one has a frame of its own, as copying it costs more
 READ_BUFFER = 1 << 16  # bytes
-MAX_CLOCK = 1 << 52  # of a cause; a greater one would push our own clocks too far
+MAX_CLOCK = 1 << 63  # of a cause
 
 _Header = tuple[Any, ...]
 _Group = tuple[_Header, Sequence["bytes | memoryview"]]  # a header, and the payloads it is for
@@ -2483,6 +2484,12 @@ def _one_line(text: object, limit: int = MAX_LINE) -> str:
     return repr(line)[1:-1]
 
 
+def _clean_lines(text: object) -> str:
+    """Return a peer's text of several lines, such as a traceback, fit to be printed."""
+    lines = str(text)[:MAX_ERROR_TEXT].split("\n")
+    return "\n".join(_one_line(line, MAX_ERROR_TEXT) for line in lines)
+
+
 ######## Connection: one sealed connection, its outbox, its reader and its writer
 
 MAX_BATCH = 400  # messages in a frame
@@ -2547,11 +2554,11 @@ class _RemoteFailure(_Failure):
             raise ValueError(f"{kind!r} is no kind of failure")
         self._connection = connection
         self._kind = kind
-        self._text = str(text)[:MAX_ERROR_TEXT]
+        self._text = _clean_lines(text)
         self._traceback: RemoteError | None = None
         if traceback is not None:
             name, lines = traceback
-            self._traceback = RemoteError(str(name)[:MAX_NAME], str(lines)[:MAX_ERROR_TEXT])
+            self._traceback = RemoteError(_one_line(name, MAX_NAME), _clean_lines(lines))
         self._payload = payload
 
     def is_return(self) -> bool:
@@ -3013,7 +3020,7 @@ class _Connection:
         except BaseException as error:
             # Nonsense under the seal may raise anything.
             self.abort()
-            self.broken_by = _last_line(error)
+            self.broken_by = _one_line(_last_line(error))
         finally:
             self._clean_up()
 
@@ -3307,7 +3314,7 @@ class _Handshake:
             self._socket.close()
         if not self.dialled:
             self._node._count("strangers")
-            _strangers.add(self.host, error)
+            _log_stranger(self.host, error)
         self.abort(_dial_error(_format_address(self.dialled), error))
         self._node._handshake_ended(self)
 
@@ -3394,7 +3401,9 @@ class _Handshake:
         So each side numbers its connections, and tells the number of this one, and that of the
         oldest which lives there between the two.  What is older than that is over for the peer;
         its end is on its way here, be it the peer's own or silence.  It is waited for, not
-        brought about: nobody can end a connection that lives by claiming to be its peer.
+        brought about.  So who claims to be the peer of a connection that lives does not take
+        its place; but all who have the key are equal, and who was let in as that peer, over a
+        connection of his own, ends both when he ends his: see `Node._connection_closed`.
         """
         if self.dialled:
             connection.send_serials()
@@ -3442,6 +3451,7 @@ class Node(AbstractContextManager["Node"]):
         self.address: Address | None = None  # what others dial
         self.incarnation = _incarnation
         self._listen_address: Address | None = None
+        self._is_exposed = False  # other machines can reach it
         self._is_started = False
         self._stopped = False
         self._accepter: threading.Thread | None = None
@@ -3499,6 +3509,7 @@ class Node(AbstractContextManager["Node"]):
         _close_after_fork.add(listener)
         self._set_options(key, allow, heartbeat, connect_timeout, max_message)
         self._listen_address = bound
+        self._is_exposed = not _is_loopback(bound)
         self.address = advertised
         self._listener = listener
         self._accepter = _start_daemon("accepter", self._accept_loop, listener)
@@ -3509,7 +3520,7 @@ class Node(AbstractContextManager["Node"]):
         Nobody knows where that came from; if this node can be reached from other machines, it
         is treated as if from there.
         """
-        return self._loader_for(_is_loopback(self._listen_address))(data)
+        return self._loader_for(not self._is_exposed)(data)
 
     def _loader_for(self, is_local: bool) -> Callable[[Any], Any]:
         """Return the function that loads messages of a node on this machine, or of another."""
@@ -3696,7 +3707,9 @@ class Node(AbstractContextManager["Node"]):
                 for other in others:
                     other.abort()
         self._connections_changed.wake_all()
-        if not others:
+        # One whose peer has proved nothing only claims to be of that node.
+        proved = [each for each in (connection, *others) if each.peer_serial]
+        if proved == [connection]:
             self._contact_lost(connection)
 
     def _contact_lost(self, connection: _Connection) -> None:
@@ -3774,7 +3787,8 @@ class Node(AbstractContextManager["Node"]):
         with self._lock:
             connections = self._connections.copy()
         self._end_connections(connections, deadline)
-        _losses.flush()
+        for log in (_losses, _wrong_keys, _noise):
+            log.flush()
 
     def _end_accepter(self, deadline: float) -> None:
         """Wake the accepter by a connection, as nothing else does on every system; join it."""
@@ -4274,7 +4288,9 @@ def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _Link | None,
     tag = None
     if link:
         tag = link.tag
-    remote_child: RemoteThread = _call_node(address, ("spawn", *request, tag), cause=event)
+    remote_child = _call_node(address, ("spawn", *request, tag), cause=event)
+    if not isinstance(remote_child, RemoteThread):
+        raise RemoteError("TypeError", f"{_format_address(address)} answered with no thread")
     if link:
         _fail_when_lost(link, remote_child._incarnation)
     return remote_child
@@ -4366,6 +4382,8 @@ def _do_request(connection: _Connection, request: Any, cause: _EventId | None) -
         case ("spawn", function, tuple(args), name, register, is_server, link):
             if not connection._node._may_call(function, connection.is_local):
                 raise _NotAllowed(f"{_function_name(function)} is not among what it allows")
+            if isinstance(name, str) and not name.isprintable():
+                raise ValueError(f"{name!r:.300} has characters that a log cannot show")
             wanted = _request(function, args, name, bool(register))
             watcher = None
             if isinstance(link, str):
@@ -4444,10 +4462,15 @@ class _LimitedLog:
     Each line says how many there were since the last.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, level: str = "WARNING") -> None:
+        self._text = text
+        self._level = level
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, as in the child of a fork."""
         # Guards the two tables.  An RLock, because a `__del__` may interrupt its holder.
         self._lock = threading.RLock()
-        self._text = text
         self._lines: dict[str, _Line] = {}
         self._muted: set[str] = set()
 
@@ -4475,7 +4498,7 @@ class _LimitedLog:
         plural = "s"
         if count == 1:
             plural = ""
-        _log("WARNING", self._text, count, plural, key, why)
+        _log(self._level, self._text, count, plural, key, why)
 
     def _forget_silent(self) -> None:
         """Log what is left of all targets, and forget them."""
@@ -4507,19 +4530,21 @@ class _Losses(_LimitedLog):
         super().add(key, why, count)
 
 
-class _Strangers(_LimitedLog):
-    """Logs who knocked, and was not let in."""
+def _log_stranger(host: str, why: BaseException) -> None:
+    """Log that somebody knocked, and was not let in.
 
-    def add(self, host: str, why: object, count: int = 1) -> None:
-        if isinstance(why, AuthenticationError):
-            super().add(host or "this machine", _one_line(why), count)
-        else:
-            _log("INFO", "a stranger was not let in: %s: %s",
-                 type(why).__name__, _one_line(why))
+    All of them share a line, as there may be as many hosts as attempts.
+    """
+    log = _noise
+    if isinstance(why, AuthenticationError):
+        log = _wrong_keys
+    last = f"{host or 'this machine'}: {type(why).__name__}: {_one_line(why)}"
+    log.add("did not get in", last, 1)
 
 
 _losses = _Losses("lost %d message%s to %s: %s")
-_strangers = _Strangers("%d stranger%s from %s did not get in: %s")
+_wrong_keys = _LimitedLog("%d stranger%s %s; the last came from %s")
+_noise = _LimitedLog("%d stranger%s without a key %s; the last came from %s", "INFO")
 
 
 PRINTER_TIMEOUT = 1.0  # seconds
@@ -5011,12 +5036,14 @@ def _after_fork() -> None:
     _local.exit_hook = None
     for table in (_registry, _pending, _process, _faults):
         table.__init__()  # type: ignore[misc]
-    _losses.__init__(_losses._text)  # type: ignore[misc]
-    _strangers.__init__(_strangers._text)  # type: ignore[misc]
+    for log in (_losses, _wrong_keys, _noise):
+        log.forget()
     if parent is not None:
         # It dials with the parent's key, and lets in what the parent lets in.
-        local_node()._set_options(parent._key, parent._allow, parent._heartbeat,
-                                  parent._connect_timeout, parent._max_message)
+        child = local_node()
+        child._set_options(parent._key, parent._allow, parent._heartbeat,
+                           parent._connect_timeout, parent._max_message)
+        child._is_exposed = parent._is_exposed
     _observer.after_fork()
 
 
@@ -5134,6 +5161,8 @@ class faults:
 
 ######## Traces: trace
 
+MAX_CLOCK_JUMP = 1 << 32  # how far the cause of an event may be ahead of all our clocks
+
 
 class _Recorder(_Observer):
     """Records events in a file of this process's own, if `trace` was called.
@@ -5147,6 +5176,7 @@ class _Recorder(_Observer):
         # RLock, because a `__del__` that sends may interrupt its holder.
         self._lock = threading.RLock()
         self._clocks: dict[int, int] = {}  # thread's id -> clock; 0 is the node
+        self._latest_clock = 0  # the greatest of them
         self._descriptor = -1
         self.directory = ""  # "" while nothing is recorded
         self.is_recording = False
@@ -5192,8 +5222,6 @@ class _Recorder(_Observer):
             name = thread.name
         about.update(process=f"{_incarnation:016x}", node=str(local_node()), thread=thread_id,
                      name=name, event=event)
-        if cause:
-            about["cause"] = cause
         return self._write(thread_id, cause, about)
 
     def _write(self, thread_id: int, cause: _EventId | None,
@@ -5208,10 +5236,13 @@ class _Recorder(_Observer):
             if thread_id == 0:
                 # The node's own events come after all that its threads did.
                 earlier.extend(self._clocks.values())
-            if cause:
+            # No event is so far ahead.  A peer that says so would push our clocks to the end.
+            if cause and cause[2] <= self._latest_clock + MAX_CLOCK_JUMP:
                 earlier.append(cause[2])
+                about["cause"] = cause
             clock = max(earlier) + 1
             self._clocks[thread_id] = clock
+            self._latest_clock = max(self._latest_clock, clock)
             about.update(clock=clock, time=time())
             try:
                 os.write(self._descriptor, json.dumps(about).encode() + b"\n")
@@ -5789,7 +5820,7 @@ def _format_shiviz(events: list[_Event], all_events: list[_Event],
     return "".join(lines)
 
 
-######## At the shell: main, and its commands demo, node, send, call, ps, chart
+######## At the shell: main, and its commands demo, node, send, call, ps, chart, key
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -5837,6 +5868,7 @@ def _make_parser() -> Any:
     _add_call(commands)
     _add_ps(commands)
     _add_chart(commands)
+    _add_key(commands)
     return parser
 
 
@@ -6040,6 +6072,16 @@ def _run_chart(directory: str, output: str, format: str, first: int, last: float
             file.write(drawing)
     else:
         sys.stdout.write(drawing)
+
+
+def _add_key(commands: Any) -> None:
+    _add_command(
+        commands, "key", _run_key,
+        "Print a random key, for DISTCONC_AUTHKEY or authkey= on all nodes of a group.")
+
+
+def _run_key() -> None:
+    print(os.urandom(16).hex())
 
 
 def _own_name() -> str:
