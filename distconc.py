@@ -4535,11 +4535,12 @@ def _log_stranger(host: str, why: BaseException) -> None:
 
     All of them share a line, as there may be as many hosts as attempts.
     """
-    log = _noise
+    where = host or "this machine"
     if isinstance(why, AuthenticationError):
-        log = _wrong_keys
-    last = f"{host or 'this machine'}: {type(why).__name__}: {_one_line(why)}"
-    log.add("did not get in", last, 1)
+        _wrong_keys.add("did not get in", f"{where}: {_one_line(why)}", 1)
+    else:
+        reason = f"{type(why).__name__}: {_one_line(why)}"
+        _noise.add("did not get in", f"{where}: {reason}", 1)
 
 
 _losses = _Losses("lost %d message%s to %s: %s")
