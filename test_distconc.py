@@ -2779,6 +2779,30 @@ class TheWire(Net):
         self.assertTrue(server.is_alive())
         self.assertEqual(self.dial().call(2, "echo"), 2)
 
+    def test_an_unknown_name_of_8_mib_is_told_at_once(self):
+        for number in range(100, 130):
+            self.here(collect, name=f"{number}" * 50)
+        peer, start = self.dial(), monotonic()
+        peer.write((("send", None, "1" * (8 << 20), None), pickle.dumps(1)))
+        kind, name, why, *_ = peer.read()
+        self.assertEqual(kind, "undelivered")
+        self.assertLess(monotonic() - start, 1.5)
+        self.assertLess(len(why), 2000)
+
+    def test_a_request_in_a_request_a_thousand_times_is_traced_and_received(self):
+        traces, peer, received = self.trace(), self.dial(), queue.Queue()
+        self.here(lambda: [received.put(receive(T)) for _ in range(2)], name="reads")
+        handle = pickle.dumps(RemoteThread(9000, 1), 2)[2:-1]
+        nested_requests = (b"\x80\x04" + named(Synchronous) * 1000 + short_text("innermost")
+                           + (handle + short_text("t") + b"\x87R") * 1000 + b".")
+        peer.write((("send", None, "reads", None), nested_requests))
+        peer.send("after it", "reads")
+        self.assertIsInstance(received.get(timeout=T), Synchronous)
+        self.assertEqual(received.get(timeout=T), "after it")
+        shown = [r["message"] for r in records(traces) if r["event"] == "receive"]
+        self.assertEqual(shown[1], "'after it'")
+        self.assertLess(len(shown[0]), 300)
+
     def test_a_message_to_the_id_0_is_counted_and_told(self):
         peer = self.dial()
         before = self.node.stats()["undelivered"]
