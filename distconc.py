@@ -1628,13 +1628,15 @@ def deserialize(data: bytes) -> Any:
     return local_node().load(data)
 
 
-_MAX_PATH = 500  # letters
+MAX_PATH = 500  # letters
 
 
 def _why_unpicklable(obj: Any, error: Exception, path: str = "message") -> str:
     """Say which part of `obj` cannot be pickled, as small as it can be told, and why."""
-    # An object that contains itself has a path without end, so the path is bounded.
-    children = _children(obj) if len(path) < _MAX_PATH else []
+    children = _children(obj)
+    if len(path) >= MAX_PATH:
+        # The object may contain itself, and then its path has no end.
+        children = []
     for step, child in children:
         try:
             pickle.dumps(child, 5)
@@ -1709,7 +1711,8 @@ def _make_loader(allow: Any) -> Callable[[Any], Any]:
     import copyreg
     import uuid
 
-    # The pickle of a UUID makes an empty one first, for which it needs the class itself.
+    # The pickle of a UUID makes an empty one first, for which it needs the class itself.  So
+    # UUIDs go to the careful unpickler, too.
     as_listed = {_pickled_name(item): item for item in (uuid.UUID, *allow)}
     # A listed class stands before the constructor of the same name.
     simple = _without_listed(_simple_constructors(), as_listed)
@@ -2011,26 +2014,31 @@ def _parse_host_and_port(address: Any) -> tuple[str, int] | None:
     return host, int(port)
 
 
+MAX_PORT_DIGITS = 5
+
+
 def _split_host_and_port(text: str) -> tuple[str, int] | None:
     """Return the two parts of "host:9000"; "9000" alone is a port of this machine."""
     host, colon, digits = text.rpartition(":")
-    # What has more digits than a port can have need not be made a number.
-    if not digits.isdecimal() or len(digits) > 5:
+    if not colon:
+        host = "127.0.0.1"
+    # A text of a million digits must not be made a number.
+    if not digits.isdecimal() or len(digits) > MAX_PORT_DIGITS:
         return None
-    return host if colon else "127.0.0.1", int(digits)
+    return host, int(digits)
 
 
-_MAX_HOST = 253  # letters, by the rules of DNS
+MAX_HOST = 253  # letters, by the rules of DNS
 
 
 def _is_host(host: str) -> bool:
     """Say whether this can be a host's name or its IPv4 address."""
-    if not 0 < len(host) <= _MAX_HOST or not host.isprintable():
+    if not 0 < len(host) <= MAX_HOST or not host.isprintable():
         return False
     return not any(character in host for character in " :/")
 
 
-_MAX_CACHED_ADDRESS = 256  # letters
+MAX_CACHED_ADDRESS = 256  # letters
 
 
 def _parse_address_cached(node: Any) -> Address | None:
@@ -2041,7 +2049,7 @@ def _parse_address_cached(node: Any) -> Address | None:
     # A host that is too long is an error, and errors are not kept.
     if isinstance(node, tuple):
         return _parse_and_keep(node)
-    if isinstance(node, str) and len(node) <= _MAX_CACHED_ADDRESS:
+    if isinstance(node, str) and len(node) <= MAX_CACHED_ADDRESS:
         return _parse_and_keep(node)
     return _parse_address(node)
 
@@ -2145,8 +2153,8 @@ def _host_of_interface(index: int) -> str:
     return "127.0.0.1"
 
 
-_MIN_KEY = 16  # bytes, off loopback
-_MAKE_KEY = f"python3 {os.path.basename(__file__)} key"
+MIN_KEY = 16  # bytes, off loopback
+MAKE_KEY = f"python3 {os.path.basename(__file__)} key"
 
 
 def _find_key(key: bytes | str | None, address: Address | None) -> bytes:
@@ -2168,17 +2176,19 @@ def _find_key(key: bytes | str | None, address: Address | None) -> bytes:
         raise TypeError(f"authkey= is bytes or a str, not a {type(key).__name__}")
     if not key:
         raise ValueError(f"the key from {source} is empty; that would let everybody in")
-    if len(key) < _MIN_KEY and not _is_loopback(address):
+    if len(key) < MIN_KEY and not _is_loopback(address):
         raise ValueError(f"the key from {source} is short; off this machine it needs "
-                         f"{_MIN_KEY} bytes, and random ones, which nobody can guess: "
-                         f"`{_MAKE_KEY}` prints such a key")
+                         f"{MIN_KEY} bytes, and random ones, which nobody can guess: "
+                         f"`{MAKE_KEY}` prints such a key")
     return bytes(key)
 
 
 def _environment_key() -> bytes | None:
     """Return the key in the environment, in the bytes that it has there."""
     key = os.environ.get("DISTCONC_AUTHKEY")
-    return None if key is None else os.fsencode(key)
+    if key is None:
+        return None
+    return os.fsencode(key)
 
 
 def _cookie_path() -> str:

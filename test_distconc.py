@@ -1486,7 +1486,7 @@ class KeyTests(Case):
             with self.assertRaisesRegex(ValueError, "random.*python3 distconc.py key"):
                 distconc._find_key("short", (host, 1))
         self.assertEqual(distconc._find_key("é" * 8, ("10.0.0.1", 1)), "é".encode() * 8)
-        command = distconc._MAKE_KEY.replace("python3", sys.executable, 1)
+        command = distconc.MAKE_KEY.replace("python3", sys.executable, 1)
         made = subprocess.run(command, shell=True, capture_output=True, check=True,
                               cwd=os.path.dirname(MODULE)).stdout
         self.assertEqual(len(made.strip()), 32)
@@ -2910,6 +2910,34 @@ class TheWire(Net):
         linked.send("end")
         self.assertTrue(linked.join(T))
         self.assertGreaterEqual(self.node.stats()["strangers"] - before, len(changes))
+
+    def test_whom_we_dial_and_who_has_no_key_disturbs_nobody_by_a_hello(self):
+        """Such a one has the challenges answered by somebody else, but can make no MAC."""
+        honest, results = self.dial(), queue.Queue()
+        watch = monitor(RemoteThread(("127.0.0.1", 7), 5, honest.incarnation))
+        tag = honest.read()[3]
+
+        def answer_when_told():
+            receive_if(str, T)
+            reply_synchronous("late", receive_if(Synchronous, T))
+        asked = self.here(answer_when_told)
+        spawn(lambda: results.put(outcome(send_synchronous, 1, asked, T)))
+        for incarnation in 0, 1 << 64, self.node.incarnation, honest.incarnation:
+            with self.subTest(incarnation), Listener(("127.0.0.1", 0)) as listener:
+                name = "%s:%d" % listener.address
+                dialler = spawn(lambda: results.put(outcome(connect, listener.address)))
+                with RawPeer(listener.accept(), "acceptor", name) as peer:
+                    peer.fields[3] = f"{incarnation:x}"
+                    with suppress(Cut):
+                        peer.challenge().greet().pour(bytes(2 * HEAD.size))
+                        self.assertTrue(peer.is_cut())
+                self.assertIsInstance(results.get(timeout=T), NodeUnreachable)
+                self.assertTrue(dialler.join(T))
+        self.assertIs(receive(0, NOTHING), NOTHING)
+        honest.write((("failed", tag, "returned", "it has returned", None, None), b""))
+        self.assertEqual(receive(T), Down(watch, watch.target, None))
+        asked.send("now")
+        self.assertEqual(results.get(timeout=T), "late")
 
     def test_our_own_hello_sent_back_is_not_let_in(self):
         peer = self.knock().challenge()
