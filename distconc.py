@@ -79,7 +79,7 @@ from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import (
     Client, Connection, Listener, answer_challenge, deliver_challenge, wait)
 from time import monotonic, sleep, time
-from typing import IO, Any, NamedTuple, Union, cast, overload
+from typing import IO, Any, ClassVar, NamedTuple, Union, cast, overload
 
 __all__ = [
     "Mailbox", "Thread", "RemoteThread", "spawn", "spawn_linked", "spawn_server",
@@ -633,18 +633,20 @@ class _PendingTable:
         with self._lock:
             return self._by_tag.pop(tag, None)
 
-    def resolve(self, tag: str, reply: _Entry, replier: Any = None) -> None:
+    def resolve(self, tag: str, reply: _Entry, replier: Any = None) -> bool:
         """Give what is pending its reply, which came from `replier` (None: this process).
 
-        If `replier` is another than the one that is watched, that one still has a watcher: the
+        Returns False if nothing is pending.  If `replier` is another than the one that is watched, that one still has a watcher: the
         call was passed on, or answered here.
         """
         with self._lock:
             pending = self._by_tag.pop(tag, None)
-            if pending:
-                pending.resolve(reply)
-        if pending and (replier is None or replier != pending.watched):
+            if pending is None:
+                return False
+            pending.resolve(reply)
+        if replier is None or replier != pending.watched:
             pending.stop_watching()
+        return True
 
     def fail(self, tag: str, failure: _Failure, cause: _EventId | None = None) -> bool:
         """Give what is pending its failure; return False if nobody can hear of it."""
@@ -987,12 +989,13 @@ class _Registry:
             self.by_watcher[watcher.tag] = thread
             return True
 
-    def remove_watcher(self, tag: str) -> None:
-        """Forget a watcher, if there still is one with that tag."""
+    def remove_watcher(self, tag: str) -> Any:
+        """Forget the watcher with that tag, and return it; None if there is none."""
         with self.lock:
             thread = self.by_watcher.pop(tag, None)
-            if thread:
-                thread._watchers.pop(tag, None)
+            if thread is None:
+                return None
+            return thread._watchers.pop(tag, None)
 
     def forget_names(self) -> None:
         with self.lock:
@@ -1032,7 +1035,7 @@ class _Local(threading.local):
 
     thread: Thread | None = None  # its handle
     exit_hook: _ExitHook | None = None  # of an adopted thread
-    is_loading = False  # while a message from another node is being unpickled
+    loading_from: Any = None  # the connection whose message is being unpickled (part two)
     must_not_wait = False  # of this module's own threads, for which others wait
     is_logging = False  # while a logging handler of the user's runs
 
@@ -1435,7 +1438,7 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     """
     if not isinstance(thread, _Handle):
         raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")
-    if _local.is_loading:
+    if _local.loading_from is not None:
         raise RuntimeError("a message that is being loaded cannot call: its receiver waits for "
                            "it; send instead, or call once it has been received")
     deadline = _deadline(timeout)
@@ -1461,6 +1464,10 @@ def reply_synchronous(reply: Any, synchronous: Synchronous) -> None:
 
     Blocks as `send` does.  If the caller is gone or gave up, nobody hears it, which is no
     error.  Raises SerializationError.
+
+    A request that came from another node never makes this one dial, as the address of its
+    sender may be made up.  If the caller's node is not connected to this one, the reply goes
+    back to the node that passed the request on, and from there to the caller.
     """
     if not isinstance(synchronous, Synchronous):
         raise TypeError(f"reply_synchronous(reply, synchronous): {synchronous!r} is no request")
@@ -1589,45 +1596,57 @@ def demonitor(monitor: Monitor) -> None:
 
 
 def serialize(obj: Any) -> bytes:
-    """Return `obj` as bytes: the copy that a remote `send` makes.  Factor: object>bytes.
+    """Return `obj` as bytes: the copy that a remote `send` makes.
 
-    Handles of threads turn into `RemoteThread`; cycles and shared objects survive.  Raises
-    SerializationError, which names the part that cannot be pickled.
+    Handles of threads turn into `RemoteThread`; cycles and shared objects survive.
+    Never blocks.  Raises SerializationError, which names the part that cannot be
+    pickled.
+
+    Factor: object>bytes.  Erlang: term_to_binary.
     """
     try:
         return pickle.dumps(obj, 5)
     except Exception as error:
         text = f"message is a {type(obj).__name__} and cannot be sent to another node"
-        # Some part of it may not let itself be looked at, either.
+        # A part of the message may refuse even to be looked at.
         with suppress(Exception):
             text = _why_unpicklable(obj, error)
         raise SerializationError(text) from error
 
 
 def deserialize(data: bytes) -> Any:
-    """Return the object that `data` was made of, if this node's `allow` does.
+    """Return the object that `data` was made of, if this node's `allow` lets it in.
 
-    Raises whatever unpickling raises, and that is anything.  Factor: bytes>object.
+    Never blocks, unless an object's own code does.  Raises UnpicklingError for what
+    is not allowed, and whatever else unpickling raises, which may be anything.
+
+    Factor: bytes>object.  Erlang: binary_to_term.
     """
     return local_node().load(data)
 
 
+MAX_PATH = 500  # letters
+
+
 def _why_unpicklable(obj: Any, error: Exception, path: str = "message") -> str:
-    """Say which part of `obj`, as small as can be told, cannot be pickled, and why."""
-    # There may be cycles, so the path has a limit.
-    if len(path) < 500:
-        for name, child in _children(obj):
-            try:
-                pickle.dumps(child, 5)
-            except Exception as child_error:
-                if child is not obj:
-                    return _why_unpicklable(child, child_error, path + name)
-    return (f"{path} is a {type(obj).__name__} and cannot be sent to another node ({error}); "
+    """Say which part of `obj` cannot be pickled, as small as it can be told, and why."""
+    children = _children(obj)
+    if len(path) >= MAX_PATH:
+        # The object may contain itself, and then its path has no end.
+        children = []
+    for step, child in children:
+        try:
+            pickle.dumps(child, 5)
+        except Exception as child_error:
+            if child is not obj:
+                return _why_unpicklable(child, child_error, path + step)
+    kind = type(obj).__name__
+    return (f"{path} is a {kind} and cannot be sent to another node ({error}); "
             "send plain data, something importable, or the handle of a thread that keeps it")
 
 
 def _children(obj: Any) -> list[tuple[str, Any]]:
-    """Return the parts of `obj`, each with its name as an expression would have it."""
+    """Return what `obj` consists of, each part with the step that leads to it."""
     if isinstance(obj, dict):
         return [(f"[{_short_repr(key)}]", value) for key, value in obj.items()]
     if isinstance(obj, (list, tuple)):
@@ -1636,273 +1655,610 @@ def _children(obj: Any) -> list[tuple[str, Any]]:
     return [(f".{name}", value) for name, value in attributes.items()]
 
 
+_Names = dict[tuple[str, str], Any]  # (module, name) -> what a pickle means by them
+
+
 class _NotAllowed(pickle.UnpicklingError):
-    """A message names something that `allow` does not."""
+    """A message contains something that `allow` does not let in."""
+
+
+class _NeedsCare(Exception):
+    """A message names something that only the careful unpickler may handle."""
 
 
 def _check_allow(allow: Any) -> "str | tuple[Any, ...]":
-    """Return the option `allow`; raise TypeError unless it is classes and functions."""
-    if isinstance(allow, str) and allow == "anything":
-        return allow
-    items = tuple(allow)
-    for item in items:
-        is_plain = isinstance(item, (type, types.FunctionType, types.BuiltinFunctionType))
-        if not is_plain or isinstance(item, types.GenericAlias):
-            raise TypeError(f"allow= takes classes and functions themselves, not {item!r}")
-    return items
+    """Return `allow` as "anything" or a tuple; raise TypeError if it is neither.
+
+    The tuple has classes and functions of modules, and nothing else: a pickle can
+    name no other callable, so that to list one would be a mistake.
+    """
+    if isinstance(allow, str):
+        if allow == "anything":
+            return allow
+        raise TypeError('allow= is "anything", or a list of classes and functions, '
+                        f"not {allow!r:.300}")
+    listed = tuple(allow)
+    for item in listed:
+        if not _is_class(item) and not _is_function(item):
+            raise TypeError("allow= takes classes and functions of modules themselves, "
+                            f"not {item!r:.300}")
+    return listed
 
 
-def _make_loader(allow: "str | Sequence[Any]") -> Callable[[Any], Any]:
+def _is_class(item: Any) -> bool:
+    """Say whether `item` is a class; list[int] only pretends to be one."""
+    return issubclass(type(item), type)
+
+
+def _is_function(item: Any) -> bool:
+    """Say whether `item` is a function of a module, and no method, bound or not."""
+    if type(item) is types.FunctionType:
+        return "." not in item.__qualname__
+    # A built-in function belongs to its module, a built-in method to its object.
+    if type(item) is types.BuiltinFunctionType:
+        return isinstance(item.__self__, types.ModuleType)
+    return False
+
+
+def _make_loader(allow: Any) -> Callable[[Any], Any]:
     """Return the function that unpickles messages: anything, or what `allow` lets in."""
+    allow = _check_allow(allow)
     if allow == "anything":
         return pickle.loads
-    listed = (*_plain_types(), *allow)
-    allowed = {(item.__module__, item.__qualname__): item for item in listed}
-    return partial(_load_restricted, allowed, frozenset(allow))
-
-
-def _plain_types() -> list[Any]:
-    """Return the types of plain data that a pickle has to name."""
-    import builtins
-    import datetime
-    import decimal
-    import fractions
+    import copyreg
     import uuid
 
-    plain = [complex, range, decimal.Decimal, fractions.Fraction, uuid.UUID, datetime.date,
-             datetime.time, datetime.datetime, datetime.timedelta, datetime.timezone,
-             RemoteThread, *_Message.__subclasses__()]
-    for named in (*vars(builtins).values(), *globals().values()):
-        if isinstance(named, type) and issubclass(named, BaseException):
-            plain.append(named)
-    return plain
+    # The pickle of a UUID makes an empty one first, for which it needs the class itself.  So
+    # UUIDs go to the careful unpickler, too.
+    as_listed = {_pickled_name(item): item for item in (uuid.UUID, *allow)}
+    # A listed class stands before the constructor of the same name.
+    simple = _without_listed(_simple_constructors(), as_listed)
+    exceptions = _without_listed(_exception_constructors(), as_listed)
+    all_constructors = {**simple, **exceptions}
+    # The table has no public name, but each pickle module imports it by this one.
+    extension_codes: dict[int, Any] = copyreg._inverted_registry  # type: ignore[attr-defined]
+
+    def load(data: Any) -> Any:
+        if not extension_codes:
+            try:
+                return _unpickle(_RestrictedUnpickler, data, simple, {})
+            except _NeedsCare:
+                pass
+        # Nothing of the user's has run so far, so it may well start again.
+        return _unpickle(_CarefulUnpickler, data, all_constructors, as_listed)
+
+    return load
 
 
-def _load_restricted(allowed: dict[tuple[str, str], Any], listed: frozenset[Any],
-                     data: Any) -> Any:
-    """Unpickle plain data and what `allow` lists; raise _NotAllowed for the rest."""
-    unpickler = _RestrictedUnpickler(io.BytesIO(data))
-    unpickler.allowed = allowed
-    unpickler.listed = listed
-    constructors = unpickler.constructors
+def _pickled_name(item: Any) -> tuple[str, str]:
+    """Return the module and the name by which pickles mean this class or function."""
+    return item.__module__, item.__qualname__
+
+
+def _without_listed(constructors: _Names, as_listed: _Names) -> _Names:
+    return {name: function for name, function in constructors.items() if name not in as_listed}
+
+
+def _unpickle(kind: Any, data: Any, constructors: _Names, as_listed: _Names) -> Any:
+    """Return the message in `data`; raise what that kind of unpickler raises."""
+    unpickler = kind(io.BytesIO(data))
+    unpickler.constructors = constructors
+    unpickler.as_listed = as_listed
+    unpickler.handed_out = []
+    handed_out = unpickler.handed_out
     message = unpickler.load()
-    # Its memo holds the constructors, too.  Of those that live on, the message is the owner.
+    # All that the unpickler remembers goes with it.  A constructor that still lives is a
+    # part of the message.
     del unpickler
-    for constructor in constructors:
-        if constructor() is not None:
-            raise _NotAllowed("a class itself is not plain data; allow= must list it")
+    if any(constructor() is not None for constructor in handed_out):
+        raise _NotAllowed("a class itself is not plain data; allow= must list it")
     return message
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Lets in plain data, and what `allow` lists.
+    """Unpickles messages of plain data fast, and leaves all others to the careful one.
 
-    A pickle is a program.  It names classes and functions, calls them, and sets attributes of
-    whatever it holds; that of a hostile node would name `os.system`, or set a method of a class
-    that this node uses.  So what is not allowed is not even imported.  And a class of plain
-    data is not handed out itself, but a constructor, which can be called and not be changed.
+    Who has the key writes the pickle, which is a program for a small machine.  These
+    are the attacks, and what stops each of them:
 
-    What `allow` lists is handed out itself, because its instances may need it; so whoever has
-    the key can change its attributes.
+    - To name something that is not allowed.  `find_class` looks names up in a table
+      and never imports a module.
+    - To change a class through what `find_class` returns: the instruction BUILD calls
+      its `__setstate__`, writes into its `__dict__` or sets its attributes, and APPEND
+      and SETITEM call other methods.  The pickle therefore gets no class, but a
+      `_Constructor` in its place, which can be called and is otherwise inert.
+    - To chain such stand-ins through their state until C's stack overflows, as can be
+      done with `functools.partial`.  A `_Constructor` has no state that BUILD could set.
+    - To pass a class itself off as plain data.  A constructor that is left in the
+      message is found by `_unpickle`.
+    - To name something by a number that the program registered with `copyreg`.  A
+      number seen before bypasses `find_class`, so a program which registers any gets
+      the careful unpickler for all its messages.
+    - To fill an exception with values that do harm when it is printed, and to change a
+      listed class or function.  Both need an eye on each BUILD.  C offers none, so a
+      message which names an exception, or anything listed, goes to the careful
+      unpickler, as one that names the unknown does, to be refused there.
+
+    The functions that can run here have no effects but their results, so a message
+    may be loaded half, dropped, and loaded again.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file)
-        self.allowed: dict[tuple[str, str], Any] = {}  # (module, name) -> class or function
-        self.listed: frozenset[Any] = frozenset()
-        self.constructors: list[Any] = []  # weak references
+    constructors: _Names  # the functions that make plain data
+    handed_out: list[Any]  # weak references to the constructors that the pickle got
 
     def find_class(self, module: str, name: str) -> Any:
-        item = self.allowed.get((module, name))
-        if item is None:
-            raise _NotAllowed(f"{module}.{name}"[:300] + " is not among what it allows")
-        # The pickle of a UUID makes it without calling its class.
-        if item in self.listed or item.__name__ == "UUID":
-            return item
-        constructor = _Constructor(item)
-        self.constructors.append(weakref.ref(constructor))
+        function = self.constructors.get((module, name))
+        if function is None:
+            raise _NeedsCare
+        constructor = _Constructor(function)
+        self.handed_out.append(weakref.ref(constructor))
         return constructor
 
 
+# The unpickler in Python is what the one in C replaces, on every version.
+class _CarefulUnpickler(pickle._Unpickler):
+    """Unpickles what needs an eye on each BUILD, in Python, about ten times slower.
+
+    What is listed comes as itself: it may be called, and may be a part of the message.
+    So BUILD is refused for every class, function and module, be it listed or what a
+    listed function returned, and an exception's state is checked.
+    """
+
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {**pickle._Unpickler.dispatch}
+    constructors: _Names  # the functions that make plain data
+    as_listed: _Names
+    handed_out: list[Any]  # weak references to the constructors that the pickle got
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.as_listed:
+            return self.as_listed[module, name]
+        function = self.constructors.get((module, name))
+        if function is None:
+            full_name = f"{module}.{name}"[:300]
+            raise _NotAllowed(f"{full_name} is not among what it allows")
+        constructor = _Constructor(function)
+        self.handed_out.append(weakref.ref(constructor))
+        return constructor
+
+    def get_extension(self, code: int) -> Any:
+        raise _NotAllowed(f"copyreg's extension code {code} is not among what it allows")
+
+    def load_build(self) -> None:
+        """Set the state on top of the stack in the object below it."""
+        instance = self.stack[-2]
+        if isinstance(instance, _UNCHANGEABLE):
+            raise _NotAllowed("no message may change a class, a function or a module")
+        if _has_plain_exception_state(instance):
+            _set_exception_state(instance, self.stack.pop())
+        else:
+            super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+_UNCHANGEABLE = (type, types.ModuleType, types.FunctionType, types.MethodType,
+                 types.BuiltinFunctionType)
+
+
 class _Constructor:
-    """Makes instances of a class of plain data, for a pickle that may do nothing else."""
+    """Stands for a class while a message is loaded: to be called, and nothing else."""
 
-    __slots__ = ("_make", "__weakref__")
-    _make: Callable[..., Any]
+    __slots__ = ("_function", "__weakref__")
 
-    def __init__(self, make: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_make", make)
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
 
-    def __call__(self, *args: Any) -> Any:
-        return self._make(*args)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise _NotAllowed("a message must not change a class")
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
 
     def __setstate__(self, state: Any) -> None:
-        raise _NotAllowed("a message must not change a class")
+        raise _NotAllowed("no message may change a class")
 
 
-######## Addresses and keys: where a node listens, and who may come in
+def _simple_constructors() -> _Names:
+    """Return the functions that make plain data which needs no care."""
+    import datetime
+    import decimal
+    import fractions
 
-_PORTS = range(65536)
+    constructors: _Names = {}
+    for kind in (complex, range, decimal.Decimal, fractions.Fraction, datetime.timedelta,
+                 datetime.timezone, RemoteThread, *_Message.__subclasses__()):
+        constructors[_pickled_name(kind)] = kind
+    for kind in (datetime.date, datetime.time, datetime.datetime):
+        constructors[_pickled_name(kind)] = partial(_build_date, kind)
+    return constructors
+
+
+def _build_date(kind: Any, *arguments: Any) -> Any:
+    """Return a date or time that is one; from a pickle, its fields come unchecked."""
+    return kind(*arguments).replace()
+
+
+def _exception_constructors() -> _Names:
+    """Return the functions that make built-in exceptions, and our own."""
+    import builtins
+
+    constructors: _Names = {}
+    for kind in (*vars(builtins).values(), *globals().values()):
+        if isinstance(kind, type) and issubclass(kind, BaseException):
+            constructors[_pickled_name(kind)] = partial(_build_exception, kind)
+    return constructors
+
+
+_UNICODE_ERROR_FIELDS: dict[type[BaseException], list[type]] = {
+    UnicodeDecodeError: [str, bytes, int, int, str],
+    UnicodeEncodeError: [str, str, int, int, str],
+    UnicodeTranslateError: [str, int, int, str],
+}
+
+
+def _build_exception(kind: type[BaseException], *arguments: Any) -> BaseException:
+    """Return an exception of that kind, if it can be printed without harm.
+
+    Printing a Unicode error reads memory at its offsets.  Printing a syntax error opens
+    the file that it names, and writes as many carets as it says.
+    """
+    if kind in _UNICODE_ERROR_FIELDS and not _has_good_offsets(kind, arguments):
+        raise _NotAllowed(f"a {kind.__name__} with offsets outside of its object")
+    if issubclass(kind, SyntaxError) and len(arguments) > 1:
+        raise _NotAllowed(f"a {kind.__name__} with the place of the error")
+    return kind(*arguments)
+
+
+def _has_good_offsets(kind: type[BaseException], arguments: tuple[Any, ...]) -> bool:
+    """Say whether the offsets of a Unicode error are in the object that is at fault."""
+    if list(map(type, arguments)) != _UNICODE_ERROR_FIELDS[kind]:
+        return False
+    *_, faulty, start, end, _ = arguments
+    return bool(0 <= start <= end <= len(faulty))
+
+
+def _has_plain_exception_state(instance: Any) -> bool:
+    """Say whether this is an exception whose class leaves its state to BaseException."""
+    if not isinstance(instance, BaseException):
+        return False
+    setter: Any = type(instance).__setstate__
+    return bool(setter == BaseException.__setstate__)
+
+
+def _set_exception_state(error: BaseException, state: Any) -> None:
+    """Give `error` those attributes that do no harm when it is printed.
+
+    What the class itself knows, such as a `__cause__` or a Unicode error's offsets, is
+    refused, as it was checked when the exception was made, or no pickle sets it.  The
+    names that an ImportError or AttributeError is about are texts.  Python 3.12 imports
+    the module of an ImportError that has a `name_from`, to give a hint: this is dropped.
+    """
+    if type(state) is not dict:
+        raise _NotAllowed("the state of an exception is a dict")
+    for name, value in state.items():
+        if name == "__notes__" and type(value) is list and set(map(type, value)) <= {str}:
+            # The pickle may still add to its list, but not to this copy.
+            vars(error)[name] = value.copy()
+        elif name in ("name", "path") and isinstance(value, (str, type(None))):
+            setattr(error, name, value)
+        elif name in ("name_from", "args"):
+            continue
+        elif type(name) is str and not _is_built_in_attribute(error, name):
+            vars(error)[name] = value
+        else:
+            kind = type(error).__name__
+            raise _NotAllowed(f"no message may set {name!r:.100} of a {kind}")
+
+
+def _is_built_in_attribute(error: BaseException, name: str) -> bool:
+    """Say whether `name` has a meaning to Python, and not only to a program."""
+    if name.startswith("__"):
+        return True
+    built_in = (base for base in type(error).__mro__ if base.__module__ == "builtins")
+    return any(name in vars(base) for base in built_in)
+
+
+######## Addresses and keys: what a node is called, and who may come in
+
+_SPELLINGS = "9000, 'host:9000', ('host', 9000), or a path with a slash"
 
 
 def _parse_address(node: Any) -> Address | None:
-    """Return the one spelling of all that denotes a node; None for one that does not listen."""
+    """Return the one spelling of all that may stand where a node is asked for.
+
+    None stands for a node that does not listen.  Raises ValueError for everything that
+    is no node.
+    """
     address = getattr(node, "address", node)
     if address is None and node is not None:
         return None
-    if isinstance(address, int) and not isinstance(address, bool):
-        address = ("127.0.0.1", address)
-    if isinstance(address, str) and "/" not in address:
-        host, _, port = address.rpartition(":")
-        if port.isascii() and port.isdecimal():
-            address = (host, int(port))
-    if isinstance(address, (str, bytes, os.PathLike)):
-        path = os.fsdecode(address)
-        if "/" in path and "\0" not in path:
-            return os.path.abspath(path)
-    if isinstance(address, tuple) and len(address) == 2:
-        host, port = address
-        is_port = isinstance(port, int) and not isinstance(port, bool) and port in _PORTS
-        if is_port and _is_host(host):
-            if host in ("", "localhost"):
-                host = "127.0.0.1"
-            return str.__str__(host), int(port)
-    raise ValueError(f"not a node: {node!r}; say 9000, 'host:9000', ('host', 9000), "
-                     "or a path with a slash")
+    parsed = _parse_path(address) or _parse_host_and_port(address)
+    if parsed is None:
+        raise ValueError(f"not a node: {node!r:.300}; say {_SPELLINGS}")
+    return parsed
 
 
-def _is_host(host: Any) -> bool:
-    """Return whether a text could be the name or the IPv4 address of a host."""
-    return isinstance(host, str) and ":" not in host and (
-        host.isprintable() and " " not in host and len(host) <= MAX_NAME)
+# The control characters, and the two separators at which Python splits lines.
+_UNPRINTABLE = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)))
+
+
+def _parse_path(address: Any) -> str | None:
+    """Return the absolute path of a Unix socket, or None for what is no path.
+
+    Bytes that are no text stand in it as Python's file names have them.
+    """
+    if not isinstance(address, (str, bytes, os.PathLike)):
+        return None
+    path = os.fsdecode(address)
+    if "/" not in path or not _UNPRINTABLE.isdisjoint(path):
+        return None
+    return os.path.abspath(path)
+
+
+def _parse_host_and_port(address: Any) -> tuple[str, int] | None:
+    """Return the host and port that are meant, or None for what is no such address."""
+    if isinstance(address, str):
+        address = _split_host_and_port(address)
+    elif isinstance(address, int):
+        address = "127.0.0.1", address
+    if not isinstance(address, (tuple, list)) or len(address) != 2:
+        return None
+    host, port = address
+    if not isinstance(port, int) or isinstance(port, bool) or not 0 <= port < 65536:
+        return None
+    if not isinstance(host, str) or not _is_host(host):
+        return None
+    if host == "localhost":
+        host = "127.0.0.1"
+    return host, int(port)
+
+
+MAX_PORT_DIGITS = 5
+
+
+def _split_host_and_port(text: str) -> tuple[str, int] | None:
+    """Return the two parts of "host:9000"; "9000" alone is a port of this machine."""
+    host, colon, digits = text.rpartition(":")
+    if not colon:
+        host = "127.0.0.1"
+    # A text of a million digits must not be made a number.
+    if not digits.isdecimal() or len(digits) > MAX_PORT_DIGITS:
+        return None
+    return host, int(digits)
+
+
+MAX_HOST = 253  # letters, by the rules of DNS
+
+
+def _is_host(host: str) -> bool:
+    """Say whether this can be a host's name or its IPv4 address."""
+    if not 0 < len(host) <= MAX_HOST or not host.isprintable():
+        return False
+    return not any(character in host for character in " :/")
+
+
+MAX_CACHED_ADDRESS = 256  # letters
 
 
 def _parse_address_cached(node: Any) -> Address | None:
-    """Return the same as `_parse_address`, at once for what a handle that travels has."""
-    if type(node) is tuple:
-        return _parse_pair(node)
+    """Return the same as `_parse_address`, fast for the addresses that come again.
+
+    What is long is not kept: strangers' paths must not fill the memory.
+    """
+    # A host that is too long is an error, and errors are not kept.
+    if isinstance(node, tuple):
+        return _parse_and_keep(node)
+    if isinstance(node, str) and len(node) <= MAX_CACHED_ADDRESS:
+        return _parse_and_keep(node)
     return _parse_address(node)
 
 
-# Keys are (host, port): short, so the cache is small.
-_parse_pair: Callable[[Any], "Address | None"] = lru_cache(1024)(_parse_address)
+_parse_and_keep: Callable[[Any], Address | None] = lru_cache(1024)(_parse_address)
 
 
 def _format_address(address: Address | None) -> str:
-    """Return an address as a text, from which it can be parsed; "" for None."""
+    """Return the text of `address` that means the same node; '' if it does not listen."""
     if address is None:
         return ""
     if isinstance(address, str):
         return address
-    return f"{address[0]}:{address[1]}"
+    host, port = address
+    return f"{host}:{port}"
 
 
 def _address_family(address: Address | None) -> int:
-    if isinstance(address, str):
-        return socket.AF_UNIX
-    return socket.AF_INET
+    """Return the family of sockets at such an address."""
+    return socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
 
 
 def _is_loopback(address: Address | None) -> bool:
-    """Return whether only this machine can reach that address.
-
-    A host's name may begin with "127.", and be anywhere.
-    """
+    """Say whether only this machine can reach that address."""
     if not isinstance(address, tuple):
         return True
+    return _numeric_host(address[0]).startswith(b"\x7f")
+
+
+def _is_wildcard(address: Address | None) -> bool:
+    """Say whether this address stands for all that this machine has."""
+    return isinstance(address, tuple) and _numeric_host(address[0]) == bytes(4)
+
+
+def _numeric_host(host: str) -> bytes:
+    """Return the four bytes of an IPv4 address in digits; b"" for the name of a host."""
     try:
-        return socket.inet_aton(address[0])[0] == 127 and address[0].count(".") == 3
-    except OSError:
-        return False
+        return socket.inet_aton(host)
+    except (OSError, ValueError):
+        return b""
 
 
-def _advertised_address(bound: Any, advertise: Any) -> Address:
-    """Return what other nodes dial: `advertise`, or the address at which this node listens.
+def _advertised_address(bound: Address | None, advertise: Any) -> Address | None:
+    """Return the address that other nodes dial to reach the one that is bound.
 
-    A node that listens at all addresses of this machine tells one at which others on its
-    network reach it; not the machine's name, which nobody in a classroom can look up.
+    It is `advertise`, if given; there a host alone takes the port that is bound.
+    Raises ValueError where nobody could dial it.
     """
-    if advertise is not None:
-        if isinstance(advertise, str) and _is_host(advertise) and "/" not in advertise:
-            advertise = (advertise, bound[1])
-        address = _parse_address(advertise)
-        if address is None or isinstance(address, tuple) and address[1] == 0:
-            raise ValueError(f"advertise={advertise!r} is nothing that others can dial")
-        return address
-    if bound[0] != "0.0.0.0":
-        return bound  # type: ignore[no-any-return]
-    # To connect a datagram socket sends nothing, but chooses the address to send from.
+    if advertise is None:
+        if isinstance(bound, tuple) and _is_wildcard(bound):
+            return _network_host(), bound[1]
+        return bound
+    if _is_host_alone(advertise) and isinstance(bound, tuple):
+        advertise = advertise, bound[1]
+    address = _parse_address(advertise)
+    is_free_port = isinstance(address, tuple) and address[1] == 0
+    if address is None or is_free_port or _is_wildcard(address):
+        raise ValueError(f"advertise= is what other nodes dial, not {advertise!r:.300}")
+    return address
+
+
+def _is_host_alone(advertise: Any) -> bool:
+    """Say whether this is a host without a port; digits alone are a port."""
+    if not isinstance(advertise, str) or advertise.isdecimal():
+        return False
+    return _is_host(advertise)
+
+
+def _network_host() -> str:
+    """Return the IPv4 address at which this machine is reached from its network.
+
+    It is not a name, for in a classroom nobody can look that up.  To connect a UDP
+    socket sends nothing; it only has the system choose the address to send from.
+    Without a network it is the loopback address.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("10.255.255.255", 9))
-            return probe.getsockname()[0], bound[1]
-        except OSError:
-            return "127.0.0.1", bound[1]
+        # Any address beyond the router will do, also one that nobody has.
+        with suppress(OSError):
+            probe.connect(("10.255.255.255", 1))
+            return str(probe.getsockname()[0])
+    for index, _ in socket.if_nameindex():
+        address = _host_of_interface(index), 0
+        # An interface may have no address of its own.
+        if not _is_loopback(address) and not _is_wildcard(address):
+            return address[0]
+    return "127.0.0.1"
+
+
+def _host_of_interface(index: int) -> str:
+    """Return the IPv4 address of that network interface; if it has none, another.
+
+    This finds the address on a network without a router: the system need not know a
+    way to a multicast address, as the socket is told which interface to use.
+    """
+    # This is C's ip_mreqn: two addresses that do not matter, and the interface.
+    interface = struct.pack("@8xi", index)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface)
+        probe.connect(("224.0.0.1", 1))
+        return str(probe.getsockname()[0])
+    return "127.0.0.1"
+
+
+MIN_KEY = 16  # bytes, off loopback
+MAKE_KEY = f"python3 {os.path.basename(__file__)} key"
 
 
 def _find_key(key: bytes | str | None, address: Address | None) -> bytes:
-    """Return the key: `key`, or the environment's, or the cookie file's."""
+    """Return `key`, or the environment's, or the cookie file's, whichever is first.
+
+    Raises TypeError for what is no key, and ValueError for one that is empty, or too
+    short for an address that other machines reach.
+    """
     source = "authkey="
     if key is None:
         source = "DISTCONC_AUTHKEY"
-        key = os.environ.get("DISTCONC_AUTHKEY")
+        key = _environment_key()
     if key is None:
-        source = os.environ.get("DISTCONC_COOKIE") or os.path.expanduser("~/.distconc.cookie")
+        source = _cookie_path()
         key = _read_cookie(source)
-    if not isinstance(key, (bytes, str)):
-        raise TypeError(f"authkey= is bytes or a text, not {type(key).__name__}")
     if isinstance(key, str):
-        key = os.fsencode(key) if source == "DISTCONC_AUTHKEY" else key.encode()
+        key = key.encode("utf-8", "surrogateescape")
+    if not isinstance(key, bytes):
+        raise TypeError(f"authkey= is bytes or a str, not a {type(key).__name__}")
     if not key:
         raise ValueError(f"the key from {source} is empty; that would let everybody in")
-    if len(key) < 16 and not _is_loopback(address):
-        raise ValueError(
-            f"the key from {source} is short; off this machine it needs 16 bytes, and random "
-            "ones: python3 -c 'import secrets; print(secrets.token_hex(16))'")
-    return key
+    if len(key) < MIN_KEY and not _is_loopback(address):
+        raise ValueError(f"the key from {source} is short; off this machine it needs "
+                         f"{MIN_KEY} bytes, and random ones, which nobody can guess: "
+                         f"`{MAKE_KEY}` prints such a key")
+    return bytes(key)
+
+
+def _environment_key() -> bytes | None:
+    """Return the key in the environment, in the bytes that it has there."""
+    key = os.environ.get("DISTCONC_AUTHKEY")
+    if key is None:
+        return None
+    return os.fsencode(key)
+
+
+def _cookie_path() -> str:
+    """Return the path of the file that has the key of this user's nodes."""
+    return os.environ.get("DISTCONC_COOKIE") or os.path.expanduser("~/.distconc.cookie")
 
 
 def _read_cookie(path: str) -> bytes:
-    """Return the key in the cookie file, which is made first if there is none."""
-    if not os.path.exists(path):
-        try:
-            _make_cookie(path)
-        except OSError as error:
-            raise OSError(
-                error.errno, f"no cookie file can be made at {path}: {error.strerror}; give a "
-                "key by authkey=, by DISTCONC_AUTHKEY, or in a file that DISTCONC_COOKIE names"
-            ) from None
-    with open(path, "rb") as file:
-        status = os.fstat(file.fileno())
-        if os.name == "posix":
-            if stat.S_IMODE(status.st_mode) & 0o077:
-                raise PermissionError(f"others can read the key in {path}; chmod 600 {path}")
-            if status.st_uid != os.geteuid():
-                raise PermissionError(f"the key in {path} is another user's")
-        return file.read().strip()
+    """Return the key in the cookie file, which is made at first use.
 
-
-def _make_cookie(path: str) -> None:
-    """Make the file with a fresh key, all at once: another process may do the same now."""
-    draft = f"{path}.{os.getpid()}.{threading.get_ident()}"
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    Raises OSError where there can be no such file, PermissionError if it is not this
+    user's alone, ValueError if it is empty.  Blocks for a second at most, while
+    another process makes the file.
+    """
     try:
-        with open(descriptor, "w") as file:
-            file.write(os.urandom(32).hex() + "\n")
-        try:
-            # Unlike a rename, this fails if another process was first.
-            os.link(draft, path)
-        except FileExistsError:
-            pass
-        except OSError:
-            # The file system has no hard links.
-            os.rename(draft, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(draft)
+        if not os.path.lexists(path):
+            _create_cookie(path)
+        file = open(path, "rb")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        text = (f"there is no key in {path}: {reason}; give one with authkey=, in the "
+                "environment's DISTCONC_AUTHKEY, or in a file that DISTCONC_COOKIE names")
+        raise OSError(error.errno, text) from None
+    with file:
+        _check_private(file.fileno(), path)
+        key = _read_when_written(file)
+    if not key:
+        raise ValueError(f"the key from {path} is empty; remove the file to have one made")
+    return key
+
+
+def _create_cookie(path: str) -> None:
+    """Make the cookie file with a fresh random key, unless another process is first.
+
+    The file is made in its place and has no draft that could be left behind.  Of all
+    processes that try, O_EXCL lets one make the file; the others wait for its key.
+    """
+    key = os.urandom(32).hex() + "\n"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(key.encode())
+    except BaseException:
+        # The disk may be full: an empty file would be in the way of the next try.
+        os.unlink(path)
+        raise
+
+
+def _check_private(descriptor: int, path: str) -> None:
+    """Raise PermissionError if anybody but this user could have read the key, or set it."""
+    # On Windows neither owners nor modes say who can read a file.
+    if os.name != "posix":
+        return
+    status = os.fstat(descriptor)
+    if status.st_uid != os.getuid():
+        raise PermissionError(f"the key in {path} belongs to another user; "
+                              "name a file of your own in DISTCONC_COOKIE")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        raise PermissionError(f"others can read the key in {path}; chmod 600 {path}")
+
+
+def _read_when_written(file: Any) -> bytes:
+    """Return the key in `file`; wait for it if the process that makes it just began."""
+    deadline = monotonic() + 1.0
+    key: bytes = file.read().strip()
+    while not key and monotonic() < deadline:
+        sleep(0.01)
+        file.seek(0)
+        key = file.read().strip()
+    return key
 
 
 ######## The wire: handshake, frames, headers
@@ -1974,6 +2330,9 @@ def _make_cookie(path: str) -> None:
 #   kind           "no thread", "returned", "died", or "unreadable"
 #   traceback      a pair: the error's name, and its traceback or the reason it is unreadable
 #
+# A thread may pass a call on to a third node, which knows no way to the caller.  The reply then
+# goes to the node that has passed the call on, and this one sends it to the caller's.
+#
 # A request is ("ps",), ("is alive", id), or ("spawn", func, args, name, register, is_server,
 # link): link is a tag, for which a failure of the new thread is reported, or None.
 
@@ -1987,7 +2346,7 @@ MAX_PAYLOADS = 1 << 16  # in a frame
 MAX_REASON = 1 << 16  # bytes of a pickled reason; of a larger one only the text is sent
 SMALL_PAYLOAD = 2048  # bytes; a larger one has a frame of its own, as copying it costs more
 READ_BUFFER = 1 << 16  # bytes
-MAX_CLOCK = 1 << 52  # of a cause; a greater one would push our own clocks too far
+MAX_CLOCK = 1 << 63  # of a cause
 
 _Header = tuple[Any, ...]
 _Group = tuple[_Header, Sequence["bytes | memoryview"]]  # a header, and the payloads it is for
@@ -2131,6 +2490,12 @@ def _one_line(text: object, limit: int = MAX_LINE) -> str:
     return repr(line)[1:-1]
 
 
+def _clean_lines(text: object) -> str:
+    """Return a peer's text of several lines, such as a traceback, fit to be printed."""
+    lines = str(text)[:MAX_ERROR_TEXT].split("\n")
+    return "\n".join(_one_line(line, MAX_ERROR_TEXT) for line in lines)
+
+
 ######## Connection: one sealed connection, its outbox, its reader and its writer
 
 MAX_BATCH = 400  # messages in a frame
@@ -2195,11 +2560,11 @@ class _RemoteFailure(_Failure):
             raise ValueError(f"{kind!r} is no kind of failure")
         self._connection = connection
         self._kind = kind
-        self._text = str(text)[:MAX_ERROR_TEXT]
+        self._text = _clean_lines(text)
         self._traceback: RemoteError | None = None
         if traceback is not None:
             name, lines = traceback
-            self._traceback = RemoteError(str(name)[:MAX_NAME], str(lines)[:MAX_ERROR_TEXT])
+            self._traceback = RemoteError(_one_line(name, MAX_NAME), _clean_lines(lines))
         self._payload = payload
 
     def is_return(self) -> bool:
@@ -2254,14 +2619,14 @@ class _RemoteEntry(_Entry):
             return self.message is not _UNREADABLE
         # A call from code that runs now would wait for a thread that may wait for this one:
         # `send_synchronous` refuses it.
-        _local.is_loading = True
+        _local.loading_from = self.origin.connection
         try:
             self.message = self.origin.load(self.payload)
         except (Exception, SystemExit) as error:
             self.message = _UNREADABLE
             self._tell_sender(error)
         finally:
-            _local.is_loading = False
+            _local.loading_from = None
         self.payload = None
         if self.message.__class__ is Reply:
             # A reply has a header of its own.  This one is forged, and belongs to no mailbox.
@@ -2311,14 +2676,14 @@ class _RemoteReply(_RemoteEntry):
     __slots__ = ()
 
     def load(self) -> bool:
-        _local.is_loading = True
+        _local.loading_from = self.origin.connection
         try:
             self.message = self.origin.load(self.payload)
         except (Exception, SystemExit) as error:
             text = f"the reply cannot be read here: {_last_line(error)}"
             raise RemoteError(type(error).__name__, text) from None
         finally:
-            _local.is_loading = False
+            _local.loading_from = None
         return True
 
 
@@ -2434,6 +2799,19 @@ class _Connection:
             return False
         self._work.wake_all()
         return True
+
+    def post_reply(self, tag: str, payload: bytes, cause: _EventId | None) -> bool:
+        """Queue a reply as `post` does; one that is too large for the peer fails the call."""
+        return self.post(*self.encode_reply(tag, payload, cause))
+
+    def encode_reply(self, tag: str, payload: bytes,
+                     cause: _EventId | None) -> tuple[_Header, bytes]:
+        """Return the header and the payload of a reply, or of its failure if it is too large."""
+        if len(payload) <= self.max_outgoing:
+            return ("reply", tag, cause), payload
+        error = RemoteError("SerializationError", f"the reply has {len(payload)} bytes, more "
+                            f"than the max_message of the caller's node, {self.max_outgoing}")
+        return _encode_failure(tag, error, cause)
 
     def _has_room(self) -> bool:
         return self.closing or len(self._outbox) < MAX_QUEUED
@@ -2645,7 +3023,7 @@ class _Connection:
         except BaseException as error:
             # Nonsense under the seal may raise anything.
             self.abort()
-            self.broken_by = _last_line(error)
+            self.broken_by = _one_line(_last_line(error))
         finally:
             self._clean_up()
 
@@ -2751,6 +3129,7 @@ class _Connection:
         handle = self._last_caller
         if handle is None or handle.id != id:
             handle = RemoteThread(self.address, id, self.peer.incarnation)
+            handle._named_by = self
             self._last_caller = handle
         return handle
 
@@ -2773,7 +3152,19 @@ class _Connection:
         if not isinstance(tag, str):
             raise TypeError(f"{tag!r:.100} is no tag")
         reply = _RemoteReply(payload, _Origin(self, "a reply", _check_cause(cause)))
-        _pending.resolve(tag, reply, self.peer)
+        if not _pending.resolve(tag, reply, self.peer):
+            self._pass_reply_on(tag, cause, payload)
+
+    def _pass_reply_on(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
+        """Hand on the reply to a call that a thread of this node has passed on to the peer.
+
+        The caller's node watches the thread that was called here, until it gets its reply.
+        """
+        watcher = _registry.remove_watcher(tag)
+        if isinstance(watcher, _RemoteWatcher):
+            caller_connection = self._node._established_with(watcher.peer.incarnation, None)
+            if caller_connection is not None:
+                caller_connection.post_reply(tag, bytes(payload), _check_cause(cause))
 
     def _on_request(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
         """Have the node do something: in a thread of its own, as that may run user's code."""
@@ -2913,7 +3304,7 @@ class _Handshake:
             self._socket.close()
         if not self.dialled:
             self._node._count("strangers")
-            _strangers.add(self.host, error)
+            _log_stranger(self.host, error)
         self.abort(_dial_error(_format_address(self.dialled), error))
         self._node._handshake_ended(self)
 
@@ -3000,7 +3391,9 @@ class _Handshake:
         So each side numbers its connections, and tells the number of this one, and that of the
         oldest which lives there between the two.  What is older than that is over for the peer;
         its end is on its way here, be it the peer's own or silence.  It is waited for, not
-        brought about: nobody can end a connection that lives by claiming to be its peer.
+        brought about.  So who claims to be the peer of a connection that lives does not take
+        its place; but all who have the key are equal, and who was let in as that peer, over a
+        connection of his own, ends both when he ends his: see `Node._connection_closed`.
         """
         if self.dialled:
             connection.send_serials()
@@ -3048,6 +3441,7 @@ class Node(AbstractContextManager["Node"]):
         self.address: Address | None = None  # what others dial
         self.incarnation = _incarnation
         self._listen_address: Address | None = None
+        self._is_exposed = False  # other machines can reach it
         self._is_started = False
         self._stopped = False
         self._accepter: threading.Thread | None = None
@@ -3089,9 +3483,9 @@ class Node(AbstractContextManager["Node"]):
         if allow is not None:
             allow = _check_allow(allow)
         if address is None:
+            advertised = _advertised_address(None, advertise)
             self._set_options(authkey, allow, heartbeat, connect_timeout, max_message)
-            if advertise is not None:
-                self.address = _parse_address(advertise)
+            self.address = advertised
             return
         wanted = _parse_address(address)
         key = _find_key(authkey, wanted)
@@ -3105,6 +3499,7 @@ class Node(AbstractContextManager["Node"]):
         _close_after_fork.add(listener)
         self._set_options(key, allow, heartbeat, connect_timeout, max_message)
         self._listen_address = bound
+        self._is_exposed = not _is_loopback(bound)
         self.address = advertised
         self._listener = listener
         self._accepter = _start_daemon("accepter", self._accept_loop, listener)
@@ -3115,7 +3510,7 @@ class Node(AbstractContextManager["Node"]):
         Nobody knows where that came from; if this node can be reached from other machines, it
         is treated as if from there.
         """
-        return self._loader_for(_is_loopback(self._listen_address))(data)
+        return self._loader_for(not self._is_exposed)(data)
 
     def _loader_for(self, is_local: bool) -> Callable[[Any], Any]:
         """Return the function that loads messages of a node on this machine, or of another."""
@@ -3302,7 +3697,9 @@ class Node(AbstractContextManager["Node"]):
                 for other in others:
                     other.abort()
         self._connections_changed.wake_all()
-        if not others:
+        # One whose peer has proved nothing only claims to be of that node.
+        proved = [each for each in (connection, *others) if each.peer_serial]
+        if proved == [connection]:
             self._contact_lost(connection)
 
     def _contact_lost(self, connection: _Connection) -> None:
@@ -3380,7 +3777,8 @@ class Node(AbstractContextManager["Node"]):
         with self._lock:
             connections = self._connections.copy()
         self._end_connections(connections, deadline)
-        _losses.flush()
+        for log in (_losses, _wrong_keys, _noise):
+            log.flush()
 
     def _end_accepter(self, deadline: float) -> None:
         """Wake the accepter by a connection, as nothing else does on every system; join it."""
@@ -3583,7 +3981,8 @@ class RemoteThread(_Handle):
     another's.  One made by hand equals one made by hand of the same node and id.
     """
 
-    __slots__ = ("_node", "_id", "_incarnation", "_send_header", "_connection")
+    __slots__ = ("_node", "_id", "_incarnation", "_send_header", "_connection",
+                 "_named_by")
 
     def __init__(self, node: NodeLike | None, id: int | str,
                  incarnation: int | None = None) -> None:
@@ -3608,6 +4007,9 @@ class RemoteThread(_Handle):
 
         # The connection over which it was reached last.
         self._connection: _Connection | None = None
+
+        # The connection whose peer has named this thread; None if this process has.
+        self._named_by: _Connection | None = _local.loading_from
 
     @property
     def node(self) -> Address | None:
@@ -3697,16 +4099,38 @@ class RemoteThread(_Handle):
             _pending.resolve(tag, _Entry(data, cause))
             return
         try:
-            self._transmit(("reply", tag, cause), data, cause)
-        except _TooLargeForPeer as error:
-            failure = RemoteError("SerializationError", f"the reply is too large: {error}")
-            self._transmit_payload(*_encode_failure(tag, failure, cause))
-        except SerializationError:
+            payload = serialize(data)
+            _check_size(len(payload), local_node()._max_message)
+            connection = self._connection_for_reply()
+            if not _send_over(connection, *connection.encode_reply(tag, payload, cause)):
+                raise NodeDown(f"the connection to {connection.name} ended before it took it")
+        except Exception as error:
+            _record_lost(error, cause)
             raise
-        except (ValueError, PermissionError) as error:
-            # For its address another key would be needed: the sender was forged.
-            raise NodeUnreachable(str(error)) from error
         _registry.remove_watcher(tag)
+
+    def _connection_for_reply(self) -> _Connection:
+        """Return a connection over which a reply comes to this thread.
+
+        A thread that another node has named is not dialled: its address may be made up, and
+        while a server waits for that, honest callers would wait for the server.  The node that
+        has passed the request on can pass on the reply: see `_Connection._pass_reply_on`.
+        """
+        if self._connection is None or self._connection.closing:
+            self._connection = local_node()._established_with(self._incarnation, self._node)
+        connection = self._connection or self._named_by
+        if connection is None:
+            return self._dial_for_reply()
+        if connection.closing:
+            raise NodeUnreachable(f"this node is not connected to {connection.name} any more")
+        return connection
+
+    def _dial_for_reply(self) -> _Connection:
+        try:
+            return local_node()._connection_to(self._node, self._incarnation)
+        except (ValueError, PermissionError) as error:
+            # For the caller's address another key would be needed.
+            raise NodeUnreachable(str(error)) from error
 
     def _call(self, call: _Call, message: Any, cause: _EventId | None) -> None:
         if self._is_local():
@@ -3729,7 +4153,7 @@ class RemoteThread(_Handle):
         try:
             self._transmit_payload(header, serialize(message), pending)
         except Exception as error:
-            _observer.record(current_thread(), "lost", cause, why=_last_line(error))
+            _record_lost(error, cause)
             raise
 
     def _transmit_payload(self, header: _Header, payload: bytes,
@@ -3738,21 +4162,16 @@ class RemoteThread(_Handle):
         for _ in range(2):
             connection = self._connection
             if connection is None or connection.closing:
-                _check_size(len(payload), local_node()._max_message, SerializationError)
+                _check_size(len(payload), local_node()._max_message)
                 connection = local_node()._connection_to(self._node, self._incarnation)
                 self._connection = connection
             if pending:
                 # Set before it is sent, as contact may be lost at once.
                 pending.watched = connection.peer
-            if len(payload) > connection.max_outgoing:
-                _check_size(len(payload), connection.max_outgoing, _TooLargeForPeer)
+            _check_size(len(payload), connection.max_outgoing)
             if _local.is_logging:
                 _losses.mute(f"{self._id!r} at {connection.name}")
-            if _faults.are_active:
-                was_taken = _faults.send(connection, header, payload)
-            else:
-                was_taken = connection.send(header, payload)
-            if was_taken:
+            if _send_over(connection, header, payload):
                 return
         raise NodeDown(
             f"two connections to {_format_address(self._node)} ended before they took it")
@@ -3773,13 +4192,21 @@ class RemoteThread(_Handle):
         return RemoteThread, (self._node, self._id, self._incarnation)
 
 
-class _TooLargeForPeer(SerializationError):
-    """The message is larger than the other node's `max_message`."""
+def _send_over(connection: _Connection, header: _Header, payload: bytes) -> bool:
+    """Send over that connection; return False if it closes and does not take the message."""
+    if _faults.are_active:
+        return _faults.send(connection, header, payload)
+    return connection.send(header, payload)
 
 
-def _check_size(size: int, limit: int, error: type[SerializationError]) -> None:
+def _record_lost(error: Exception, cause: _EventId | None) -> None:
+    """Record that what the calling thread sent, as the event `cause`, went nowhere."""
+    _observer.record(current_thread(), "lost", cause, why=_last_line(error))
+
+
+def _check_size(size: int, limit: int) -> None:
     if size > limit:
-        raise error(f"{size} bytes are more than max_message, {limit}")
+        raise SerializationError(f"{size} bytes are more than max_message, {limit}")
 
 
 def register_remote_thread(thread: Thread, name: str | None = None) -> None:
@@ -3851,7 +4278,9 @@ def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _Link | None,
     tag = None
     if link:
         tag = link.tag
-    remote_child: RemoteThread = _call_node(address, ("spawn", *request, tag), cause=event)
+    remote_child = _call_node(address, ("spawn", *request, tag), cause=event)
+    if not isinstance(remote_child, RemoteThread):
+        raise RemoteError("TypeError", f"{_format_address(address)} answered with no thread")
     if link:
         _fail_when_lost(link, remote_child._incarnation)
     return remote_child
@@ -3903,6 +4332,7 @@ def _call_node(target: Any, request: tuple[Any, ...], timeout: float | None = No
 
 def _serve_requests(connection: _Connection, requests: Mailbox) -> None:
     """The thread that does what the peer asks of this node; it ends with the connection."""
+    _local.loading_from = connection
     while True:
         request = requests.get()
         if request is None:
@@ -3942,6 +4372,8 @@ def _do_request(connection: _Connection, request: Any, cause: _EventId | None) -
         case ("spawn", function, tuple(args), name, register, is_server, link):
             if not connection._node._may_call(function, connection.is_local):
                 raise _NotAllowed(f"{_function_name(function)} is not among what it allows")
+            if isinstance(name, str) and not name.isprintable():
+                raise ValueError(f"{name!r:.300} has characters that a log cannot show")
             wanted = _request(function, args, name, bool(register))
             watcher = None
             if isinstance(link, str):
@@ -4020,10 +4452,15 @@ class _LimitedLog:
     Each line says how many there were since the last.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, level: str = "WARNING") -> None:
+        self._text = text
+        self._level = level
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, as in the child of a fork."""
         # Guards the two tables.  An RLock, because a `__del__` may interrupt its holder.
         self._lock = threading.RLock()
-        self._text = text
         self._lines: dict[str, _Line] = {}
         self._muted: set[str] = set()
 
@@ -4051,7 +4488,7 @@ class _LimitedLog:
         plural = "s"
         if count == 1:
             plural = ""
-        _log("WARNING", self._text, count, plural, key, why)
+        _log(self._level, self._text, count, plural, key, why)
 
     def _forget_silent(self) -> None:
         """Log what is left of all targets, and forget them."""
@@ -4083,19 +4520,22 @@ class _Losses(_LimitedLog):
         super().add(key, why, count)
 
 
-class _Strangers(_LimitedLog):
-    """Logs who knocked, and was not let in."""
+def _log_stranger(host: str, why: BaseException) -> None:
+    """Log that somebody knocked, and was not let in.
 
-    def add(self, host: str, why: object, count: int = 1) -> None:
-        if isinstance(why, AuthenticationError):
-            super().add(host or "this machine", _one_line(why), count)
-        else:
-            _log("INFO", "a stranger was not let in: %s: %s",
-                 type(why).__name__, _one_line(why))
+    All of them share a line, as there may be as many hosts as attempts.
+    """
+    where = host or "this machine"
+    if isinstance(why, AuthenticationError):
+        _wrong_keys.add("did not get in", f"{where}: {_one_line(why)}", 1)
+    else:
+        reason = f"{type(why).__name__}: {_one_line(why)}"
+        _noise.add("did not get in", f"{where}: {reason}", 1)
 
 
 _losses = _Losses("lost %d message%s to %s: %s")
-_strangers = _Strangers("%d stranger%s from %s did not get in: %s")
+_wrong_keys = _LimitedLog("%d stranger%s %s; the last came from %s")
+_noise = _LimitedLog("%d stranger%s without a key %s; the last came from %s", "INFO")
 
 
 PRINTER_TIMEOUT = 1.0  # seconds
@@ -4587,12 +5027,14 @@ def _after_fork() -> None:
     _local.exit_hook = None
     for table in (_registry, _pending, _process, _faults):
         table.__init__()  # type: ignore[misc]
-    _losses.__init__(_losses._text)  # type: ignore[misc]
-    _strangers.__init__(_strangers._text)  # type: ignore[misc]
+    for log in (_losses, _wrong_keys, _noise):
+        log.forget()
     if parent is not None:
         # It dials with the parent's key, and lets in what the parent lets in.
-        local_node()._set_options(parent._key, parent._allow, parent._heartbeat,
-                                  parent._connect_timeout, parent._max_message)
+        child = local_node()
+        child._set_options(parent._key, parent._allow, parent._heartbeat,
+                           parent._connect_timeout, parent._max_message)
+        child._is_exposed = parent._is_exposed
     _observer.after_fork()
 
 
@@ -4710,6 +5152,8 @@ class faults:
 
 ######## Traces: trace
 
+MAX_CLOCK_JUMP = 1 << 32  # how far the cause of an event may be ahead of all our clocks
+
 
 class _Recorder(_Observer):
     """Records events in a file of this process's own, if `trace` was called.
@@ -4723,6 +5167,7 @@ class _Recorder(_Observer):
         # RLock, because a `__del__` that sends may interrupt its holder.
         self._lock = threading.RLock()
         self._clocks: dict[int, int] = {}  # thread's id -> clock; 0 is the node
+        self._latest_clock = 0  # the greatest of them
         self._descriptor = -1
         self.directory = ""  # "" while nothing is recorded
         self.is_recording = False
@@ -4768,8 +5213,6 @@ class _Recorder(_Observer):
             name = thread.name
         about.update(process=f"{_incarnation:016x}", node=str(local_node()), thread=thread_id,
                      name=name, event=event)
-        if cause:
-            about["cause"] = cause
         return self._write(thread_id, cause, about)
 
     def _write(self, thread_id: int, cause: _EventId | None,
@@ -4784,10 +5227,13 @@ class _Recorder(_Observer):
             if thread_id == 0:
                 # The node's own events come after all that its threads did.
                 earlier.extend(self._clocks.values())
-            if cause:
+            # No event is so far ahead.  A peer that says so would push our clocks to the end.
+            if cause and cause[2] <= self._latest_clock + MAX_CLOCK_JUMP:
                 earlier.append(cause[2])
+                about["cause"] = cause
             clock = max(earlier) + 1
             self._clocks[thread_id] = clock
+            self._latest_clock = max(self._latest_clock, clock)
             about.update(clock=clock, time=time())
             try:
                 os.write(self._descriptor, json.dumps(about).encode() + b"\n")
@@ -5365,7 +5811,7 @@ def _format_shiviz(events: list[_Event], all_events: list[_Event],
     return "".join(lines)
 
 
-######## At the shell: main, and its commands demo, node, send, call, ps, chart
+######## At the shell: main, and its commands demo, node, send, call, ps, chart, key
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -5413,6 +5859,7 @@ def _make_parser() -> Any:
     _add_call(commands)
     _add_ps(commands)
     _add_chart(commands)
+    _add_key(commands)
     return parser
 
 
@@ -5616,6 +6063,16 @@ def _run_chart(directory: str, output: str, format: str, first: int, last: float
             file.write(drawing)
     else:
         sys.stdout.write(drawing)
+
+
+def _add_key(commands: Any) -> None:
+    _add_command(
+        commands, "key", _run_key,
+        "Print a random key, for DISTCONC_AUTHKEY or authkey= on all nodes of a group.")
+
+
+def _run_key() -> None:
+    print(os.urandom(16).hex())
 
 
 def _own_name() -> str:

@@ -5,7 +5,9 @@ import array
 import ast
 import contextlib
 import copy
+import copyreg
 import ctypes
+import datetime
 import difflib
 import dis
 import enum
@@ -54,7 +56,8 @@ from contextlib import contextmanager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from multiprocessing.connection import answer_challenge, Client, deliver_challenge, Listener
+from multiprocessing.connection import (
+    answer_challenge, Client, Connection, deliver_challenge, Listener)
 from multiprocessing.managers import BaseManager
 from statistics import median
 from time import monotonic, perf_counter, process_time
@@ -1250,6 +1253,409 @@ class SerializeTests(Case):
                 self.assertIn("message", str(error))
 
 
+######## What allow lets in
+
+
+class Strict(Exception):
+    code = None
+
+    def __init__(self, one, two):
+        super().__init__(one, two)
+
+
+def short_text(word):
+    return b"\x8c" + bytes([len(word)]) + word.encode()
+
+
+def named(thing):
+    return short_text(thing.__module__) + short_text(thing.__qualname__) + b"\x93"
+
+
+def built(start, state, end=b""):
+    """Return the pickle that says BUILD, with `state`, of what `start` leaves on the stack."""
+    body = pickle.dumps(state, 2)[2:-1]
+    return b"\x80\x04" + start + body + b"b" + end + b"."
+
+
+class AllowCase(Case):
+    def load(self, data, *allow):
+        return distconc._make_loader(allow)(data)
+
+    def trip(self, thing, *allow):
+        return self.load(pickle.dumps(thing, 5), *allow)
+
+    def assert_refused(self, data, *allow):
+        self.assertRaises(distconc._NotAllowed, self.load, data, *allow)
+
+
+class ExceptionsThatComeInTests(AllowCase):
+    def test_a_unicode_error_whose_offsets_are_outside_of_its_object_is_refused(self):
+        for args in ((("u", b"x", -(1 << 40), 1, "r"), ("u", b"x", 0, 1 << 40, "r"),
+                      ("u", b"x", 1, 0, "r"), ("u", "x", 0, 1, "r"), ("u", b"x", 0, 1, 7))):
+            with self.subTest(args):
+                self.assert_refused(pickle.dumps(Reduced(UnicodeDecodeError, args)))
+        self.assert_refused(pickle.dumps(Reduced(UnicodeEncodeError, ("u", "x", -9, 1, "r"))))
+        error = Reduced(UnicodeTranslateError, ("x", 0, 1 << 40, "r"))
+        self.assert_refused(pickle.dumps(error))
+
+    def test_a_state_cannot_move_the_offsets_of_a_unicode_error(self):
+        data = pickle.dumps(Reduced(UnicodeDecodeError, ("u", b"x", 0, 1, "r"),
+                                    {"start": -(1 << 40)}))
+        self.assert_refused(data)
+        self.assert_refused(data, echo)
+
+    def test_a_true_unicode_error_gets_in(self):
+        for wrong in (lambda: b"\xff".decode(), lambda: "\xff".encode("ascii")):
+            with self.assertRaises(UnicodeError) as caught:
+                wrong()
+            back = self.trip(caught.exception)
+            self.assertEqual(str(back), str(caught.exception))
+        error = UnicodeTranslateError("abc", 1, 2, "why")
+        self.assertEqual(self.trip(error).args, error.args)
+
+    def test_name_from_of_an_import_error_does_not_get_in(self):
+        state = {"name_from": "x", "name": "antigravity"}
+        data = pickle.dumps(Reduced(ImportError, ("no",), state))
+        self.assertIsNone(getattr(self.load(data), "name_from", None))
+        self.assertEqual(self.load(data).name, "antigravity")
+
+    def test_the_name_of_an_import_error_is_a_text(self):
+        self.assert_refused(pickle.dumps(Reduced(ImportError, ("no",), {"name": [1]})))
+
+    def test_a_true_import_error_keeps_its_name(self):
+        try:
+            import no_such_module_at_all  # noqa: F401
+        except ImportError as error:
+            back = self.trip(error)
+        self.assertEqual(type(back), ModuleNotFoundError)
+        self.assertEqual(back.name, "no_such_module_at_all")
+        try:
+            [].nothing
+        except AttributeError as error:
+            self.assertEqual(self.trip(error).args, error.args)
+
+    def test_no_state_sets_what_python_itself_reads_of_an_exception(self):
+        for name, value in (("__cause__", ValueError()), ("__context__", ValueError()),
+                            ("__traceback__", None), ("__notes__", [1]), ("__notes__", "x"),
+                            ("filename", 7), ("__class__", 1), (7, 7)):
+            with self.subTest(name):
+                self.assert_refused(pickle.dumps(Reduced(OSError, (2, "no"), {name: value})))
+        self.assert_refused(pickle.dumps(Reduced(ValueError, (), (None, {"x": 1}))))
+
+    def test_notes_are_texts_even_if_the_pickle_adds_to_them_later(self):
+        notes = ["one"]
+        error = Reduced(ValueError, ("v",), {"__notes__": notes})
+        back = self.load(pickle.dumps([error, notes]))
+        self.assertEqual(back[0].__notes__, ["one"])
+        self.assertIsNot(back[0].__notes__, back[1])
+
+    def test_attributes_that_mean_nothing_to_python_get_in(self):
+        error = ValueError("v")
+        error.code = [5]
+        self.assertEqual(self.trip(error).code, [5])
+
+    def test_a_syntax_error_that_names_a_place_is_refused(self):
+        place = ("file", 1, 1, "text", 1, 1 << 40)
+        self.assert_refused(pickle.dumps(SyntaxError("no", place)))
+        self.assertEqual(self.trip(SyntaxError("no")).args, ("no",))
+
+    def test_no_exception_is_made_without_its_constructor(self):
+        body = b"\x80\x04" + named(UnicodeDecodeError) + b")\x81."  # NEWOBJ
+        with self.assertRaises(Exception):
+            self.load(body)
+
+    def test_our_own_errors_and_the_built_in_ones_get_in(self):
+        for error in (ValueError("v"), OSError(2, "no"), KeyError(1), StopIteration(1),
+                      NodeDown("d"), ThreadDied(None, None, "t"), RemoteError("a", "b"),
+                      AuthenticationError("a"), SystemExit(3)):
+            back = self.trip(error)
+            self.assertEqual((type(back), back.args), (type(error), error.args))
+        back = self.trip(LinkedError(ValueError("x"), RemoteThread(9000, "y")))
+        self.assertEqual(repr(back.error), "ValueError('x')")
+        self.assertEqual(back.thread, RemoteThread(9000, "y"))
+
+    def test_a_listed_exception_keeps_its_attributes_and_no_cause_is_forged(self):
+        error = Strict(1, 2)
+        error.code = 5
+        self.assertEqual(self.trip(error, Strict).code, 5)
+        self.assert_refused(pickle.dumps(Reduced(Strict, (1, 2), {"__cause__": 1})), Strict)
+
+
+class AllowTests(AllowCase):
+    def setUp(self):
+        self.defaults = echo.__defaults__
+
+    def test_no_message_changes_a_listed_function(self):
+        for state in (None, {"__defaults__": (1,)}), {"note": 1}:
+            with self.subTest(state):
+                self.assert_refused(built(named(echo), state), echo)
+        self.assertEqual((echo.__defaults__, vars(echo)), (self.defaults, {}))
+
+    def test_no_message_changes_a_listed_class(self):
+        for state in (None, {"forged": 1}), {"forged": 1}:
+            self.assert_refused(built(named(Point), state), Point)
+        self.assertFalse(hasattr(Point, "forged"))
+
+    def test_no_message_changes_what_a_listed_function_gives_back(self):
+        call = named(echo) + named(Point) + b"\x85R"  # echo(Point)
+        self.assert_refused(built(call, (None, {"forged": 1})), Point, echo)
+        self.assertFalse(hasattr(Point, "forged"))
+
+    def test_no_message_changes_a_class_of_plain_data(self):
+        for kind in RemoteThread, Reply, uuid.UUID, datetime.date, NodeDown:
+            for state in (None, {"forged": 1}), {"forged": 1}:
+                with self.subTest(kind), self.assertRaises(Exception):
+                    self.load(built(named(kind), state))
+            self.assertFalse(hasattr(kind, "forged"))
+
+    def test_stand_ins_cannot_be_chained(self):
+        link = named(complex) + b"(" + named(range) + b")}Ntb"  # as partial takes it
+        self.assert_refused(b"\x80\x04" + link + b"K\x03\x85R.")  # and calls it with 3
+        self.assertEqual(self.trip(1j), 1j)
+
+    def test_a_class_itself_is_refused_wherever_it_hides(self):
+        down = Down(Monitor(1, "t"), RemoteThread(9000, 1), ValueError)
+        for value in (ValueError, [complex], {"k": (NodeDown,)}, Reply(RemoteThread, "t"), down,
+                      ValueError(complex), [RemoteThread(9000, 1), RemoteThread],
+                      [uuid.uuid4(), RemoteThread], [RemoteThread] * 3):
+            with self.subTest(value):
+                self.assert_refused(pickle.dumps(value, 5))
+        self.assert_refused(pickle.dumps([Point(ValueError)], 5), Point)
+        for value in {complex}, {complex: 1}, {(complex,): 1}:
+            with self.subTest(value):
+                self.assert_refused(pickle.dumps(value, 5))
+
+    def test_extension_codes_are_refused_though_they_were_seen_before(self):
+        copyreg.add_extension("os", "getpid", 0xF0)
+        try:
+            data = b"\x80\x02\x82\xf0)R."
+            self.assertEqual(pickle.loads(data), os.getpid())  # which caches it
+            self.assert_refused(data)
+            self.assert_refused(data, echo)
+            self.assertEqual(self.trip([1, RemoteThread(9000, 1)]), [1, RemoteThread(9000, 1)])
+        finally:
+            copyreg.remove_extension("os", "getpid", 0xF0)
+
+    def test_a_registered_code_is_refused_by_a_loader_older_than_it(self):
+        load = distconc._make_loader([])
+        copyreg.add_extension("os", "getpid", 0xF0)
+        try:
+            pickle.loads(b"\x80\x02\x82\xf0.")
+            self.assertRaises(distconc._NotAllowed, load, b"\x80\x02\x82\xf0)R.")
+        finally:
+            copyreg.remove_extension("os", "getpid", 0xF0)
+
+    def test_plain_data_and_what_is_listed_comes_back_equal(self):
+        zone = datetime.timezone(datetime.timedelta(hours=1), "x")
+        plain = [None, True, 1 << 70, 1j, range(5), bytearray(b"x"), {1}, frozenset("a"),
+                 uuid.uuid4(),
+                 datetime.datetime(2020, 1, 1, fold=1, tzinfo=zone), datetime.time(1, fold=1),
+                 datetime.date(2020, 2, 29), RemoteThread(9000, 1), Reply(1, "t")]
+        self.assertEqual(self.trip(plain), plain)
+        mixed = [*plain, Point(7), echo, Point]
+        self.assertEqual(self.trip(mixed, Point, echo), mixed)
+        self.assertEqual(self.trip(mixed, Point, echo)[9].fold, 1)
+
+    def test_a_ring_gets_in_and_a_date_that_is_none_does_not(self):
+        ring = [RemoteThread(9000, 1)]
+        ring.append(ring)
+        back = self.trip(ring)
+        self.assertIs(back[1], back)
+        for kind, fields in ((datetime.date, b"\x07\xe4\x01\xff"),
+                             (datetime.time, b"\x17\xff\xff\0\0\0")):
+            with self.subTest(kind), self.assertRaises(ValueError):
+                self.load(pickle.dumps(Reduced(kind, (fields,))))
+
+    def test_what_is_not_named_is_never_imported(self):
+        sys.modules.pop("antigravity", None)
+        name = short_text("antigravity") + short_text("fly") + b"\x93"
+        self.assert_refused(b"\x80\x04" + name + b".")
+        self.assertNotIn("antigravity", sys.modules)
+
+    def test_allow_takes_classes_and_functions_themselves(self):
+        def local():
+            pass
+        for item in (Point().__eq__, Point.__eq__, list[int], Point(), "os.system", None, os,
+                     [].append, str.join, local, functools.lru_cache(echo),
+                     types.SimpleNamespace(__qualname__="x", __module__="y")):
+            with self.subTest(item), self.assertRaises(TypeError):
+                distconc._check_allow([item])
+        for allow in "os.system", 7, None, Point, "":
+            with self.subTest(allow), self.assertRaises(TypeError):
+                distconc._check_allow(allow)
+        self.assertEqual(distconc._check_allow([Point, echo, len]), (Point, echo, len))
+        self.assertIs(distconc._make_loader("anything"), pickle.loads)
+
+
+######## Addresses and keys
+
+
+class AddressTests(Case):
+    def test_what_is_no_address_is_an_error_at_once(self):
+        for node in ("", "h", "h:", ":", "h:x", "h:90O0", "a\0b:1", "a\nb:1", "/a\0b", "/a\nb",
+                     "/a\x1bb", "/a\x9bb", ("h", True), ("h", -1), ("h", 65536), ("h", 1.0),
+                     ("", 1), True, -1, 70000, ("h",), ("h", 1, 2), 1.5, b"h:1", b"127.0.0.1:1",
+                     None, object(), "h h:1", ("a:b", 1), ":9", "h:" + "0" * 100 + "1",
+                     "h:" + "9" * 5000, "h" * 300 + ":1", ("h\udc80", 1)):
+            with self.subTest(repr(node)[:50]), self.assertRaises((ValueError, TypeError)):
+                distconc._parse_address(node)
+
+    def test_every_spelling_comes_to_one(self):
+        for node in (9000, "9000", "127.0.0.1:9000", ("127.0.0.1", 9000), "localhost:9000",
+                     ["localhost", 9000]):
+            self.assertEqual(distconc._parse_address(node), ("127.0.0.1", 9000))
+
+    def test_a_path_of_any_bytes_has_a_text_that_means_it(self):
+        path = os.fsdecode(b"/tmp/\xff\xfe:9000")
+        for node in path, b"/tmp/\xff\xfe:9000":
+            address = distconc._parse_address(node)
+            self.assertEqual(os.fsencode(address), b"/tmp/\xff\xfe:9000")
+            text = distconc._format_address(address)
+            self.assertEqual(distconc._parse_address(text), address)
+        self.assertEqual(distconc._format_address(None), "")
+
+    def test_long_paths_are_not_kept(self):
+        distconc._parse_and_keep.cache_clear()
+        for number in range(50):
+            distconc._parse_address_cached(f"/{number}" + "x" * 1000)
+        self.assertEqual(distconc._parse_and_keep.cache_info().currsize, 0)
+
+    def test_only_digits_that_begin_with_127_are_loopback(self):
+        for host, expected in (("127.0.0.1", True), ("127.9.9.9", True), ("127.1", True),
+                               ("127.evil.org", False), ("127.0.0.1.evil.org", False),
+                               ("127.", False), ("10.0.0.1", False), ("h", False)):
+            with self.subTest(host):
+                self.assertIs(distconc._is_loopback((host, 1)), expected)
+        self.assertTrue(distconc._is_loopback("/run/x"))
+        self.assertTrue(distconc._is_loopback(None))
+
+    def test_what_is_advertised_can_be_dialled(self):
+        advertised, everywhere = distconc._advertised_address, ("0.0.0.0", 9000)
+        host, port = advertised(everywhere, None)
+        self.assertNotEqual(distconc._numeric_host(host), b"")
+        self.assertNotEqual(host, "0.0.0.0")
+        self.assertEqual(port, 9000)
+        self.assertEqual(advertised(everywhere, "public.example"), ("public.example", 9000))
+        self.assertEqual(advertised(everywhere, "public.example:7"), ("public.example", 7))
+        self.assertEqual(advertised(("10.0.0.9", 5), None), ("10.0.0.9", 5))
+        self.assertIsNone(advertised(None, None))
+        for wrong in 0, "h:0", ("0.0.0.0", 9), "0.0.0.0", "", "a b", True, 1.5:
+            with self.subTest(wrong), self.assertRaises(ValueError):
+                advertised(everywhere, wrong)
+        with self.assertRaises(ValueError):
+            advertised("/run/x", "h")
+
+    def test_without_a_network_the_loopback_address_is_advertised(self):
+        with mock.patch("socket.socket.connect", side_effect=OSError("no network")):
+            self.assertEqual(distconc._network_host(), "127.0.0.1")
+
+
+class KeyTests(Case):
+    LOCAL = ("127.0.0.1", 1)
+
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = directory.name
+        self.path = os.path.join(directory.name, "cookie")
+
+    def environment(self, **changes):
+        changed = {name: value for name, value in os.environ.items()
+                   if not name.startswith("DISTCONC_")}
+        changed.update(changes)
+        patch = mock.patch.dict(os.environ, changed, clear=True)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_only_bytes_and_text_are_keys(self):
+        for key in (bytearray(b"k" * 20), [1] * 20, (1,) * 20, range(20), 20,
+                    memoryview(b"k" * 20), True):
+            with self.subTest(key), self.assertRaises(TypeError):
+                distconc._find_key(key, self.LOCAL)
+        self.assertEqual(distconc._find_key("k\xe9", self.LOCAL), "k\xe9".encode())
+        for key in b"", "":
+            self.assertRaises(ValueError, distconc._find_key, key, self.LOCAL)
+
+    def test_the_environment_may_have_a_key_of_any_bytes(self):
+        self.environment()
+        os.environb[b"DISTCONC_AUTHKEY"] = b"\xff\xfe\x80key"
+        self.assertEqual(distconc._find_key(None, self.LOCAL), b"\xff\xfe\x80key")
+        same = os.environ["DISTCONC_AUTHKEY"]
+        self.assertEqual(distconc._find_key(same, self.LOCAL), b"\xff\xfe\x80key")
+
+    def test_a_short_key_is_refused_off_loopback_and_the_text_makes_a_good_one(self):
+        for host in "10.0.0.1", "127.evil.org", "0.0.0.0":
+            with self.assertRaisesRegex(ValueError, "random.*python3 distconc.py key"):
+                distconc._find_key("short", (host, 1))
+        self.assertEqual(distconc._find_key("é" * 8, ("10.0.0.1", 1)), "é".encode() * 8)
+        command = distconc.MAKE_KEY.replace("python3", sys.executable, 1)
+        made = subprocess.run(command, shell=True, capture_output=True, check=True,
+                              cwd=os.path.dirname(MODULE)).stdout
+        self.assertEqual(len(made.strip()), 32)
+
+    def test_the_argument_comes_before_the_environment_before_the_cookie(self):
+        self.environment(DISTCONC_COOKIE=self.path)
+        cookie = distconc._find_key(None, self.LOCAL)
+        self.assertEqual(distconc._read_cookie(self.path), cookie)
+        os.environ["DISTCONC_AUTHKEY"] = "environment"
+        self.assertEqual(distconc._find_key(None, self.LOCAL), b"environment")
+        self.assertEqual(distconc._find_key("argument", self.LOCAL), b"argument")
+
+    def test_a_cookie_is_made_for_its_user_alone_and_nothing_else_is_left(self):
+        key = distconc._read_cookie(self.path)
+        self.assertGreaterEqual(len(key), 32)
+        self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
+        self.assertEqual(os.listdir(self.directory), ["cookie"])
+        self.assertEqual(distconc._read_cookie(self.path), key)
+
+    def test_who_finds_that_another_was_first_takes_its_key(self):
+        key = distconc._read_cookie(self.path)
+        with mock.patch("os.path.lexists", return_value=False):
+            self.assertEqual(distconc._read_cookie(self.path), key)
+
+    def test_a_cookie_is_made_where_there_are_no_hard_links(self):
+        with mock.patch("os.link", side_effect=OSError("no hard links")):
+            self.assertGreaterEqual(len(distconc._read_cookie(self.path)), 32)
+        self.assertEqual(os.listdir(self.directory), ["cookie"])
+
+    def test_where_no_cookie_can_be_made_the_error_says_three_ways(self):
+        no_home = os.path.join(self.directory, "nowhere", "cookie")
+        os.symlink("nothing", os.path.join(self.directory, "dangling"))
+        dangling = os.path.join(self.directory, "dangling")
+        for path in no_home, self.directory, dangling, "/proc/cookie":
+            with self.subTest(path), self.assertRaises(OSError) as caught:
+                distconc._read_cookie(path)
+            for way in path, "authkey=", "DISTCONC_AUTHKEY", "DISTCONC_COOKIE":
+                self.assertIn(way, str(caught.exception))
+        self.assertEqual(os.listdir(self.directory), ["dangling"])
+
+    def test_a_full_disk_leaves_nothing_behind(self):
+        with mock.patch("os.urandom", return_value=mock.Mock(hex=lambda: "key")):
+            full = OSError(28, "No space left on device")
+            with mock.patch("builtins.open", side_effect=full):
+                self.assertRaises(OSError, distconc._read_cookie, self.path)
+        self.assertEqual(os.listdir(self.directory), [])
+
+    def test_a_cookie_that_others_can_read_or_that_is_anothers_is_refused(self):
+        distconc._read_cookie(self.path)
+        for mode in 0o640, 0o604, 0o602:
+            os.chmod(self.path, mode)
+            with self.assertRaisesRegex(PermissionError, "cookie; chmod 600"):
+                distconc._read_cookie(self.path)
+        os.chmod(self.path, 0o600)
+        with mock.patch("os.getuid", return_value=os.getuid() + 1):
+            with self.assertRaisesRegex(PermissionError, "cookie belongs to another user"):
+                distconc._read_cookie(self.path)
+
+    def test_an_empty_cookie_is_an_error_and_one_that_is_being_written_is_waited_for(self):
+        with open(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+            self.assertRaises(ValueError, distconc._read_cookie, self.path)
+            def write_it(_):
+                print("later", file=file, flush=True)
+            with mock.patch.object(distconc, "sleep", write_it):
+                self.assertEqual(distconc._read_cookie(self.path), b"later")
+
+
 ######## The module as a whole
 
 CONTRACT = """
@@ -1511,6 +1917,19 @@ def pass_on(to):
 def answer_passed(suffix):
     request = receive_if(Synchronous, T)
     reply_synchronous(request.data + suffix, request)
+
+
+def answer_at_length(size):
+    reply_synchronous(b"x" * size, receive_if(Synchronous, T))
+
+
+def tell_outcome(server, whom):
+    """Call, and tell `whom` the reply, or the error."""
+    try:
+        outcome_here = send_synchronous("hi", server, T)
+    except DistconcError as error:
+        outcome_here = error
+    send(outcome_here, whom)
 
 
 def try_send(message, thread):
@@ -2228,7 +2647,7 @@ class TheWire(Net):
     def test_a_cause_beyond_the_limits_or_that_is_none_is_that_of_an_unknown_event(self):
         traces, peer = self.trace(), self.dial()
         odd = [("ab" * 8, *event) for event in
-               [(7, 1 << 52), (7, 1 << 60), (7, 0), (10**5000, 1), (-1, 1), (1,), ("x", 1),
+               [(7, 1 << 63), (7, 1 << 60), (7, (1 << 52) - 1), (7, 0), (10**5000, 1), (-1, 1), (1,), ("x", 1),
                 (1, None), (1, math.nan), (1, 2.0)]]
         odd += [5, None, "ab", (), (7, 1, 1)]
         peer.write(*((("send", None, "kept", cause), pickle.dumps("odd")) for cause in odd))
@@ -2236,7 +2655,7 @@ class TheWire(Net):
         send("own", self.kept)
         self.got(self.kept, len(odd) + 1)
         found = records(traces)
-        self.assertLess(max(record["clock"] for record in found), 1 << 52)
+        self.assertLess(max(record["clock"] for record in found), 1000)
         causes = [r.get("cause") for r in found if r.get("message") == "'odd'"]
         self.assertEqual(causes, [None] * len(odd))
 
@@ -2367,6 +2786,20 @@ class TheWire(Net):
         self.assertEqual((type(error), error.type), (RemoteError, "AttributeError"))
         self.assertIs(receive(0, NOTHING), NOTHING)
 
+    def test_what_a_peer_says_of_a_failure_has_no_escape_codes(self):
+        peer, address = self.accept()
+        ugly = "line\nor\r\x1b[31m\x07\u2028"
+        for kind, traceback_ in (("no thread", None), ("unreadable", (ugly, ugly)),
+                                 ("died", (ugly, ugly)), ("returned", None)):
+            with self.subTest(kind):
+                error = self.fail_raw(peer, address, kind, ugly * 10_000, traceback_)
+                shown = [str(error)]
+                if kind == "died":
+                    shown += [str(error.reason), error.reason.type]
+                for text in shown:
+                    self.assertTrue(text.replace("\n", "").isprintable(), text[:200])
+                    self.assertLess(len(text), 100_000)
+
     def test_a_node_monitors_and_unwatches_over_the_wire(self):
         peer, address = self.accept()
         target = RemoteThread(address, "there")
@@ -2457,6 +2890,81 @@ class TheWire(Net):
         self.assertTrue(old.is_cut() and old.has_read_end)
         self.assertEqual(late.call(2, "echo"), 2)
 
+    def test_a_connection_that_lives_is_not_replaced_on_a_claim(self):
+        true = self.dial(address="127.0.0.1:7")
+        self.assertEqual(true.call(1, "echo"), 1)
+        claims_address = self.dial(address="127.0.0.1:7")
+        claims_both = self.knock(address="127.0.0.1:7")
+        claims_both.fields[3] = true.fields[3]
+        claims_both.challenge().greet().introduce(oldest=1)
+        while len(self.node._established) < 3:
+            receive(0.01, None)
+        for handle in (RemoteThread(("127.0.0.1", 7), "there"),
+                       RemoteThread(("127.0.0.1", 7), 5, true.incarnation)):
+            send("for the true one", handle)
+            self.assertEqual(pickle.loads(true.read()[-1]), "for the true one")
+        for peer in claims_address, claims_both:
+            peer.end()
+            self.assertTrue(peer.is_cut())
+
+    def test_a_caller_who_takes_only_small_replies_harms_no_server(self):
+        server = get_remote_thread("echo")
+        with RawPeer.knock(self.node) as peer:
+            peer.fields[5] = "1"
+            peer.challenge().greet().introduce()
+            peer.ask("x" * 1000, "echo")
+            kind, tag, how, text, traceback_, cause, payload = peer.read()
+            self.assertEqual((kind, tag, how), ("failed", "tag", "unreadable"))
+            self.assertIn("max_message", text)
+        self.assertTrue(server.is_alive())
+        self.assertEqual(self.dial().call(2, "echo"), 2)
+
+    def test_an_unknown_name_of_8_mib_is_told_at_once(self):
+        for number in range(100, 130):
+            self.here(collect, name=f"{number}" * 50)
+        peer, start = self.dial(), monotonic()
+        peer.write((("send", None, "1" * (8 << 20), None), pickle.dumps(1)))
+        kind, name, why, *_ = peer.read()
+        self.assertEqual(kind, "undelivered")
+        self.assertLess(monotonic() - start, 1.5)
+        self.assertLess(len(why), 2000)
+
+    def test_a_request_in_a_request_a_thousand_times_is_traced_and_received(self):
+        traces, peer, received = self.trace(), self.dial(), queue.Queue()
+        self.here(lambda: [received.put(receive(T)) for _ in range(2)], name="reads")
+        handle = pickle.dumps(RemoteThread(9000, 1), 2)[2:-1]
+        nested_requests = (b"\x80\x04" + named(Synchronous) * 1000 + short_text("innermost")
+                           + (handle + short_text("t") + b"\x87R") * 1000 + b".")
+        peer.write((("send", None, "reads", None), nested_requests))
+        peer.send("after it", "reads")
+        self.assertIsInstance(received.get(timeout=T), Synchronous)
+        self.assertEqual(received.get(timeout=T), "after it")
+        shown = [r["message"] for r in records(traces) if r["event"] == "receive"]
+        self.assertEqual(shown[1], "'after it'")
+        self.assertLess(len(shown[0]), 300)
+
+    def test_a_message_to_the_id_0_is_counted_and_told(self):
+        peer = self.dial()
+        before = self.node.stats()["undelivered"]
+        peer.send("to nobody", 0)
+        self.assertEqual(peer.read()[:2], ("undelivered", 0))
+        with Records() as log:
+            send("to nobody", RemoteThread(self.node, 0))
+            self.assertEqual(log.lost(", 0)"), 1)
+        self.assertEqual(self.node.stats()["undelivered"], before + 2)
+
+    def test_what_broke_a_connection_is_one_clean_line_of_the_log(self):
+        name = b"\x8c\x0aos\x1b[31m\nxy"[:12] + b"\x8c\x03a\nb"
+        for envelope in b"\x80\x04" + name + b"\x93.", b"\x80\x04\x1b":
+            with self.subTest(envelope), Records() as log:
+                log.informed()
+                peer = self.dial()
+                with suppress(Cut):
+                    peer.pour(peer.seal(envelope))
+                text = log.get().getMessage()
+                self.assertIn("lost", text)
+                self.assertTrue(text.isprintable(), text)
+
     # One bit wrong
 
     def assert_shut(self, peer, mark, *steps):
@@ -2542,6 +3050,34 @@ class TheWire(Net):
         linked.send("end")
         self.assertTrue(linked.join(T))
         self.assertGreaterEqual(self.node.stats()["strangers"] - before, len(changes))
+
+    def test_whom_we_dial_and_who_has_no_key_disturbs_nobody_by_a_hello(self):
+        """Such a one has the challenges answered by somebody else, but can make no MAC."""
+        honest, results = self.dial(), queue.Queue()
+        watch = monitor(RemoteThread(("127.0.0.1", 7), 5, honest.incarnation))
+        tag = honest.read()[3]
+
+        def answer_when_told():
+            receive_if(str, T)
+            reply_synchronous("late", receive_if(Synchronous, T))
+        asked = self.here(answer_when_told)
+        spawn(lambda: results.put(outcome(send_synchronous, 1, asked, T)))
+        for incarnation in 0, 1 << 64, self.node.incarnation, honest.incarnation:
+            with self.subTest(incarnation), Listener(("127.0.0.1", 0)) as listener:
+                name = "%s:%d" % listener.address
+                dialler = spawn(lambda: results.put(outcome(connect, listener.address)))
+                with RawPeer(listener.accept(), "acceptor", name) as peer:
+                    peer.fields[3] = f"{incarnation:x}"
+                    with suppress(Cut):
+                        peer.challenge().greet().pour(bytes(2 * HEAD.size))
+                        self.assertTrue(peer.is_cut())
+                self.assertIsInstance(results.get(timeout=T), NodeUnreachable)
+                self.assertTrue(dialler.join(T))
+        self.assertIs(receive(0, NOTHING), NOTHING)
+        honest.write((("failed", tag, "returned", "it has returned", None, None), b""))
+        self.assertEqual(receive(T), Down(watch, watch.target, None))
+        asked.send("now")
+        self.assertEqual(results.get(timeout=T), "late")
 
     def test_our_own_hello_sent_back_is_not_let_in(self):
         peer = self.knock().challenge()
@@ -2796,7 +3332,10 @@ class TheWire(Net):
                         ("is alive",), ("is alive", None, []), ("spawn", collect), (10**5000,),
                         ("spawn", None, (), "n", False, False, None),
                         ("spawn", collect, [], "n", False, False, None),
-                        ("spawn", collect, (), 7, True, False, None), (nested(1000),)]:
+                        ("spawn", collect, (), 7, True, False, None),
+                        ("spawn", collect, (), "no\nname", False, False, None),
+                        ("spawn", collect, (), "\x1b[31m", False, False, None),
+                        (nested(1000),)]:
             with self.subTest(repr(request)[:80] if request != (10**5000,) else "10**5000"):
                 self.assertIsInstance(peer.request(*request), Exception)
         for payload in pickle.dumps(None), pickle.dumps(laughing(9)), nested(20_000):
@@ -2841,6 +3380,37 @@ class TheWire(Net):
                     self.assertTrue(log.get().getMessage().isprintable())
                     peer.sock.shutdown(socket.SHUT_WR)
                     self.assertTrue(log.get().getMessage().isprintable())
+
+    def test_a_forged_sender_is_not_dialled_and_keeps_nobody_waiting(self):
+        with socket.create_server(("127.0.0.1", 0)) as trap, self.dial() as peer:
+            trap.settimeout(0)
+            forged = Synchronous("to whom?", RemoteThread(trap.getsockname(), 5, 77), "tag")
+            peer.send(forged, "echo")
+            # The same server answers later: so it has not waited for that address.
+            start = monotonic()
+            self.assertEqual(send_synchronous("honest", RemoteThread(self.node, "echo"), T),
+                             "honest")
+            self.assertLess(monotonic() - start, 2)
+            self.assertEqual(peer.reply("tag"), "to whom?")
+            self.assertRaises(BlockingIOError, trap.accept)
+
+    def test_the_address_in_a_hello_is_not_dialled_for_a_reply(self):
+        requests = queue.Queue()
+        self.here(lambda: requests.put(receive_if(Synchronous, T)), name="asked")
+        with socket.create_server(("127.0.0.1", 0)) as trap:
+            trap.settimeout(0)
+            name = "%s:%d" % trap.getsockname()
+            with self.dial(address=name) as peer:
+                peer.ask("to whom?", "asked")
+                request = requests.get(timeout=T)
+                peer.end()
+                self.assertTrue(peer.is_cut())
+            self.wait_until_alone()
+            lost = self.node.stats()["lost"]
+            self.assertEqual(request.sender.node, trap.getsockname())
+            reply_synchronous("too late", request)
+            self.assertEqual(self.node.stats()["lost"], lost + 1)
+            self.assertRaises(BlockingIOError, trap.accept)
 
     def test_whatever_comes_the_node_works_on(self):
         seed = int(os.environ.get("DISTCONC_SEED", 4))
@@ -3152,6 +3722,22 @@ class TwoNodes(OneChild):
             send("end", middle)
             local = self.here(pass_on, spawn(answer_passed, "?", node=third))
             self.assertEqual(send_synchronous("hi", local, T), "hi?")
+
+    def test_a_call_passed_on_to_where_its_caller_is_unknown_is_answered_all_the_same(self):
+        for size, expected in (10, b"x" * 10), (20_000, RemoteError):
+            with self.subTest(size), self.child() as third, self.child(max_message=9000) as first:
+                last = spawn(answer_at_length, size, node=third)
+                middle = self.here(pass_on, last)
+                caller = spawn(tell_outcome, middle, current_thread(), node=first)
+                outcome_there = receive(T)
+                if expected is RemoteError:
+                    self.assertIsInstance(outcome_there, RemoteError)
+                else:
+                    self.assertEqual(outcome_there, expected)
+                self.assertEqual(ask(third, nodes), [self.node.address])
+                self.assertTrue(middle.is_alive())
+                self.assertEqual(owed_by(middle.id), 0)
+                self.assertTrue(caller.join(T))
 
     def test_the_thread_that_was_called_owes_the_answer_even_if_it_passed_it_on(self):
         held = spawn(hold, node=self.other)
@@ -3615,7 +4201,7 @@ class Plain(Net):
             file.write(f"open({mark!r}, 'w')\ndef Made(*_): pass\n")
         sys.path.append(self.dir)
         self.addCleanup(sys.path.remove, self.dir)
-        self.addCleanup(sys.modules.pop, name)
+        self.addCleanup(sys.modules.pop, name, None)
         message = stranger_from(name)
         return message, mark
 
@@ -3692,6 +4278,39 @@ class Plain(Net):
         self.assertEqual(text, [current_thread()])
         self.assertEqual(ask(self.child(allow=[repr_of, once]), repr_of, 1), "1")
 
+    def hostile_pickles(self, module):
+        """Pickles that read memory, import, change what is there or end the process."""
+        offsets = "u", b"x", -(1 << 40), 1, "r"
+        yield pickle.dumps(Does(UnicodeDecodeError, *offsets))
+        yield pickle.dumps(Reduced(UnicodeDecodeError, ("u", b"x", 0, 1, "r"),
+                                   {"start": -(1 << 40)}))
+        yield pickle.dumps(Reduced(ValueError, (), {"__cause__": 1}))
+        yield pickle.dumps(SyntaxError("no", ("/etc/passwd", 1, 1, "text", 1, 1 << 40)))
+        yield built(named(echo), (None, {"__defaults__": (1,)}))
+        yield built(named(Point), (None, {"forged": 1}))
+        yield built(named(partial), (None, {"forged": 1}))
+        link = named(complex) + b"(" + named(range) + b")}Ntb"
+        yield b"\x80\x04" + link * 3 + b"."
+        yield GETPID_BY_EXTENSION
+        yield b"\x80\x04" + short_text(module) + short_text("Made") + b"\x93)R."
+        yield pickle.dumps([ValueError])
+
+    def test_no_pickle_reads_memory_imports_or_changes_what_is_there(self):
+        message, mark = self.bomb_module()
+        module = type(message).__module__
+        child = self.child(allow=[Point, once, collect, echo, stats_here, see_extension])
+        self.collector(child)
+        self.assertIs(type(ask(child, see_extension)), int)
+        with RawPeer.dial(child) as peer:
+            for number, payload in enumerate(self.hostile_pickles(module)):
+                with self.subTest(payload[:60]):
+                    peer.write((("call", None, "collector", 1, "tag", None), payload))
+                    kind, tag, how, text, (name, _), *_ = peer.read()
+                    self.assertEqual((kind, how, name), ("failed", "unreadable", "Refused"))
+                    self.assertEqual(ask(child, stats_here)["refused"], number + 1)
+        self.assertEqual(ask(child, echo, "alive"), "alive")
+        self.assertFalse(os.path.exists(mark))
+
     def test_a_message_cannot_change_a_class_here(self):
         stop_node()
         start_node(allow=[Point])
@@ -3702,6 +4321,20 @@ class Plain(Net):
                 self.assertFalse(hasattr(kind, "forged"))
             if hasattr(kind, "forged"):
                 del kind.forged
+
+    def test_an_import_error_that_is_shown_here_imports_nothing(self):
+        message, mark = self.bomb_module()
+        module = type(message).__module__
+        sys.modules.pop(module)
+        error = Reduced(ImportError, ("no",), {"name": module, "name_from": "Made"})
+        stop_node()
+        start_node(allow=[Point])
+        self.here(collect, name="kept")
+        with RawPeer.dial(local_node()) as peer:
+            peer.write((("send", None, "kept", None), pickle.dumps(error)))
+            [loaded] = self.got(get_remote_thread("kept"), 1)
+        self.assertIn("ImportError: no", "".join(traceback.format_exception(loaded)))
+        self.assertFalse(os.path.exists(mark))
 
     def test_a_class_sent_as_a_value_is_refused_unless_it_is_listed(self):
         stop_node()
@@ -3746,6 +4379,46 @@ class Plain(Net):
             self.assertEqual(caught.exception.type, "Refused")
         spawn(echo, 1, node=child)
         self.assertRaises(NoSuchThread, send_synchronous, 1, RemoteThread(child, "taken"), T)
+
+    def test_a_server_of_a_listed_function_can_be_spawned(self):
+        child = self.child(allow=[serve_doubles])
+        server = spawn_server(serve_doubles, node=child)
+        self.assertEqual([send_synchronous(n, server, T) for n in (1, 2)], [2, 4])
+        with self.assertRaises(RemoteError):
+            spawn_server(serve_doubles, ValueError, node=child)
+
+    def test_a_client_that_listens_nowhere_takes_plain_data_only_from_elsewhere(self):
+        child = self.child()
+        bomber = spawn_server(send_bomb, node=child)
+        for is_same_host in False, True:
+            stop_node()
+            start_node(None)
+            mark = self.mark()
+            with mock.patch("distconc._is_same_host", return_value=is_same_host):
+                result = outcome(send_synchronous, mark, bomber, T)
+            with self.subTest(is_same_host):
+                self.assertEqual(os.path.exists(mark), is_same_host)
+                self.assertEqual(isinstance(result, RemoteError), not is_same_host)
+
+    def test_a_forks_child_lets_in_no_more_than_its_parent(self):
+        for options in 'allow=[]', '("0.0.0.0", 0), authkey="x" * 16':
+            with self.subTest(options):
+                mark = self.mark()
+                done = script(f"""
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ({mark!r},)
+
+start_node({options})
+if os.fork() == 0:
+    try:
+        deserialize(serialize(Bomb()))
+    except Exception as error:
+        print(type(error).__name__, flush=True)
+    os._exit(0)
+os.wait()""")
+                self.assertEqual(done.out, "_NotAllowed\n", done.err)
+                self.assertFalse(os.path.exists(mark))
 
     def test_a_forged_sender_harms_no_server(self):
         child = self.child(allow=[handle_synchronous, echo])
@@ -3868,6 +4541,24 @@ def patch(kind, name):
 
 def repr_of(item):
     return repr(item)
+
+
+GETPID_BY_EXTENSION = b"\x80\x02\x82\xf0)R."
+
+
+def see_extension():
+    """Register a code with copyreg and load a pickle that has it, which caches it."""
+    copyreg.add_extension("os", "getpid", 0xF0)
+    return pickle.loads(GETPID_BY_EXTENSION)
+
+
+def serve_doubles():
+    return handle_synchronous(lambda number: 2 * number)
+
+
+def send_bomb():
+    """Answer with what makes a directory when it is loaded."""
+    return handle_synchronous(lambda path: Does(os.mkdir, path))
 
 
 class Processes(Net):
@@ -4615,6 +5306,61 @@ class Strangers(OneChild):
             peer.challenge().greet().introduce().send("once", "replayed")
             peer.end()
             peer.is_cut()
+
+    def knock_from(self, host):
+        """Knock at this process's node from another of this machine's addresses."""
+        sock = socket.create_connection(self.node.address, T, (host, 0))
+        self.addCleanup(sock.close)
+        return sock
+
+    def limit_strangers(self, limit):
+        self.addCleanup(setattr, distconc, "MAX_STRANGERS", distconc.MAX_STRANGERS)
+        distconc.MAX_STRANGERS = limit
+
+    def test_who_has_passed_our_challenge_is_spared_when_too_many_knock(self):
+        self.limit_strangers(3)
+        with RawPeer.knock(self.node) as slow:
+            answer_challenge(slow.conn, slow.key)
+            while not any(h.has_proved_key for h in self.node._handshakes):
+                receive(0.01, None)
+            crowd = [self.knock_from("127.0.0.1") for _ in range(10)]
+            for sock in crowd[:7]:
+                self.assertLess(read_to_end(sock, T), 4)
+            deliver_challenge(slow.conn, slow.key)
+            slow.greet().introduce().end()
+            self.assertTrue(slow.is_cut() and slow.has_read_end)
+
+    def test_when_too_many_knock_one_goes_from_where_most_come(self):
+        self.limit_strangers(3)
+        lonely = self.knock_from("127.0.0.9")
+        for sock in [self.knock_from("127.0.0.1") for _ in range(10)][:8]:
+            self.assertLess(read_to_end(sock, T), 4)
+        self.assertTrue(lonely.recv(100))  # the challenge
+        lonely.settimeout(0.1)
+        self.assertRaises(TimeoutError, lonely.recv, 1)
+
+    def test_wrong_keys_are_warned_of_in_one_line_a_second_for_all_hosts(self):
+        attempts = 30
+        with Records() as log:
+            start = monotonic()
+            for number in range(attempts):
+                sock = self.knock_from(f"127.0.0.{2 + number % 5}")
+                conn = Connection(os.dup(sock.fileno()))
+                with conn, self.assertRaises((AuthenticationError, EOFError, OSError)):
+                    RawPeer(conn, "dialler", key="another key, not ours").challenge()
+            while self.node.stats()["strangers"] < attempts:
+                receive(0.01, None)
+            stop_node()
+            start_node()
+            seconds, total, lines = monotonic() - start, 0, []
+            while total < attempts:
+                lines.append(log.get())
+                total += int(re.match(r"(\d+) stranger", lines[-1].getMessage())[1])
+        self.assertEqual(total, attempts)
+        self.assertLess(len(lines), 3 + seconds)
+        for line in lines:
+            self.assertEqual(line.levelname, "WARNING")
+            self.assertRegex(line.getMessage(), r"127\.0\.0\.[2-6]: digest .+")
 
     def test_500_silent_sockets_delay_nobody_and_are_cut_in_time(self):
         silent = [self.knock() for _ in range(500)]
@@ -5923,6 +6669,13 @@ class Shell(Net):
         result = shell("demo", HOME=self.dir, DISTCONC_AUTHKEY=None)
         self.assertEqual((result.status, result.err), (0, ""))
 
+    def test_key_prints_a_random_key_that_is_good_for_any_address(self):
+        keys = [shell("key").out.strip() for _ in range(2)]
+        for key in keys:
+            self.assertRegex(key, "^[0-9a-f]{32}$")
+            self.assertEqual(distconc._find_key(key, ("10.0.0.1", 1)), key.encode())
+        self.assertNotEqual(*keys)
+
     def test_send_delivers_a_literal(self):
         kept = self.here(collect, name="kept")
         for message in (("hello", 1), "hello", {"a": [None, 1.5]}):
@@ -5982,7 +6735,7 @@ class Shell(Net):
                 self.assertNotIn("Traceback", result.err)
                 self.assertIn("usage", result.err)
         self.assertEqual(shell("--version").out, f"{distconc.__version__}\n")
-        for words in [], ["demo"], ["node"], ["send"], ["call"], ["ps"], ["chart"]:
+        for words in [], ["demo"], ["node"], ["send"], ["call"], ["ps"], ["chart"], ["key"]:
             with self.subTest(words):
                 result = shell(*words, "--help")
                 self.assertEqual((result.status, result.err), (0, ""))
