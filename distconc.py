@@ -53,6 +53,11 @@ pickled.
     pending calls, links, monitors                          watchers of a Thread
 """
 
+# An older Python stops here, with a SyntaxError that shows this line.
+match "distconc needs Python 3.10 or later; this one is older":
+    case _:
+        pass
+
 import atexit
 import hashlib
 import hmac
@@ -210,6 +215,50 @@ def _remaining(deadline: float | None) -> float:
     return max(deadline - monotonic(), 0)
 
 
+# Ctrl-C ends the main thread's wait for a lock; but on Windows, before Python 3.14, only after
+# the wait.  So there that thread waits for a little while, again and again.
+WAIT_SLICE = 0.0  # seconds; 0 where Ctrl-C ends the wait
+if sys.platform == "win32" and sys.version_info < (3, 14):
+    WAIT_SLICE = 0.1
+
+
+def _acquire(lock: threading.Lock, deadline: float | None) -> bool:
+    """Acquire a lock for which a thread may wait long; return False at the deadline."""
+    if not WAIT_SLICE or threading.current_thread() is not threading.main_thread():
+        return lock.acquire(timeout=_remaining(deadline))
+    while True:
+        remaining = _remaining(deadline)
+        if 0 <= remaining <= WAIT_SLICE:
+            return lock.acquire(timeout=remaining)
+        if lock.acquire(timeout=WAIT_SLICE):
+            return True
+
+
+# Every lock that is taken by `with` is one of these: re-entrant, because a `__del__` that sends
+# may interrupt its holder.
+if sys.version_info[:2] != (3, 14):
+    _Lock = threading.RLock
+else:
+
+    class _Lock(type(threading.RLock())):  # type: ignore[misc]
+        """An RLock that Ctrl-C cannot leave held.
+
+        On Python 3.14 alone, Ctrl-C may strike when `with` has acquired a lock, but has not
+        begun its block; then nobody would release it.
+        """
+
+        def __enter__(self) -> None:
+            try:
+                self.acquire()
+            except BaseException:
+                try:
+                    self.release()
+                except RuntimeError:
+                    # Ctrl-C came before it was acquired.
+                    pass
+                raise
+
+
 class _WaitQueue:
     """Threads that wait until something is true.  Linux: wait queue.  trio: ParkingLot.
 
@@ -233,12 +282,12 @@ class _WaitQueue:
         while not is_true():
             sleeper = threading.Lock()
             sleeper.acquire()
-            self._sleepers.append(sleeper)
             try:
+                self._sleepers.append(sleeper)
                 # It may have become true before this thread was in the list.
                 if is_true():
                     return True
-                if not sleeper.acquire(timeout=_remaining(deadline)):
+                if not _acquire(sleeper, deadline):
                     return is_true()
             finally:
                 with suppress(ValueError):
@@ -302,7 +351,7 @@ class Mailbox:
 
         # Guards `_examined`.  Held while messages are moved or taken, never while a predicate
         # runs or a message is loaded: these are the user's code.
-        self._lock = threading.RLock()
+        self._lock = _Lock()
 
         # Messages that get_if has seen, which are older than all in `_arrived`; numbered, so
         # that it knows how far it has looked, and asks about none twice.
@@ -626,7 +675,7 @@ class _PendingTable:
         # Guards the entries, and is held while one is told its outcome: so when `remove`
         # returns, either that has been done, or it never will be.  An RLock, because a
         # `__del__` that replies may interrupt its holder.
-        self._lock = threading.RLock()
+        self._lock = _Lock()
         self._by_tag: dict[str, _Pending] = {}
 
     def add(self, pending: _Pending) -> None:
@@ -661,7 +710,7 @@ class _PendingTable:
     def watching(self, watched: Any) -> list[_Pending]:
         """Return what waits for something of `watched`."""
         with self._lock:
-            return [each for each in self._by_tag.values() if each.watched == watched]
+            return [each for each in self._by_tag.copy().values() if each.watched == watched]
 
 
 _pending = _PendingTable()
@@ -939,7 +988,7 @@ class _Registry:
         # Guards the tables, and of every thread its watchers, its names and that it ended.  So
         # a watcher is either told of a thread's end or refused: there is nothing in between.
         # An RLock, because a `__del__` that sends may interrupt its holder.
-        self.lock = threading.RLock()
+        self.lock = _Lock()
         self.by_id: dict[int, Thread] = {}
         self.by_name: dict[str, Thread] = {}  # those that have a registered name
         self.by_watcher: dict[str, Thread] = {}  # a watcher's tag -> the thread it watches
@@ -1409,7 +1458,7 @@ class _Call(_Pending):
 
     def wait(self, deadline: float | None) -> bool:
         """Wait for the outcome; return False at the deadline."""
-        return self._is_pending.acquire(timeout=_remaining(deadline))
+        return _acquire(self._is_pending, deadline)
 
     def result(self) -> Any:
         """Return the reply, or raise the failure.  What came from elsewhere is loaded now."""
@@ -1765,6 +1814,9 @@ def _parse_address(node: Any) -> Address | None:
     if isinstance(address, (str, bytes, os.PathLike)):
         path = os.fsdecode(address)
         if "/" in path and "\0" not in path:
+            if not hasattr(socket, "AF_UNIX"):
+                raise ValueError(f"not a node: {node!r}; this system has no Unix sockets: "
+                                 "say 9000 or 'host:9000'")
             return os.path.abspath(path)
     if isinstance(address, tuple) and len(address) == 2:
         host, port = address
@@ -2380,8 +2432,8 @@ class _Connection:
         # Held while a frame is made and written, by the writer or by a sender: so frames, and
         # the MACs in them, are in one order.  The only lock that is held while the network may
         # make its holder wait.
-        self._write_lock = threading.Lock()
-        self._frame_maker = 0  # `threading.get_ident()` of its holder
+        self._write_lock = _Lock()
+        self._frame_maker = 0  # `threading.get_ident()` of the thread that makes a frame
         self._last_write = 0.0  # 0 after something was read: what follows may be an answer
         self._has_ended_output = False  # no frame may follow
 
@@ -2451,7 +2503,7 @@ class _Connection:
         share a frame if they queue up while the writer waits for its turn, and that makes a
         flood four times as fast.
         """
-        if _faults.are_active or self._write_lock.locked():
+        if _faults.are_active or self._frame_maker:
             return False
         if len(payload) > SMALL_PAYLOAD:
             return True
@@ -2469,6 +2521,8 @@ class _Connection:
         """Write what is in the outbox, also what others put there meanwhile."""
         while self._outbox:
             with self._write_lock:
+                # From here on, a `__del__` in this thread queues the messages that it sends.
+                self._frame_maker = threading.get_ident()
                 if not self._has_ended_output:
                     self._write_frame(*self._next_batch())
             if self._has_ended_output:
@@ -2842,12 +2896,30 @@ def _limit_silence(sock: socket.socket, seconds: float) -> None:
 
     `settimeout` would do that for writes as well, and for all duplicates of the socket.
     """
+    _set_timeout(sock, socket.SO_RCVTIMEO, seconds)
+    if not SHUTDOWN_WAKES:
+        _set_timeout(sock, socket.SO_SNDTIMEO, seconds)
+
+
+def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
+    """Set a time-out of the system's own, in the form that it has there.
+
+    Two numbers, seconds and microseconds, of 8 bytes each or, on some machines of 32 bits, of
+    4; or one number, of milliseconds (Windows).
+    """
     microseconds = round(seconds * 1_000_000)
-    if os.name == "posix":
-        timeval = struct.pack("@ll", microseconds // 1_000_000, microseconds % 1_000_000)
+    size = len(sock.getsockopt(socket.SOL_SOCKET, option, 16))
+    if size == 4:
+        value = struct.pack("=i", microseconds // 1000)
     else:
-        timeval = struct.pack("@l", microseconds // 1000)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        form = {8: "=ii", 16: "=qq"}[size]
+        value = struct.pack(form, *divmod(microseconds, 1_000_000))
+    sock.setsockopt(socket.SOL_SOCKET, option, value)
+
+
+# Whether `shutdown` wakes a thread that is blocked in a read or a write of that socket.  On
+# Windows it does not: there such a read or write ends by a time-out.
+SHUTDOWN_WAKES = sys.platform != "win32"
 
 
 def _shut_down(sock: socket.socket) -> None:
@@ -2956,7 +3028,7 @@ class _Handshake:
     def _duplicate(self, channel: Any) -> socket.socket:
         """Return a socket for the channel's connection, which others can shut down."""
         family = _address_family(self.dialled or self._node._listen_address)
-        sock = socket.socket(family, socket.SOCK_STREAM, fileno=os.dup(channel.fileno()))
+        sock = socket.fromfd(channel.fileno(), family, socket.SOCK_STREAM)
         # The program may have set a default time-out, which would make `channel` fail, too.
         sock.settimeout(None)
         self._socket = sock
@@ -2966,6 +3038,8 @@ class _Handshake:
         if family == socket.AF_INET:
             # Else a second small frame would wait for the peer's acknowledgement (Nagle).
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if not SHUTDOWN_WAKES:
+            _limit_silence(sock, self._node._connect_timeout)
         return sock
 
     def _exchange_challenges(self, channel: Any) -> None:
@@ -3075,7 +3149,7 @@ class Node(AbstractContextManager["Node"]):
 
         # Guards the three tables below, and the counts.  An RLock, because a `__del__` that
         # sends may interrupt its holder.
-        self._lock = threading.RLock()
+        self._lock = _Lock()
         self._connections: set[_Connection] = set()  # all, from their serials to their end
         self._established: list[_Connection] = []  # in the order in which they were
         self._handshakes: list[_Handshake] = []  # the oldest first
@@ -3485,7 +3559,7 @@ class _Process:
 
     def __init__(self) -> None:
         # Guards `node`.  Held while a node begins to listen, so that there is one at most.
-        self.lock = threading.RLock()
+        self.lock = _Lock()
         self.node: Node | None = None
 
 
@@ -4042,7 +4116,7 @@ class _LimitedLog:
 
     def __init__(self, text: str) -> None:
         # Guards the two tables.  An RLock, because a `__del__` may interrupt its holder.
-        self._lock = threading.RLock()
+        self._lock = _Lock()
         self._text = text
         self._lines: dict[str, _Line] = {}
         self._muted: set[str] = set()
@@ -4190,7 +4264,7 @@ class ChildNode(AbstractContextManager["ChildNode"]):
         # Held while the control pipe is written to or closed, so that "stop" is
         # never written to a descriptor that has become another file's.  Nobody
         # waits for it longer than one short write takes.
-        self._control_lock = threading.Lock()
+        self._control_lock = _Lock()
         # The printer keeps this object: a child whose handle is dropped lives on.
         self._printer = _start_daemon("printer", self._print_output)
 
@@ -4741,7 +4815,7 @@ class _Recorder(_Observer):
     def __init__(self) -> None:
         # Guards the clocks and the file: an event's clock and its line are one step.  An
         # RLock, because a `__del__` that sends may interrupt its holder.
-        self._lock = threading.RLock()
+        self._lock = _Lock()
         self._clocks: dict[int, int] = {}  # thread's id -> clock; 0 is the node
         self._descriptor = -1
         self.directory = ""  # "" while nothing is recorded
@@ -5450,15 +5524,26 @@ def _add_demo(commands: Any) -> None:
 
 
 def _run_demo() -> None:
+    if _tracer.directory:
+        _demonstrate()
+        return
     with tempfile.TemporaryDirectory() as directory:
-        if not _tracer.directory:
-            trace(directory)
-        with start_node() as node, spawn_node() as child:
-            own_pid = os.getpid()
-            print(f"node {node} has pid {own_pid}, its child {child} has pid {child.pid}")
-            _talk_to(child)
-        drawing = chart(_tracer.directory, "text")
-        print("\nAll of it, time running down:\n\n" + drawing.rstrip())
+        trace(directory)
+        try:
+            _demonstrate()
+        finally:
+            # Windows removes no file that is open.
+            trace(None)
+
+
+def _demonstrate() -> None:
+    """Have two nodes talk, and print what they say, and the chart of it."""
+    with start_node() as node, spawn_node() as child:
+        own_pid = os.getpid()
+        print(f"node {node} has pid {own_pid}, its child {child} has pid {child.pid}")
+        _talk_to(child)
+    drawing = chart(_tracer.directory, "text")
+    print("\nAll of it, time running down:\n\n" + drawing.rstrip())
 
 
 def _talk_to(child: ChildNode) -> None:
@@ -5498,7 +5583,7 @@ def _run_node(address: str, script: str) -> None:
         print(f"node {node}, pid {os.getpid()}", flush=True)
         if script:
             _run_script(script, main_module)
-            threading.Event().wait()
+            _WaitQueue().wait_until(lambda: False, None)
         else:
             _run_prompt(main_module)
 
