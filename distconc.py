@@ -1814,9 +1814,6 @@ def _parse_address(node: Any) -> Address | None:
     if isinstance(address, (str, bytes, os.PathLike)):
         path = os.fsdecode(address)
         if "/" in path and "\0" not in path:
-            if not hasattr(socket, "AF_UNIX"):
-                raise ValueError(f"not a node: {node!r}; this system has no Unix sockets: "
-                                 "say 9000 or 'host:9000'")
             return os.path.abspath(path)
     if isinstance(address, tuple) and len(address) == 2:
         host, port = address
@@ -3530,6 +3527,9 @@ def _is_same_host(sock: socket.socket) -> bool:
 
 def _listen(address: Address | None) -> Listener:
     """Return a Listener, whose backlog takes a whole class that connects at once."""
+    if isinstance(address, str) and not hasattr(socket, "AF_UNIX"):
+        raise ValueError(f"cannot listen at {address}: Python has no Unix sockets on this "
+                         "system; say 9000, or 'host:9000'")
     try:
         return Listener(address, backlog=128)
     except OSError as error:
