@@ -419,6 +419,7 @@ class Mailbox:
         with self._lock:
             entry.serial = -1
             self._examined.appendleft(entry)
+        self._arrival.wake_all()
 
     def get_if(self, pred: Predicate, timeout: float | None = None) -> Any:
         """Remove and return the oldest message for which `pred` is true; the others stay.
@@ -492,7 +493,9 @@ class Mailbox:
             self._examined.append(entry)
 
     def _has_newer_than(self, seen: int) -> bool:
-        return bool(self._arrived) or self._next_serial > seen
+        # With the lock, as a message that is being moved is in neither deque for a moment.
+        with self._lock:
+            return bool(self._arrived) or self._next_serial > seen
 
     def _take(self, entry: _Entry) -> bool:
         """Remove an examined entry; return False if another thread was faster."""
@@ -524,7 +527,8 @@ class Mailbox:
                 raise TimeoutError("no message came within the time-out")
 
     def _has_entries(self) -> bool:
-        return bool(self._arrived or self._examined)
+        with self._lock:
+            return bool(self._arrived or self._examined)
 
     def empty(self) -> bool:
         """Return whether no message is here now.  Never blocks; it may change at once."""
