@@ -59,6 +59,7 @@ match "distconc needs Python 3.10 or later; this one is older":
         pass
 
 import atexit
+import errno
 import hashlib
 import hmac
 import io
@@ -1826,6 +1827,12 @@ def _parse_address(node: Any) -> Address | None:
             if host in ("", "localhost"):
                 host = "127.0.0.1"
             return str.__str__(host), int(port)
+    host = address
+    if isinstance(address, tuple) and address:
+        host = f"{address[0]}:"
+    if isinstance(host, str) and host.count(":") > 1:
+        raise ValueError(f"not a node: {node!r} is an IPv6 address, and nodes have those of "
+                         "IPv4; say '192.168.1.17:9000', with the number of that machine")
     raise ValueError(f"not a node: {node!r}; say 9000, 'host:9000', ('host', 9000), "
                      "or a path with a slash")
 
@@ -1885,18 +1892,38 @@ def _advertised_address(bound: Any, advertise: Any) -> Address:
         if isinstance(advertise, str) and _is_host(advertise) and "/" not in advertise:
             advertise = (advertise, bound[1])
         address = _parse_address(advertise)
-        if address is None or isinstance(address, tuple) and address[1] == 0:
-            raise ValueError(f"advertise={advertise!r} is nothing that others can dial")
+        if isinstance(address, tuple) and address[1] == 0:
+            raise ValueError(f"advertise={advertise!r}: nobody can dial port 0; leave the port "
+                             "out, and it is the one at which the node listens")
+        if address is None or address[0] == "0.0.0.0":
+            raise ValueError(f"advertise={advertise!r} is nothing that others can dial; say "
+                             "this machine's address on the network, such as '192.168.1.17'")
         return address
     if bound[0] != "0.0.0.0":
         return bound  # type: ignore[no-any-return]
-    # To connect a datagram socket sends nothing, but chooses the address to send from.
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("10.255.255.255", 9))
-            return probe.getsockname()[0], bound[1]
-        except OSError:
-            return "127.0.0.1", bound[1]
+    return _find_own_host(), bound[1]
+
+
+def _find_own_host() -> str:
+    """Return an address of this machine on its network; loopback, if it is on none.
+
+    To connect a datagram socket sends nothing, but chooses the address to send from: the one
+    on the way to the world.  A network may have no such way; then it is that of the first
+    interface which can send to its neighbours, the multicast group 224.0.0.1.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("10.255.255.255", 9))
+        return str(probe.getsockname()[0])
+    for index, _ in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            # A struct ip_mreqn: two addresses, which are not given, and an interface.
+            interface = struct.pack("@8xi", index)
+            probe.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface)
+            probe.connect(("224.0.0.1", 9))
+            host: str = probe.getsockname()[0]
+            if not host.startswith("127."):
+                return host
+    return "127.0.0.1"
 
 
 def _find_key(key: bytes | str | None, address: Address | None) -> bytes:
@@ -2951,6 +2978,7 @@ class _Handshake:
         self.dialled = dialled
         self.host = ""  # where a stranger comes from
         self.has_proved_key = False  # the stranger has answered our challenge
+        self.peer_name = ""  # the address that the peer's hello says
         self.connection: _Connection | None = None
         self.error: Exception | None = None
         self._node = node
@@ -2984,7 +3012,8 @@ class _Handshake:
         _local.must_not_wait = True
         seconds = self._node._connect_timeout
         timeout = NodeUnreachable(
-            f"{_format_address(self.dialled)} did not answer within {seconds:g} seconds")
+            f"{_format_address(self.dialled)} did not answer within {seconds:g} seconds"
+            f"{_network_hint(self.dialled)}")
         timer = threading.Timer(seconds, self.abort, [timeout])
         timer.daemon = True
         try:
@@ -3007,7 +3036,7 @@ class _Handshake:
         if not self.dialled:
             self._node._count("strangers")
             _strangers.add(self.host, error)
-        self.abort(_dial_error(_format_address(self.dialled), error))
+        self.abort(_dial_error(self.dialled, error, self.peer_name))
         self._node._handshake_ended(self)
 
     def _connect(self) -> _Connection:
@@ -3067,6 +3096,7 @@ class _Handshake:
             mine = _Hello.make("acceptor", self._node, [])
         channel.send_bytes(mine.line)
         peer = _Hello.decode(channel.recv_bytes(MAX_HELLO))
+        self.peer_name = _one_line(_format_address(peer.address))
         self._check(mine, peer, sock)
         return mine, peer
 
@@ -3105,14 +3135,43 @@ class _Handshake:
             connection.send_serials()
 
 
-def _dial_error(name: str, why: BaseException) -> Exception:
-    """Return the error for those who dialled the node of that name."""
+def _dial_error(address: Address | None, why: BaseException, own_name: str = "") -> Exception:
+    """Return the error for those who dialled a node: what failed, and what may mend it.
+
+    `own_name` is the address that the node has told us, if it came to that.
+    """
+    name = _format_address(address)
     if isinstance(why, AuthenticationError):
         return AuthenticationError(f"{name} and this node do not trust each other: {why}; "
                                    "do both have the same key?")
     if isinstance(why, (ConnectionRefusedError, FileNotFoundError)):
-        return NodeUnreachable(f"no node listens at {name}; is that where it was started?")
-    return NodeUnreachable(f"cannot connect to {name}: {str(why) or 'it hung up'}")
+        text = f"no node listens at {name}; is that where it was started?"
+        if not _is_loopback(address):
+            text += " Other machines reach it only if start_node was told 0.0.0.0:PORT there"
+        return NodeUnreachable(text)
+    if isinstance(why, socket.gaierror):
+        return NodeUnreachable(
+            f"the name in {name} cannot be looked up here ({why.strerror}): say the number of "
+            "that machine, such as 192.168.1.17; its own start_node says that by advertise=")
+    if own_name and own_name != name and isinstance(why, (EOFError, OSError)):
+        return NodeUnreachable(
+            f"the node at {name} hung up; it calls itself {own_name}. If {name} leads to it "
+            f"through NAT or a tunnel, its start_node needs advertise={name!r}")
+    text = f"cannot connect to {name}: {str(why) or 'it hung up'}"
+    if getattr(why, "errno", None) in NO_WAY_THERE:
+        text += _network_hint(address)
+    return NodeUnreachable(text)
+
+
+NO_WAY_THERE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT)
+
+
+def _network_hint(address: Address | None) -> str:
+    """Return what to look at when a machine cannot be reached, or does not answer."""
+    if not isinstance(address, tuple) or _is_loopback(address):
+        return ""
+    return (f"; is that machine on this network, and does its firewall let port {address[1]} "
+            "in?")
 
 
 ######## Node: start_node, stop_node, local_node, nodes, connect, disconnect
@@ -3313,7 +3372,8 @@ class Node(AbstractContextManager["Node"]):
                 if not connection.closing:
                     return connection
         if not dial.wait(deadline):
-            raise NodeUnreachable(f"{_format_address(address)} did not answer in time")
+            raise NodeUnreachable(
+                f"{_format_address(address)} did not answer in time{_network_hint(address)}")
         if dial.error is not None:
             raise dial.error
         connection = dial.connection
@@ -3326,7 +3386,9 @@ class Node(AbstractContextManager["Node"]):
         if self._stopped:
             raise NodeDown("this node was stopped; start_node starts it again")
         if address is None:
-            raise NodeUnreachable("that node does not listen, and contact with it was lost")
+            raise NodeUnreachable(
+                "that node does not listen, so nobody can dial it, and it has no connection "
+                "with this node now; start_node() there lets others dial it")
         if _faults.cut_off({address}):
             raise NodeUnreachable(f"faults(drop=1) cuts {_format_address(address)} off")
         if _local.must_not_wait:
@@ -3541,6 +3603,11 @@ def _listen(address: Address | None) -> Listener:
             os.unlink(address)
             return Listener(address, backlog=128)
         cure = "does a node run there? Choose another address, or 0 for a free port"
+        if error.errno == errno.EADDRNOTAVAIL:
+            cure = ("this machine does not have that address. Say 0.0.0.0:PORT to listen at "
+                    "all that it has; behind NAT, name the outer one by advertise=")
+        elif isinstance(error, socket.gaierror):
+            cure = "say a number, such as 0.0.0.0:PORT, for all addresses of this machine"
         text = f"cannot listen at {_format_address(address)}: {error.strerror or error}; {cure}"
         raise OSError(error.errno, text) from None
 
@@ -5572,18 +5639,21 @@ def _add_node(commands: Any) -> None:
         commands, "node", _run_node,
         "Run a node, with a Python prompt, or with SCRIPT, after which it stays up.")
     parser.add_argument("address", nargs="?", default="0",
-                        help="9000, host:9000, or a path; without it, a free port is taken")
+                        help="9000; 0.0.0.0:9000, for other machines; or a path; without it, "
+                             "a free port is taken")
     parser.add_argument("script", nargs="?", default="",
                         help="a Python file, run as the main program of the node")
+    parser.add_argument("--advertise", metavar="HOST[:PORT]",
+                        help="where other nodes dial it, if that is another address")
 
 
-def _run_node(address: str, script: str) -> None:
+def _run_node(address: str, script: str, advertise: str | None) -> None:
     if os.path.isfile(address):
         raise ValueError(f"{address} is a file; say: node ADDRESS {address}")
     # The prompt and the script get a module of their own, with none of this file's names.
     main_module = types.ModuleType("__main__")
     sys.modules["__main__"] = main_module
-    with start_node(address) as node:
+    with start_node(address, advertise=advertise) as node:
         print(f"node {node}, pid {os.getpid()}", flush=True)
         if script:
             _run_script(script, main_module)
