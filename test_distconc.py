@@ -218,6 +218,71 @@ class Case(unittest.TestCase):
         return caught.exception
 
 
+######## Waiting
+
+
+class WaitingTests(Case):
+    @WITH_ALARM
+    def test_ctrl_c_leaves_no_lock_held(self):
+        lock = distconc._Lock()
+
+        def work():
+            for _ in range(1000):
+                with lock, lock:
+                    pass
+
+        def is_free():
+            got = []
+            joined(lambda: got.append(lock.acquire(timeout=1) and (lock.release() or True)))
+            return got[0]
+
+        for _ in range(200):
+            with suppress(KeyboardInterrupt), ctrl_c_storm(work):
+                while True:
+                    work()
+            self.assertTrue(is_free())
+
+    def test_ctrl_c_ends_every_wait_within_a_fifth_of_a_second(self):
+        thread = spawn(idle)
+        self.addCleanup(end, thread)
+        for name, *wait in (("receive", receive), ("receive for long", receive, WAIT),
+                            ("receive_if", receive_if, int), ("join", thread.join),
+                            ("call", send_synchronous, 1, thread)):
+            with self.subTest(name):
+                self.assertLess(self.seconds_to_interrupt(*wait), 0.2)
+
+    def seconds_to_interrupt(self, wait, *args):
+        struck, begun = [], threading.Event()
+
+        def on_signal(signum, frame):
+            if not struck:  # a later one comes too late
+                struck.append(monotonic())
+                raise KeyboardInterrupt
+
+        def strike():
+            begun.wait()
+            start.append(monotonic())
+            while not struck:  # one that comes just before the wait does not end it
+                if ON_WINDOWS:
+                    signal.raise_signal(signal.SIGINT)
+                else:
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                threading.Event().wait(0.02)
+
+        start, striker = [], threading.Thread(target=strike)
+        striker.start()
+        before = signal.signal(signal.SIGINT, on_signal)
+        try:
+            begun.set()
+            wait(*args)
+            self.fail("it was not interrupted")
+        except KeyboardInterrupt:
+            return struck[0] - start[0]
+        finally:
+            striker.join(WAIT)
+            signal.signal(signal.SIGINT, before)
+
+
 ######## Mailbox
 
 MESSAGES = st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=2),
@@ -281,6 +346,11 @@ MailboxAsAListTest = MailboxMachine.TestCase
 MailboxAsAListTest.settings = settings(deadline=None, max_examples=100, stateful_step_count=30)
 
 
+def relay_to(box):
+    while (message := receive()) != "stop":
+        box.put(message)
+
+
 class MailboxTests(Case):
     def test_getters_share_what_fits_them(self):  # Factor's own
         mixed = [1, "junk", [456], 3, "junk2"]
@@ -294,6 +364,58 @@ class MailboxTests(Case):
                 box.put(message)
             self.assertCountEqual(messages, [receive(WAIT) for _ in preds])
             self.assertTrue(box.empty())
+
+    def test_a_stress_of_putters_takers_watchers_and_senders_loses_and_doubles_nothing(self):
+        # Without the interpreter's lock, all this happens at the same time.
+        seed = int(os.environ.get("DISTCONC_SEED", "0")) or random.randrange(1 << 32)
+        draw, count = random.Random(seed), 1000
+        box, stop, taken, looks = Mailbox(), object(), [[] for _ in range(6)], []
+        relay = spawn(relay_to, box, name="relay", register=True)
+
+        def put(putter, choices):
+            to = RemoteThread(local_node(), relay.id, local_node().incarnation)
+            for number, choice in enumerate(choices):
+                message = putter, number
+                if choice == "put":
+                    box.put(message)
+                else:
+                    (relay if choice == "send" else to).send(message)
+
+        def take(got, choices):
+            for choice in itertools.cycle(choices):
+                if choice == "get_all":
+                    got += box.get_all()
+                else:
+                    got.append(box.get() if choice == "get" else box.get_if(object))
+                if stop in got:
+                    for _ in range(got.count(stop) - 1):  # get_all has taken another's
+                        got.remove(stop)
+                        box.put(stop)
+                    return
+
+        def watch():
+            while relay.is_alive():
+                looks.append(box._snapshot() and box.empty())
+                watched = spawn(int)
+                demonitor(monitor(watched))
+                receive(0, None)
+                check(watched.join(WAIT) and threads() is not None)
+
+        putters = [spawn(put, at, draw.choices(("put", "send", "by handle"), k=count))
+                   for at in range(4)]
+        takers = [spawn(take, got, draw.choices(("get", "get_if", "get_all"), (4, 4, 1), k=99))
+                  for got in taken]
+        watchers = [spawn(watch) for _ in range(2)]
+        with self.subTest(seed=seed):
+            self.assertTrue(all(thread.join(WAIT) for thread in putters))
+            end(relay)
+            for _ in takers:
+                box.put(stop)
+            self.assertTrue(all(thread.join(WAIT) for thread in takers + watchers))
+            self.assertTrue(looks)
+            messages = [message for message in sum(taken, []) if message is not stop]
+            wanted = [(putter, number) for putter in range(4) for number in range(count)]
+            self.assertEqual(wanted, sorted(messages))
 
     def test_a_message_that_another_getter_looks_at_is_not_overlooked(self):
         for get in Mailbox.get, Mailbox.get_all, lambda box: box.get_if(int):
@@ -397,6 +519,7 @@ class MailboxTests(Case):
         self.assertEqual(["meanwhile", self.me] * 2, inside)
         self.assertEqual([1], box.get_all(0))
 
+    @WITH_ALARM
     def test_many_ctrl_c_while_a_thread_waits_lose_nothing(self):
         takes = [receive, lambda: receive(WAIT), lambda: receive_if(int, WAIT)]
         for take in takes:
@@ -408,6 +531,7 @@ class MailboxTests(Case):
                 self.assertEqual(at, take())
 
     @unittest.skipIf(sys.version_info < (3, 11), "3.10 may strike between any two instructions")
+    @WITH_ALARM
     def test_a_storm_of_ctrl_c_costs_at_most_the_message_that_is_taken_and_all_goes_on(self):
         takes = [receive, lambda: receive(WAIT), lambda: receive_if(int, WAIT)]
         with ctrl_c_storm(receive, receive_if) as struck:
@@ -785,6 +909,7 @@ class SynchronousTests(Case):
         self.assertIsNone(self.raised(ThreadDied, send_synchronous, "?", server).reason)
         self.nothing_else_comes(helper)
 
+    @WITH_ALARM
     def test_an_interrupted_caller_gets_no_late_reply(self):
         interrupt = lambda request: signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
         thread = self.server(interrupt, go, answer("late"))
@@ -792,6 +917,7 @@ class SynchronousTests(Case):
             self.assertRaises(KeyboardInterrupt, send_synchronous, "?", thread)
         self.nothing_else_comes(thread)
 
+    @WITH_ALARM
     def test_a_storm_of_ctrl_c_in_calls_mixes_up_no_replies(self):
         server, at = self.echo(), 0
         with ctrl_c_storm(send_synchronous) as struck:
@@ -5395,6 +5521,7 @@ os._exit(0)
             self.assertIs(receive(0), message)
         self.assertLess(max(len(r.get("message", "")) for r in records(self.traces)), 300)
 
+    @WITH_ALARM
     def test_ctrl_c_while_a_thread_waits_loses_nothing_while_traced(self):
         trace(self.traces)
         for at in range(20):
