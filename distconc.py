@@ -53,7 +53,13 @@ pickled.
     pending calls, links, monitors                          watchers of a Thread
 """
 
+# An older Python stops here, with a SyntaxError that shows this line.
+match "distconc needs Python 3.10 or later; this one is older":
+    case _:
+        pass
+
 import atexit
+import errno
 import hashlib
 import hmac
 import io
@@ -210,6 +216,50 @@ def _remaining(deadline: float | None) -> float:
     return max(deadline - monotonic(), 0)
 
 
+# Ctrl-C ends the main thread's wait for a lock; but on Windows, before Python 3.14, only after
+# the wait.  So there that thread waits for a little while, again and again.
+WAIT_SLICE = 0.0  # seconds; 0 where Ctrl-C ends the wait
+if sys.platform == "win32" and sys.version_info < (3, 14):
+    WAIT_SLICE = 0.1
+
+
+def _acquire(lock: threading.Lock, deadline: float | None) -> bool:
+    """Acquire a lock for which a thread may wait long; return False at the deadline."""
+    if not WAIT_SLICE or threading.current_thread() is not threading.main_thread():
+        return lock.acquire(timeout=_remaining(deadline))
+    while True:
+        remaining = _remaining(deadline)
+        if 0 <= remaining <= WAIT_SLICE:
+            return lock.acquire(timeout=remaining)
+        if lock.acquire(timeout=WAIT_SLICE):
+            return True
+
+
+# Every lock that is taken by `with` is one of these: re-entrant, because a `__del__` that sends
+# may interrupt its holder.
+if sys.version_info[:2] != (3, 14):
+    _Lock = threading.RLock
+else:
+
+    class _Lock(type(threading.RLock())):  # type: ignore[misc]
+        """An RLock that Ctrl-C cannot leave held.
+
+        On Python 3.14 alone, Ctrl-C may strike when `with` has acquired a lock, but has not
+        begun its block; then nobody would release it.
+        """
+
+        def __enter__(self) -> None:
+            try:
+                self.acquire()
+            except BaseException:
+                try:
+                    self.release()
+                except RuntimeError:
+                    # Ctrl-C came before it was acquired.
+                    pass
+                raise
+
+
 class _WaitQueue:
     """Threads that wait until something is true.  Linux: wait queue.  trio: ParkingLot.
 
@@ -232,15 +282,17 @@ class _WaitQueue:
         """
         sleeper = threading.Lock()
         sleeper.acquire()
-        self._sleepers.append(sleeper)
         try:
+            self._sleepers.append(sleeper)
             # It is tested only now, with the lock in the list: so no `wake_all` is missed.
             while not is_true():
-                if not sleeper.acquire(timeout=_remaining(deadline)):
+                if not _acquire(sleeper, deadline):
                     return is_true()
             return True
         finally:
-            self._sleepers.remove(sleeper)
+            # Ctrl-C may have come before it was in the list.
+            if sleeper in self._sleepers:
+                self._sleepers.remove(sleeper)
 
     def wake_all(self) -> None:
         """Have every waiting thread look again.  Never blocks."""
@@ -299,7 +351,7 @@ class Mailbox:
 
         # Guards `_examined`.  Held while messages are moved or taken, never while a predicate
         # runs or a message is loaded: these are the user's code.
-        self._lock = threading.RLock()
+        self._lock = _Lock()
 
         # Messages that get_if has seen, which are older than all in `_arrived`; numbered, so
         # that it knows how far it has looked, and asks about none twice.
@@ -367,6 +419,7 @@ class Mailbox:
         with self._lock:
             entry.serial = -1
             self._examined.appendleft(entry)
+        self._arrival.wake_all()
 
     def get_if(self, pred: Predicate, timeout: float | None = None) -> Any:
         """Remove and return the oldest message for which `pred` is true; the others stay.
@@ -440,7 +493,9 @@ class Mailbox:
             self._examined.append(entry)
 
     def _has_newer_than(self, seen: int) -> bool:
-        return bool(self._arrived) or self._next_serial > seen
+        # With the lock, as a message that is being moved is in neither deque for a moment.
+        with self._lock:
+            return bool(self._arrived) or self._next_serial > seen
 
     def _take(self, entry: _Entry) -> bool:
         """Remove an examined entry; return False if another thread was faster."""
@@ -472,7 +527,8 @@ class Mailbox:
                 raise TimeoutError("no message came within the time-out")
 
     def _has_entries(self) -> bool:
-        return bool(self._arrived or self._examined)
+        with self._lock:
+            return bool(self._arrived or self._examined)
 
     def empty(self) -> bool:
         """Return whether no message is here now.  Never blocks; it may change at once."""
@@ -623,7 +679,7 @@ class _PendingTable:
         # Guards the entries, and is held while one is told its outcome: so when `remove`
         # returns, either that has been done, or it never will be.  An RLock, because a
         # `__del__` that replies may interrupt its holder.
-        self._lock = threading.RLock()
+        self._lock = _Lock()
         self._by_tag: dict[str, _Pending] = {}
 
     def add(self, pending: _Pending) -> None:
@@ -660,7 +716,7 @@ class _PendingTable:
     def watching(self, watched: Any) -> list[_Pending]:
         """Return what waits for something of `watched`."""
         with self._lock:
-            return [each for each in self._by_tag.values() if each.watched == watched]
+            return [each for each in self._by_tag.copy().values() if each.watched == watched]
 
 
 _pending = _PendingTable()
@@ -938,7 +994,7 @@ class _Registry:
         # Guards the tables, and of every thread its watchers, its names and that it ended.  So
         # a watcher is either told of a thread's end or refused: there is nothing in between.
         # An RLock, because a `__del__` that sends may interrupt its holder.
-        self.lock = threading.RLock()
+        self.lock = _Lock()
         self.by_id: dict[int, Thread] = {}
         self.by_name: dict[str, Thread] = {}  # those that have a registered name
         self.by_watcher: dict[str, Thread] = {}  # a watcher's tag -> the thread it watches
@@ -1408,7 +1464,7 @@ class _Call(_Pending):
 
     def wait(self, deadline: float | None) -> bool:
         """Wait for the outcome; return False at the deadline."""
-        return self._is_pending.acquire(timeout=_remaining(deadline))
+        return _acquire(self._is_pending, deadline)
 
     def result(self) -> Any:
         """Return the reply, or raise the failure.  What came from elsewhere is loaded now."""
@@ -1972,8 +2028,17 @@ def _parse_address(node: Any) -> Address | None:
         return None
     parsed = _parse_path(address) or _parse_host_and_port(address)
     if parsed is None:
-        raise ValueError(f"not a node: {node!r:.300}; say {_SPELLINGS}")
+        raise ValueError(f"not a node: {node!r:.300}{_ipv6_hint(address)}; say {_SPELLINGS}")
     return parsed
+
+
+def _ipv6_hint(address: Any) -> str:
+    """Return what an error adds for an address of IPv6, which no node has."""
+    if isinstance(address, tuple) and address:
+        address = f"{address[0]}:"
+    if isinstance(address, str) and address.count(":") > 1:
+        return " is an IPv6 address, and nodes have those of IPv4"
+    return ""
 
 
 # The control characters, and the two separators at which Python splits lines.
@@ -2103,8 +2168,12 @@ def _advertised_address(bound: Address | None, advertise: Any) -> Address | None
         advertise = advertise, bound[1]
     address = _parse_address(advertise)
     is_free_port = isinstance(address, tuple) and address[1] == 0
-    if address is None or is_free_port or _is_wildcard(address):
-        raise ValueError(f"advertise= is what other nodes dial, not {advertise!r:.300}")
+    if is_free_port:
+        raise ValueError(f"advertise={advertise!r:.300}: nobody can dial port 0; leave the port "
+                         "out, and it is the one at which the node listens")
+    if address is None or _is_wildcard(address):
+        raise ValueError(f"advertise={advertise!r:.300} is nothing that others can dial; say "
+                         "this machine's address on the network, such as '192.168.1.17'")
     return address
 
 
@@ -2741,8 +2810,8 @@ class _Connection:
         # Held while a frame is made and written, by the writer or by a sender: so frames, and
         # the MACs in them, are in one order.  The only lock that is held while the network may
         # make its holder wait.
-        self._write_lock = threading.Lock()
-        self._frame_maker = 0  # `threading.get_ident()` of its holder
+        self._write_lock = _Lock()
+        self._frame_maker = 0  # `threading.get_ident()` of the thread that makes a frame
         self._last_write = 0.0  # 0 after something was read: what follows may be an answer
         self._has_ended_output = False  # no frame may follow
 
@@ -2824,7 +2893,7 @@ class _Connection:
         share a frame if they queue up while the writer waits for its turn, and that makes a
         flood four times as fast.
         """
-        if self._outbox or self._write_lock.locked() or _faults.are_active:
+        if self._outbox or self._frame_maker or _faults.are_active:
             return False
         is_soon = monotonic() - self._last_write < BURST_SECONDS
         if is_soon and len(payload) <= SMALL_PAYLOAD:
@@ -2839,6 +2908,8 @@ class _Connection:
         """Write what is in the outbox, also what others put there meanwhile."""
         while self._outbox:
             with self._write_lock:
+                # From here on, a `__del__` in this thread queues the messages that it sends.
+                self._frame_maker = threading.get_ident()
                 if not self._has_ended_output:
                     self._write_frame(*self._next_batch())
             if self._has_ended_output:
@@ -3213,12 +3284,30 @@ def _limit_silence(sock: socket.socket, seconds: float) -> None:
 
     `settimeout` would do that for writes as well, and for all duplicates of the socket.
     """
+    _set_timeout(sock, socket.SO_RCVTIMEO, seconds)
+    if not SHUTDOWN_WAKES:
+        _set_timeout(sock, socket.SO_SNDTIMEO, seconds)
+
+
+def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
+    """Set a time-out of the system's own, in the form that it has there.
+
+    Two numbers, seconds and microseconds, of 8 bytes each or, on some machines of 32 bits, of
+    4; or one number, of milliseconds (Windows).
+    """
     microseconds = round(seconds * 1_000_000)
-    if os.name == "posix":
-        timeval = struct.pack("@ll", microseconds // 1_000_000, microseconds % 1_000_000)
+    size = len(sock.getsockopt(socket.SOL_SOCKET, option, 16))
+    if size == 4:
+        value = struct.pack("=i", microseconds // 1000)
     else:
-        timeval = struct.pack("@l", microseconds // 1000)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        form = {8: "=ii", 16: "=qq"}[size]
+        value = struct.pack(form, *divmod(microseconds, 1_000_000))
+    sock.setsockopt(socket.SOL_SOCKET, option, value)
+
+
+# Whether `shutdown` wakes a thread that is blocked in a read or a write of that socket.  On
+# Windows it does not: there such a read or write ends by a time-out.
+SHUTDOWN_WAKES = sys.platform != "win32"
 
 
 def _shut_down(sock: socket.socket) -> None:
@@ -3249,6 +3338,7 @@ class _Handshake:
         self.dialled = dialled
         self.host = ""  # where a stranger comes from
         self.has_proved_key = False  # the stranger has answered our challenge
+        self.peer_name = ""  # the address that the peer's hello says
         self.connection: _Connection | None = None
         self.error: Exception | None = None
         self._node = node
@@ -3282,7 +3372,8 @@ class _Handshake:
         _local.must_not_wait = True
         seconds = self._node._connect_timeout
         timeout = NodeUnreachable(
-            f"{_format_address(self.dialled)} did not answer within {seconds:g} seconds")
+            f"{_format_address(self.dialled)} did not answer within {seconds:g} seconds"
+            f"{_network_hint(self.dialled)}")
         timer = threading.Timer(seconds, self.abort, [timeout])
         timer.daemon = True
         try:
@@ -3305,7 +3396,7 @@ class _Handshake:
         if not self.dialled:
             self._node._count("strangers")
             _log_stranger(self.host, error)
-        self.abort(_dial_error(_format_address(self.dialled), error))
+        self.abort(_dial_error(self.dialled, error, self.peer_name))
         self._node._handshake_ended(self)
 
     def _connect(self) -> _Connection:
@@ -3327,7 +3418,7 @@ class _Handshake:
     def _duplicate(self, channel: Any) -> socket.socket:
         """Return a socket for the channel's connection, which others can shut down."""
         family = _address_family(self.dialled or self._node._listen_address)
-        sock = socket.socket(family, socket.SOCK_STREAM, fileno=os.dup(channel.fileno()))
+        sock = socket.fromfd(channel.fileno(), family, socket.SOCK_STREAM)
         # The program may have set a default time-out, which would make `channel` fail, too.
         sock.settimeout(None)
         self._socket = sock
@@ -3337,6 +3428,8 @@ class _Handshake:
         if family == socket.AF_INET:
             # Else a second small frame would wait for the peer's acknowledgement (Nagle).
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if not SHUTDOWN_WAKES:
+            _limit_silence(sock, self._node._connect_timeout)
         return sock
 
     def _exchange_challenges(self, channel: Any) -> None:
@@ -3363,6 +3456,7 @@ class _Handshake:
             mine = _Hello.make("acceptor", self._node, [])
         channel.send_bytes(mine.line)
         peer = _Hello.decode(channel.recv_bytes(MAX_HELLO))
+        self.peer_name = _one_line(_format_address(peer.address))
         self._check(mine, peer, sock)
         return mine, peer
 
@@ -3403,14 +3497,43 @@ class _Handshake:
             connection.send_serials()
 
 
-def _dial_error(name: str, why: BaseException) -> Exception:
-    """Return the error for those who dialled the node of that name."""
+def _dial_error(address: Address | None, why: BaseException, own_name: str = "") -> Exception:
+    """Return the error for those who dialled a node: what failed, and what may mend it.
+
+    `own_name` is the address that the node has told us, if it came to that.
+    """
+    name = _format_address(address)
     if isinstance(why, AuthenticationError):
         return AuthenticationError(f"{name} and this node do not trust each other: {why}; "
                                    "do both have the same key?")
     if isinstance(why, (ConnectionRefusedError, FileNotFoundError)):
-        return NodeUnreachable(f"no node listens at {name}; is that where it was started?")
-    return NodeUnreachable(f"cannot connect to {name}: {str(why) or 'it hung up'}")
+        text = f"no node listens at {name}; is that where it was started?"
+        if not _is_loopback(address):
+            text += " Other machines reach it only if start_node was told 0.0.0.0:PORT there"
+        return NodeUnreachable(text)
+    if isinstance(why, socket.gaierror):
+        return NodeUnreachable(
+            f"the name in {name} cannot be looked up here ({why.strerror}): say the number of "
+            "that machine, such as 192.168.1.17; its own start_node says that by advertise=")
+    if own_name and own_name != name and isinstance(why, (EOFError, OSError)):
+        return NodeUnreachable(
+            f"the node at {name} hung up; it calls itself {own_name}. If {name} leads to it "
+            f"through NAT or a tunnel, its start_node needs advertise={name!r}")
+    text = f"cannot connect to {name}: {str(why) or 'it hung up'}"
+    if getattr(why, "errno", None) in NO_WAY_THERE:
+        text += _network_hint(address)
+    return NodeUnreachable(text)
+
+
+NO_WAY_THERE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT)
+
+
+def _network_hint(address: Address | None) -> str:
+    """Return what to look at when a machine cannot be reached, or does not answer."""
+    if not isinstance(address, tuple) or _is_loopback(address):
+        return ""
+    return (f"; is that machine on this network, and does its firewall let port {address[1]} "
+            "in?")
 
 
 ######## Node: start_node, stop_node, local_node, nodes, connect, disconnect
@@ -3449,7 +3572,7 @@ class Node(AbstractContextManager["Node"]):
 
         # Guards the three tables below, and the counts.  An RLock, because a `__del__` that
         # sends may interrupt its holder.
-        self._lock = threading.RLock()
+        self._lock = _Lock()
         self._connections: set[_Connection] = set()  # all, from their serials to their end
         self._established: list[_Connection] = []  # in the order in which they were
         self._handshakes: list[_Handshake] = []  # the oldest first
@@ -3613,7 +3736,8 @@ class Node(AbstractContextManager["Node"]):
                 if not connection.closing:
                     return connection
         if not dial.wait(deadline):
-            raise NodeUnreachable(f"{_format_address(address)} did not answer in time")
+            raise NodeUnreachable(
+                f"{_format_address(address)} did not answer in time{_network_hint(address)}")
         if dial.error is not None:
             raise dial.error
         connection = dial.connection
@@ -3626,7 +3750,9 @@ class Node(AbstractContextManager["Node"]):
         if self._stopped:
             raise NodeDown("this node was stopped; start_node starts it again")
         if address is None:
-            raise NodeUnreachable("that node does not listen, and contact with it was lost")
+            raise NodeUnreachable(
+                "that node does not listen, so nobody can dial it, and it has no connection "
+                "with this node now; start_node() there lets others dial it")
         if _faults.cut_off({address}):
             raise NodeUnreachable(f"faults(drop=1) cuts {_format_address(address)} off")
         if _local.must_not_wait:
@@ -3834,6 +3960,9 @@ def _is_same_host(sock: socket.socket) -> bool:
 
 def _listen(address: Address | None) -> Listener:
     """Return a Listener, whose backlog takes a whole class that connects at once."""
+    if isinstance(address, str) and not hasattr(socket, "AF_UNIX"):
+        raise ValueError(f"cannot listen at {address}: Python has no Unix sockets on this "
+                         "system; say 9000, or 'host:9000'")
     try:
         return Listener(address, backlog=128)
     except OSError as error:
@@ -3841,6 +3970,11 @@ def _listen(address: Address | None) -> Listener:
             os.unlink(address)
             return Listener(address, backlog=128)
         cure = "does a node run there? Choose another address, or 0 for a free port"
+        if error.errno == errno.EADDRNOTAVAIL:
+            cure = ("this machine does not have that address. Say 0.0.0.0:PORT to listen at "
+                    "all that it has; behind NAT, name the outer one by advertise=")
+        elif isinstance(error, socket.gaierror):
+            cure = "say a number, such as 0.0.0.0:PORT, for all addresses of this machine"
         text = f"cannot listen at {_format_address(address)}: {error.strerror or error}; {cure}"
         raise OSError(error.errno, text) from None
 
@@ -3863,7 +3997,7 @@ class _Process:
 
     def __init__(self) -> None:
         # Guards `node`.  Held while a node begins to listen, so that there is one at most.
-        self.lock = threading.RLock()
+        self.lock = _Lock()
         self.node: Node | None = None
 
 
@@ -4460,7 +4594,7 @@ class _LimitedLog:
     def forget(self) -> None:
         """Begin anew, as in the child of a fork."""
         # Guards the two tables.  An RLock, because a `__del__` may interrupt its holder.
-        self._lock = threading.RLock()
+        self._lock = _Lock()
         self._lines: dict[str, _Line] = {}
         self._muted: set[str] = set()
 
@@ -4610,7 +4744,7 @@ class ChildNode(AbstractContextManager["ChildNode"]):
         # Held while the control pipe is written to or closed, so that "stop" is
         # never written to a descriptor that has become another file's.  Nobody
         # waits for it longer than one short write takes.
-        self._control_lock = threading.Lock()
+        self._control_lock = _Lock()
         # The printer keeps this object: a child whose handle is dropped lives on.
         self._printer = _start_daemon("printer", self._print_output)
 
@@ -5165,7 +5299,7 @@ class _Recorder(_Observer):
     def __init__(self) -> None:
         # Guards the clocks and the file: an event's clock and its line are one step.  An
         # RLock, because a `__del__` that sends may interrupt its holder.
-        self._lock = threading.RLock()
+        self._lock = _Lock()
         self._clocks: dict[int, int] = {}  # thread's id -> clock; 0 is the node
         self._latest_clock = 0  # the greatest of them
         self._descriptor = -1
@@ -5877,15 +6011,26 @@ def _add_demo(commands: Any) -> None:
 
 
 def _run_demo() -> None:
+    if _tracer.directory:
+        _demonstrate()
+        return
     with tempfile.TemporaryDirectory() as directory:
-        if not _tracer.directory:
-            trace(directory)
-        with start_node() as node, spawn_node() as child:
-            own_pid = os.getpid()
-            print(f"node {node} has pid {own_pid}, its child {child} has pid {child.pid}")
-            _talk_to(child)
-        drawing = chart(_tracer.directory, "text")
-        print("\nAll of it, time running down:\n\n" + drawing.rstrip())
+        trace(directory)
+        try:
+            _demonstrate()
+        finally:
+            # Windows removes no file that is open.
+            trace(None)
+
+
+def _demonstrate() -> None:
+    """Have two nodes talk, and print what they say, and the chart of it."""
+    with start_node() as node, spawn_node() as child:
+        own_pid = os.getpid()
+        print(f"node {node} has pid {own_pid}, its child {child} has pid {child.pid}")
+        _talk_to(child)
+    drawing = chart(_tracer.directory, "text")
+    print("\nAll of it, time running down:\n\n" + drawing.rstrip())
 
 
 def _talk_to(child: ChildNode) -> None:
@@ -5910,22 +6055,25 @@ def _add_node(commands: Any) -> None:
         commands, "node", _run_node,
         "Run a node, with a Python prompt, or with SCRIPT, after which it stays up.")
     parser.add_argument("address", nargs="?", default="0",
-                        help="9000, host:9000, or a path; without it, a free port is taken")
+                        help="9000; 0.0.0.0:9000, for other machines; or a path; without it, "
+                             "a free port is taken")
     parser.add_argument("script", nargs="?", default="",
                         help="a Python file, run as the main program of the node")
+    parser.add_argument("--advertise", metavar="HOST[:PORT]",
+                        help="where other nodes dial it, if that is another address")
 
 
-def _run_node(address: str, script: str) -> None:
+def _run_node(address: str, script: str, advertise: str | None) -> None:
     if os.path.isfile(address):
         raise ValueError(f"{address} is a file; say: node ADDRESS {address}")
     # The prompt and the script get a module of their own, with none of this file's names.
     main_module = types.ModuleType("__main__")
     sys.modules["__main__"] = main_module
-    with start_node(address) as node:
+    with start_node(address, advertise=advertise) as node:
         print(f"node {node}, pid {os.getpid()}", flush=True)
         if script:
             _run_script(script, main_module)
-            threading.Event().wait()
+            _WaitQueue().wait_until(lambda: False, None)
         else:
             _run_prompt(main_module)
 
