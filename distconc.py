@@ -191,16 +191,26 @@ class RemoteError(DistconcError):
 
 
 def _deadline(timeout: float | None) -> float | None:
-    """Return the time at which a wait of `timeout` seconds ends; None means never."""
+    """Return the time at which a wait of `timeout` seconds ends; None means never.
+
+    A time-out below 0 is like 0, because callers compute what is left of one.  Raises TypeError
+    or ValueError for what is no time-out.
+    """
     if timeout is None:
         return None
-    try:
-        is_usable = timeout < threading.TIMEOUT_MAX
-    except TypeError:
-        raise TypeError(f"a timeout is seconds, or None, not {timeout!r}") from None
-    if not is_usable:
-        raise ValueError(f"{timeout!r} is no timeout; to wait for ever, say None")
-    return monotonic() + timeout
+    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
+        raise TypeError(f"a timeout is seconds, or None, not {timeout!r:.100}")
+    if not timeout < threading.TIMEOUT_MAX:
+        raise ValueError(f"{timeout!r:.100} is no timeout; to wait for ever, say None")
+    return monotonic() + max(timeout, 0)
+
+
+def _bounded_deadline(timeout: float) -> float:
+    """Return the deadline of a wait that must end, so that None is no time-out for it."""
+    deadline = _deadline(timeout)
+    if deadline is None:
+        raise TypeError("this timeout is seconds, not None: what stops something must end")
+    return deadline
 
 
 def _remaining(deadline: float | None) -> float:
@@ -489,13 +499,34 @@ class Mailbox:
 
 def _as_predicate(pred: Predicate) -> Callable[[Any], Any]:
     """Return `pred` as a function of a message; raise TypeError for what can be none."""
-    if isinstance(pred, (type, tuple, types.UnionType)):
-        # This raises for a tuple that holds something else than classes.
-        isinstance(None, pred)
-        return lambda message: isinstance(message, pred)
+    # What `typing` makes, such as Union[int, str], has an origin, and is no function.
+    if isinstance(pred, (type, tuple, types.UnionType)) or hasattr(pred, "__origin__"):
+        classes: Any = pred
+        _check_class(classes)
+        return lambda message: isinstance(message, classes)
     if not callable(pred):
-        raise TypeError(f"a predicate, or a class, is what messages are chosen by: {pred!r}")
+        raise TypeError("messages are chosen by a function, a class, or a tuple of classes, "
+                        f"not by {pred!r:.100}")
     return pred
+
+
+def _check_class(kind: Any) -> None:
+    """Raise TypeError unless a message can be an instance of `kind`, a class or some classes.
+
+    All of them are looked at, as `isinstance` would stop at the first that fits.
+    """
+    kinds = kind
+    if isinstance(kind, types.UnionType):
+        kinds = kind.__args__
+    if isinstance(kinds, tuple):
+        for each in kinds:
+            _check_class(each)
+        return
+    try:
+        isinstance(None, kind)
+    except TypeError as error:
+        text = f"no message can be an instance of {kind!r:.100}: {error}"
+        raise TypeError(text) from None
 
 
 ######## Pending: what threads of this process wait for
@@ -710,6 +741,7 @@ class Thread(_Handle):
                  "_end_waiters", "_started_at", "_os_ident", "_remote")
 
     def __init__(self, name: str) -> None:
+        _check_name(name)
         self.id = next(_thread_ids)
         self.name = name
         self._identity = (_incarnation, self.id)
@@ -1051,7 +1083,7 @@ def current_thread() -> Thread:
     """
     if _local.thread is None:
         os_thread = threading.current_thread()
-        thread = Thread(os_thread.name)
+        thread = Thread(os_thread.name[:MAX_NAME] or "unnamed")
         thread._os_ident = os_thread.ident
         _local.thread = thread
         _registry.add(thread)
@@ -1191,8 +1223,11 @@ def _request(func: Callable[..., Any], args: tuple[Any, ...], name: str | None,
              register: bool) -> _SpawnRequest:
     if not callable(func):
         raise TypeError(f"spawn takes a function and its arguments; {func!r} cannot be called")
-    name = name or _function_name(func)
+    if name is None:
+        name = _function_name(func)
     _check_name(name)
+    if not isinstance(register, bool):
+        raise TypeError(f"register= is True or False, not {register!r:.100}; the name is name=")
     return _SpawnRequest(func, args, name, register, is_server=False)
 
 
@@ -1207,8 +1242,17 @@ MAX_NAME = 255  # letters of a thread's name
 
 
 def _check_name(name: object) -> None:
-    if not isinstance(name, str) or len(name) > MAX_NAME:
-        raise TypeError(f"a name is a text of up to {MAX_NAME} letters, not {name!r:.300}")
+    """Raise TypeError or ValueError for what cannot be the name of a thread."""
+    if not isinstance(name, str):
+        raise TypeError(f"a name is a text, not {name!r:.100}")
+    if not 0 < len(name) <= MAX_NAME:
+        raise ValueError(f"a name has 1 to {MAX_NAME} letters; {name!r:.100} has {len(name)}")
+
+
+def _check_tag(tag: object) -> None:
+    """Raise TypeError for what cannot be the tag of something pending."""
+    if not isinstance(tag, str):
+        raise TypeError(f"a tag is a text that this module has made, not {tag!r:.100}")
 
 
 def _spawn(request: _SpawnRequest, node: NodeLike | None, link: _Link | None) -> Handle:
@@ -1364,8 +1408,9 @@ class Synchronous(_Message):
     tag: str
 
     def __init__(self, data: Any, sender: Handle, tag: str) -> None:
-        if not isinstance(sender, _Handle) or not isinstance(tag, str):
-            raise TypeError(f"Synchronous(data, sender, tag): not {sender!r}, {tag!r}")
+        if not isinstance(sender, _Handle):
+            raise TypeError(f"the sender of a Synchronous is a thread, not {sender!r:.100}")
+        _check_tag(tag)
         self.__dict__.update(data=data, sender=sender, tag=tag)
 
     @property
@@ -1381,6 +1426,7 @@ class Reply(_Message):
     tag: str
 
     def __init__(self, data: Any, tag: str) -> None:
+        _check_tag(tag)
         self.__dict__.update(data=data, tag=tag)
 
 
@@ -1505,6 +1551,7 @@ class Monitor(_Message):
     tag: str
 
     def __init__(self, target: Any, tag: str) -> None:
+        _check_tag(tag)
         self.__dict__.update(target=target, tag=tag)
 
 
@@ -1517,6 +1564,10 @@ class Down(_Message):
     reason: BaseException | None
 
     def __init__(self, monitor: Monitor, target: Any, reason: BaseException | None) -> None:
+        if not isinstance(monitor, Monitor):
+            raise TypeError(f"a Down is of what monitor returned, not of {monitor!r:.100}")
+        if reason is not None and not isinstance(reason, BaseException):
+            raise TypeError(f"the reason of a Down is an error or None, not {reason!r:.100}")
         self.__dict__.update(monitor=monitor, target=target, reason=reason)
 
 
@@ -3102,10 +3153,14 @@ class Node(AbstractContextManager["Node"]):
     def _start(self, address: NodeLike | None, authkey: Any, advertise: Any, allow: Any,
                heartbeat: float, connect_timeout: float, max_message: int) -> None:
         """Take the options of `start_node`, and listen; bad ones raise before any change."""
-        _check_seconds("heartbeat", heartbeat)
-        _check_seconds("connect_timeout", connect_timeout)
-        if type(max_message) is not int or not 0 < max_message < MAX_MAX_MESSAGE:
-            raise ValueError("max_message= is a number of bytes, above 0 and below 4 GiB")
+        _check_number("heartbeat= in seconds", heartbeat, MIN_HEARTBEAT, MAX_SECONDS)
+        _check_number("connect_timeout= in seconds", connect_timeout,
+                      MIN_HEARTBEAT, MAX_SECONDS)
+        _check_number("max_message= in bytes", max_message, 1, MAX_MAX_MESSAGE - 1,
+                      may_be_fraction=False)
+        if authkey is not None:
+            # A node that does not listen would notice a wrong one only when it dials.
+            authkey = _find_key(authkey, None)
         if allow is not None:
             allow = _check_allow(allow)
         if address is None:
@@ -3383,9 +3438,7 @@ class Node(AbstractContextManager["Node"]):
 
     def stop(self, timeout: float = 5.0) -> None:
         """Stop the node; see `stop_node`."""
-        deadline = _deadline(timeout)
-        if deadline is None:
-            raise ValueError("stop_node(timeout) takes seconds")
+        deadline = _bounded_deadline(timeout)
         if self.incarnation != _incarnation:
             return  # This is the child of a fork; the node is its parent's.
         with self._lock:
@@ -3438,11 +3491,17 @@ class Node(AbstractContextManager["Node"]):
         self.stop()
 
 
-def _check_seconds(name: str, value: Any) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not MIN_HEARTBEAT <= value <= MAX_SECONDS:
-        raise ValueError(f"{name}= is seconds, from {MIN_HEARTBEAT} to {MAX_SECONDS:g}, "
-                         f"not {value!r}")
+def _check_number(option: str, value: Any, lowest: float, highest: float,
+                  may_be_fraction: bool = True) -> None:
+    """Raise TypeError or ValueError for an option that is no such number."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole and not may_be_fraction:
+        raise TypeError(f"{option} is a whole number, not {value!r:.100}")
+    if not is_whole and not isinstance(value, float):
+        raise TypeError(f"{option} is a number, not {value!r:.100}")
+    # This refuses nan, too.
+    if not lowest <= value <= highest:
+        raise ValueError(f"{option} is from {lowest} to {highest}, not {value!r:.100}")
 
 
 def _is_same_host(sock: socket.socket) -> bool:
@@ -3531,7 +3590,7 @@ def stop_node(timeout: float = 5.0) -> None:
     if _process.node:
         _process.node.stop(timeout)
     else:
-        _deadline(timeout)
+        _bounded_deadline(timeout)
 
 
 def _at_exit() -> None:
@@ -3574,9 +3633,14 @@ def connect(node: NodeLike) -> None:
     Blocks at most `connect_timeout` seconds.  Raises NodeDown (once this node was stopped; else
     NodeUnreachable), AuthenticationError, ValueError, PermissionError.
     """
-    address = _parse_address(node)
-    if not local_node()._has_address(address):
-        local_node()._connection_to(address, None)
+    if not _is_this_node(node):
+        local_node()._connection_to(_parse_address(node), None)
+
+
+def _is_this_node(node: NodeLike) -> bool:
+    """Return whether `node` denotes this process's node, which need not listen."""
+    here = local_node()
+    return node is here or here._has_address(_parse_address(node))
 
 
 def disconnect(node: NodeLike) -> None:
@@ -3607,11 +3671,9 @@ class RemoteThread(_Handle):
 
     def __init__(self, node: NodeLike | None, id: int | str,
                  incarnation: int | None = None) -> None:
-        if not isinstance(id, (int, str)) or len(str(id)) > MAX_NAME:
-            raise TypeError(
-                f"an id is an int, or a name of up to {MAX_NAME} letters, not {id!r}")
+        _check_id(id)
         if incarnation is not None and type(incarnation) is not int:
-            raise TypeError(f"an incarnation is an int, not {incarnation!r}")
+            raise TypeError(f"an incarnation is an int, not {incarnation!r:.100}")
         self._node: Address | None = None
         if node is not None:
             self._node = _parse_address_cached(node)
@@ -3793,6 +3855,19 @@ class RemoteThread(_Handle):
         return RemoteThread, (self._node, self._id, self._incarnation)
 
 
+MAX_ID = (1 << 64) - 1
+
+
+def _check_id(id: object) -> None:
+    """Raise TypeError or ValueError for what is neither a thread's id nor a name."""
+    if isinstance(id, str):
+        _check_name(id)
+    elif not isinstance(id, int) or isinstance(id, bool):
+        raise TypeError(f"a thread is found by its id or its name, not by {id!r:.100}")
+    elif not 0 < id <= MAX_ID:
+        raise ValueError(f"the ids of threads are from 1 to {MAX_ID}, not {id!r:.100}")
+
+
 class _TooLargeForPeer(SerializationError):
     """The message is larger than the other node's `max_message`."""
 
@@ -3810,7 +3885,7 @@ def register_remote_thread(thread: Thread, name: str | None = None) -> None:
     Factor: register-remote-thread.  Erlang: register.
     """
     if not isinstance(thread, Thread) or thread._remote:
-        raise TypeError(f"only a thread of this node can get a name: not {thread!r}")
+        raise TypeError(f"only a thread of this node can get a name: not {thread!r:.100}")
     if name is None:
         name = thread.name
     _check_name(name)
@@ -3823,6 +3898,8 @@ def unregister_remote_thread(name: str) -> None:
 
     Factor: unregister-remote-thread.  Erlang: unregister.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"a registered name is a text, not {name!r:.100}")
     if not _registry.unregister(name):
         raise _no_such_thread(name)
 
@@ -3832,12 +3909,12 @@ def get_remote_thread(name_or_id: int | str) -> Thread:
 
     Factor: get-remote-thread.  Erlang: whereis.
     """
-    if isinstance(name_or_id, int):
-        thread = _registry.by_id.get(name_or_id)
-    elif isinstance(name_or_id, str):
+    if isinstance(name_or_id, str):
         thread = _registry.by_name.get(name_or_id)
+    elif isinstance(name_or_id, int) and not isinstance(name_or_id, bool):
+        thread = _registry.by_id.get(name_or_id)
     else:
-        raise TypeError(f"a thread is found by its name or its id, not by {name_or_id!r}")
+        raise TypeError(f"a thread is found by its id or its name, not by {name_or_id!r:.100}")
     if thread is None:
         raise _no_such_thread(name_or_id)
     return thread
@@ -3862,8 +3939,7 @@ def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
 def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _Link | None,
               event: _EventId | None) -> Handle:
     """Start a thread on another node, or on this one if that is meant."""
-    address = _parse_address(node)
-    if local_node()._has_address(address):
+    if _is_this_node(node):
         child = _spawn_here(request, link, event)
         if link:
             link.watched = child
@@ -3871,7 +3947,7 @@ def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _Link | None,
     tag = None
     if link:
         tag = link.tag
-    remote_child: RemoteThread = _call_node(address, ("spawn", *request, tag), cause=event)
+    remote_child: RemoteThread = _call_node(node, ("spawn", *request, tag), cause=event)
     if link:
         _fail_when_lost(link, remote_child._incarnation)
     return remote_child
@@ -3879,10 +3955,8 @@ def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _Link | None,
 
 def _watch_node(pending: _Pending, node: Any) -> None:
     """Have `pending` fail when contact with `node` is lost; never, if it is this one."""
-    address = _parse_address(node)
-    here = local_node()
-    if not here._has_address(address):
-        connection = here._connection_to(address, None)
+    if not _is_this_node(node):
+        connection = local_node()._connection_to(_parse_address(node), None)
         _fail_when_lost(pending, connection.peer.incarnation)
 
 
@@ -4277,8 +4351,10 @@ def _pack_options(address: NodeLike, options: dict[str, Any]) -> bytes:
     """Return the options of `start_node` in the child, pickled, with this node's key."""
     options = options.copy()
     options["address"] = _parse_address(address)
-    if options.get("authkey") is None:
-        options["authkey"] = _find_key(local_node()._key, options["address"])
+    key = options.get("authkey")
+    if key is None:
+        key = local_node()._key
+    options["authkey"] = _find_key(key, options["address"])
     try:
         return serialize(options)
     except SerializationError as error:
@@ -4682,11 +4758,16 @@ class faults:
 
     def __init__(self, *, to: NodeLike | None = None, drop: float = 0, delay: float = 0,
                  duplicate: float = 0, seed: Any = None) -> None:
-        if not (0 <= drop <= 1 and 0 <= duplicate <= 1 and 0 <= delay < threading.TIMEOUT_MAX):
-            raise ValueError("drop= and duplicate= are from 0 to 1, delay= is seconds")
+        _check_number("drop=, a probability,", drop, 0, 1)
+        _check_number("duplicate=, a probability,", duplicate, 0, 1)
+        _check_number("delay= in seconds", delay, 0, MAX_SECONDS)
+        if seed is not None and not isinstance(seed, (int, float, str, bytes, bytearray)):
+            raise TypeError(f"seed= is a number, a text, bytes or None, not {seed!r:.100}")
         self._to: Address | None = None
         if to is not None:
             self._to = _parse_address(to)
+            if self._to is None:
+                raise ValueError(f"to= is a node that listens, not {to!r:.100}")
         self._drop = drop
         self._delay = delay
         self._duplicate = duplicate
@@ -4849,9 +4930,11 @@ def trace(directory: "str | os.PathLike[str] | None") -> None:
     if directory is None:
         _tracer.stop()
         return
+    if not isinstance(directory, (str, bytes, os.PathLike)):
+        raise TypeError(f"trace takes the name of a directory, or None, not {directory!r:.100}")
     name = os.fsdecode(directory)
-    if not name:
-        raise ValueError("trace takes the name of a directory, or None to stop")
+    if not name or "\0" in name:
+        raise ValueError(f"a directory has a name; trace cannot use {name!r:.100}")
     _tracer.start(os.path.abspath(name))
 
 
@@ -4906,9 +4989,9 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
     if format not in _CHART_FORMATS:
         formats = ", ".join(_CHART_FORMATS)
         raise ValueError(f"{format!r} is no format of a chart; there are {formats}")
-    if isinstance(threads, str):
-        threads = [threads]
-    wanted_names = set(threads)
+    _check_number("first=, a clock,", first, 0, float("inf"))
+    _check_number("last=, a clock,", last, 0, float("inf"))
+    wanted_names = _check_thread_names(threads)
     all_events = _read_traces(directory)
     columns = _assign_columns(all_events)
     events = []
@@ -4924,6 +5007,17 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
     if format == "text":
         return _TextDrawing(events, columns).render()
     return _format_shiviz(events, all_events, columns)
+
+
+def _check_thread_names(threads: Any) -> set[str]:
+    """Return the names in a chart's `threads`; raise TypeError for anything else."""
+    if isinstance(threads, str):
+        return {threads}
+    if isinstance(threads, Iterable):
+        names = list(threads)
+        if all(isinstance(name, str) for name in names):
+            return set(names)
+    raise TypeError(f"threads= is the name of a thread, or several, not {threads!r:.100}")
 
 
 class _Mark(NamedTuple):

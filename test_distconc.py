@@ -45,6 +45,7 @@ import time
 import traceback
 import tty
 import types
+import typing
 import unittest
 import weakref
 import uuid
@@ -739,8 +740,10 @@ class SynchronousTests(Case):
     def test_a_forged_reply_neither_answers_nor_reaches_the_mailbox(self):
         def forge(request):
             for tag in ("", "0" * 16, 1, None, b"x", []):
-                send(Reply("forged", tag), request.sender)
-                send(Reply("forged", tag), trip(request.sender))
+                forged = Reply("forged", "t")
+                vars(forged).update(tag=tag)
+                send(forged, request.sender)
+                send(forged, trip(request.sender))
 
         thread = self.server(forge, answer("true"), forge)
         self.assertEqual("true", send_synchronous("?", thread))
@@ -3657,6 +3660,15 @@ class Plain(Net):
         with self.assertRaises(NodeUnreachable):
             send(bytes(900), RemoteThread(free_port(), "nobody"))
 
+    def test_a_node_that_does_not_listen_may_stand_for_itself(self):
+        stop_node()
+        node = start_node(None)
+        connect(node)
+        demonitor(monitor(node))
+        self.assertTrue(spawn(send, "hello", current_thread(), node=node).join(T))
+        self.assertEqual(receive(0), "hello")
+        self.assertIs(receive(0, NOTHING), NOTHING)
+
     def test_stopping_an_old_node_again_leaves_the_new_one_alone(self):
         with self.node:
             stop_node()
@@ -5723,6 +5735,188 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
         self.assertEqual(40 * -(-drawing.count("<g ") // 110), len(headings))
         for (_, up), (_, down), _ in self.arrows():
             self.assertLessEqual(up, down)
+
+
+######## Wrong arguments
+
+NAN, INF, LONG = float("nan"), float("inf"), "x" * 256
+HOST_OF_256 = LONG + ":9000"
+
+
+class Nowhere:
+    """Looks like a node that does not listen."""
+
+    address = None
+
+
+# For each kind of parameter: its wrong values, each with the error that it is.
+NO_TIMEOUT = {"'x'": TypeError, "[1]": TypeError, "1j": TypeError, "True": TypeError,
+              "NAN": ValueError, "INF": ValueError, "1e300": ValueError, "10**400": ValueError}
+NO_BOUND = {**NO_TIMEOUT, "None": TypeError}  # where a wait for ever is wrong, too
+NO_FUNCTION = {"None": TypeError, "3": TypeError, "'x'": TypeError, "me": TypeError}
+NO_PREDICATE = {"None": TypeError, "5": TypeError, "'x'": TypeError, "b'x'": TypeError,
+                "(int, 'x')": TypeError, "(type(None), 'x')": TypeError, "[int]": TypeError,
+                "(object, (int, 3))": TypeError, "list[int]": TypeError,
+                "(type(None), list[int])": TypeError, "type(None) | list[int]": TypeError,
+                "typing.List[int]": TypeError, "typing.Optional[list[int]]": TypeError}
+NO_THREAD = {"None": TypeError, "9000": TypeError, "'127.0.0.1:9000/x'": TypeError,
+             "threading.current_thread()": TypeError, "unstarted": TypeError,
+             "('127.0.0.1', 9000)": TypeError}
+NO_NAME = {"3": TypeError, "b'x'": TypeError, "['x']": TypeError, "''": ValueError,
+           "LONG": ValueError}
+NO_ID = {**NO_NAME, "1.5": TypeError, "True": TypeError, "None": TypeError, "0": ValueError,
+         "-1": ValueError, "1 << 64": ValueError}
+del NO_ID["3"]
+NO_NODE = {value: ValueError for value in (
+    "-1", "70000", "1.5", "True", "''", "'host'", "'host:70000'", "'host:-1'", "'host:x'",
+    "HOST_OF_256", "'a b:9000'", "'a\\nb:9000'", "'a\\0b:9000'", "'::1:9000'", "('::1', 9000)",
+    "('h', True)", "('h', '9000')", "('h', 70000)", "('h', -1)", "('h',)", "('h', 1, 2)",
+    "(9000, 'h')", "(None, 9000)", "(b'h', 9000)", "b'h:9000'", "'/tmp/a\\0b'", "{}", "thing")}
+NO_ADVERTISED_NODE = {**NO_NODE, "0": ValueError, "('h', 0)": ValueError, "'h:0'": ValueError}
+del NO_ADVERTISED_NODE["'host'"], NO_ADVERTISED_NODE["''"]
+NO_DIALLED_NODE = {**NO_NODE, "None": ValueError, "me": ValueError}
+NO_KEY = {"[]": TypeError, "[1]": TypeError, "(1, 2)": TypeError, "range(20)": TypeError,
+          "bytearray(20)": TypeError, "memoryview(bytes(20))": TypeError, "20": TypeError,
+          "0": TypeError, "True": TypeError, "b''": ValueError, "''": ValueError}
+NO_SECONDS = {"'x'": TypeError, "None": TypeError, "True": TypeError, "[]": TypeError,
+              "NAN": ValueError, "INF": ValueError, "0": ValueError, "-1": ValueError,
+              "10**400": ValueError}
+NO_SIZE = {"1.5": TypeError, "1e6": TypeError, "True": TypeError, "None": TypeError,
+           "'x'": TypeError, "0": ValueError, "-1": ValueError, "1 << 40": ValueError}
+NO_PROBABILITY = {"'x'": TypeError, "None": TypeError, "True": TypeError, "NAN": ValueError,
+                  "-1": ValueError, "2": ValueError, "INF": ValueError}
+NO_DELAY = {**NO_PROBABILITY, "1e300": ValueError}
+del NO_DELAY["2"]
+NO_DIRECTORY = {"''": ValueError, "'a\\0b'": ValueError, "3": TypeError, "True": TypeError,
+                "[]": TypeError}
+NO_BYTES = {"None": TypeError, "'x'": TypeError, "3": TypeError}
+
+# Each parameter of each public name, in the contract's order: the call, with {} in its place,
+# its wrong values, and a word of the error's text (none: it shows the value itself).
+WRONG_CALLS = [
+    ("Mailbox().get({})", NO_TIMEOUT, ""),
+    ("Mailbox().get_if({}, 0)", NO_PREDICATE, "messages? "),
+    ("Mailbox().get_if(int, {})", NO_TIMEOUT, ""),
+    ("Mailbox().get_all({})", NO_TIMEOUT, ""),
+    ("Thread({})", NO_NAME, ""),
+    ("other.join({})", NO_TIMEOUT, ""),
+    ("RemoteThread({}, 'x')", NO_DIALLED_NODE, ""),
+    ("RemoteThread({}, 'x')", {"nowhere": ValueError}, "not a node"),
+    ("RemoteThread(9000, {})", NO_ID, ""),
+    ("RemoteThread(9000, 'x', {})", {"'x'": TypeError, "True": TypeError}, "incarnation"),
+    ("far.join({})", NO_TIMEOUT, ""),
+    *((f"{spawning}({call}", values, word)
+      for spawning in ("spawn", "spawn_linked", "spawn_server")
+      for call, values, word in (
+          ("{})", NO_FUNCTION, ""),
+          ("print, name={})", NO_NAME, ""),
+          ("print, register={})", {"'logger'": TypeError, "3": TypeError}, ""),
+          ("print, node={})", NO_NODE, ""),
+          ("print, name={}, node=9000)", NO_NAME, ""),
+          ("print, bogus={})", {"1": TypeError}, f"{spawning}.*bogus"))),
+    ("send(1, {})", NO_THREAD, ""),
+    ("receive({})", NO_TIMEOUT, ""),
+    ("receive({}, 'default')", NO_TIMEOUT, ""),
+    ("receive_if({})", NO_PREDICATE, "messages? "),
+    ("receive_if(object, {})", NO_TIMEOUT, ""),
+    ("Synchronous(1, {}, 't')", NO_THREAD, ""),
+    ("Synchronous(1, me, {})", {"3": TypeError, "None": TypeError, "b't'": TypeError}, ""),
+    ("Reply(1, {})", {"3": TypeError, "None": TypeError, "b't'": TypeError}, ""),
+    ("send_synchronous(1, {})", NO_THREAD, ""),
+    ("send_synchronous(1, far, {})", NO_TIMEOUT, ""),
+    ("reply_synchronous(1, {})", NO_THREAD, ""),
+    ("handle_synchronous({})", NO_FUNCTION, ""),
+    ("handle_synchronous(print, {})", NO_TIMEOUT, ""),
+    ("start_node({})", NO_NODE, ""),
+    ("start_node(authkey={})", NO_KEY, "authkey"),
+    ("start_node(None, authkey={})", NO_KEY, "authkey"),
+    ("start_node(advertise={})", NO_ADVERTISED_NODE, ""),
+    ("start_node(heartbeat={})", NO_SECONDS, "heartbeat"),
+    ("start_node(connect_timeout={})", NO_SECONDS, "connect_timeout"),
+    ("start_node(None, connect_timeout={})", NO_SECONDS, "connect_timeout"),
+    ("start_node(max_message={})", NO_SIZE, "max_message"),
+    ("start_node(bogus={})", {"1": TypeError}, "start_node.*bogus"),
+    ("stop_node({})", NO_BOUND, ""),
+    ("local_node().stop({})", NO_BOUND, ""),
+    ("connect({})", NO_DIALLED_NODE, ""),
+    ("disconnect({})", NO_DIALLED_NODE, ""),
+    ("spawn_node({})", NO_DIALLED_NODE, ""),
+    ("spawn_node(authkey={})", NO_KEY, "authkey"),
+    ("spawn_node(heartbeat={})", {"NAN": ValueError}, "heartbeat"),
+    ("spawn_node(max_message={})", {"True": TypeError}, "max_message"),
+    ("spawn_node(bogus={})", {"1": TypeError}, "start_node.*bogus"),
+    ("register_remote_thread({})", NO_THREAD, ""),
+    ("register_remote_thread({})", {"far": TypeError}, "this node"),
+    ("register_remote_thread(me, {})", NO_NAME, ""),
+    ("unregister_remote_thread({})", {"None": TypeError, "3": TypeError, "['x']": TypeError,
+                                      "'nobody'": NoSuchThread}, ""),
+    ("get_remote_thread({})", {"None": TypeError, "1.5": TypeError, "True": TypeError,
+                               "[]": TypeError, "b'x'": TypeError, "'nobody'": NoSuchThread,
+                               "-5": NoSuchThread}, ""),
+    ("serialize({})", {"threading.Lock()": SerializationError}, "lock"),
+    ("deserialize({})", NO_BYTES, "bytes-like"),
+    ("Monitor(me, {})", {"3": TypeError, "None": TypeError}, ""),
+    ("Down({}, me, None)", {"None": TypeError, "3": TypeError, "me": TypeError}, ""),
+    ("Down(Monitor(me, 't'), me, {})", {"3": TypeError, "'x'": TypeError}, ""),
+    ("monitor({})", NO_NODE | {"None": ValueError, "unstarted": ValueError}, ""),
+    ("demonitor({})", {"None": TypeError, "3": TypeError, "me": TypeError}, ""),
+    ("trace({})", NO_DIRECTORY, ""),
+    ("trace({})", {"file": FileExistsError}, ""),
+    ("chart({})", {"None": TypeError, "3": TypeError}, "PathLike"),
+    ("chart({})", {"file": FileNotFoundError, "directory": FileNotFoundError,
+                   "directory + '/no'": FileNotFoundError}, ""),
+    ("chart(directory, {})", {"'png'": ValueError, "None": ValueError, "[]": ValueError}, ""),
+    ("chart(directory, first={})", {"'x'": TypeError, "None": TypeError}, "first"),
+    ("chart(directory, last={})", {"'x'": TypeError, "None": TypeError}, "last"),
+    ("chart(directory, threads={})", {"3": TypeError, "[3]": TypeError}, "threads"),
+    ("faults(to={})", NO_NODE | {"nowhere": ValueError}, ""),
+    ("faults(drop={})", NO_PROBABILITY, "drop"),
+    ("faults(duplicate={})", NO_PROBABILITY, "duplicate"),
+    ("faults(delay={})", NO_DELAY, "delay"),
+    ("faults(seed={})", {"[]": TypeError, "{}": TypeError, "(1, 2)": TypeError,
+                         "object()": TypeError}, "seed"),
+]
+
+
+class WrongArguments(Case):
+    """A wrong argument is an error at once, at its maker, with nothing half done."""
+
+    def test_wrong_arguments_are_refused_at_once_and_leave_nothing_behind(self):
+        stop_node()
+        directory = tempfile.mkdtemp(prefix="dc")
+        self.addCleanup(shutil.rmtree, directory)
+        file = os.path.join(directory, "file")
+        open(file, "w").close()
+        other = spawn(idle)
+        self.addCleanup(end, other)
+        names = {**globals(), "me": self.me, "far": RemoteThread(9, "x"), "other": other,
+                 "unstarted": threading.Thread(), "thing": object(), "nowhere": Nowhere(),
+                 "directory": directory, "file": file}
+        for call, values, word in WRONG_CALLS:
+            for value, error in values.items():
+                with self.subTest(call=call, value=value):
+                    self.check_row(call.format(value), error, word, value, names)
+
+    def check_row(self, call, error, word, value, names):
+        message = object()
+        send(message, self.me)
+        before = self.all_there_is(names["directory"])
+        raised = outcome(eval, call, names)
+        after = self.all_there_is(names["directory"])
+        stop_node()
+        self.assertIs(receive(0), message)
+        self.assertIsInstance(raised, error)
+        self.assertEqual(before, after)
+        shown = re.escape(outcome(repr, eval(value, names))[:60])
+        self.assertRegex(str(raised), word or shown)
+        self.assertNotRegex(str(raised), r"\b_[a-z]\w*\(", "it names a private function")
+
+    def all_there_is(self, directory):
+        node = distconc._process.node
+        runs = node is not None and node._is_started and not node._stopped
+        return (set(threading.enumerate()), threads(), distconc._registry.by_name.copy(), runs,
+                distconc._pending._by_tag.copy(), distconc._faults._entered,
+                distconc._tracer.directory, os.listdir(directory), census()[1])
 
 
 ######## The shell
