@@ -4192,6 +4192,8 @@ _losses = _Losses("lost %d message%s to %s: %s")
 _strangers = _Strangers("%d stranger%s from %s did not get in: %s")
 
 
+######## Other processes: ChildNode, spawn_node
+
 PRINTER_TIMEOUT = 1.0  # seconds
 CHILD_END_TIMEOUT = 10.0  # seconds
 # The most that a pipe holds, where nobody has asked for more.
@@ -4217,14 +4219,13 @@ try:
 except OSError:
     # It has been deleted.
     _start_directory = ""
-######## Other processes: ChildNode, spawn_node
 
 
 class ChildNode(AbstractContextManager["ChildNode"]):
     """A node in a process of its own, made by `spawn_node`; it ends with its parent.
 
-    `.address` is where its node listens, `.pid` the number of its process.  As a
-    context manager, leaving it stops the child.
+    `.address` is where its node listens, `.pid` the number of its process.  As a context
+    manager, leaving it stops the child.
 
     Two pipes join the parent and the child.  The control pipe goes both ways:
 
@@ -4235,38 +4236,40 @@ class ChildNode(AbstractContextManager["ChildNode"]):
         end of file, when the parent ends -> stops its node and ends
                    <- end of file, when the child ends
 
-    Nothing else is ever written to it, and only these two processes hold it: so
-    its end is the end of the other process, however that came.  The output pipe
-    is the child's standard output.  Its standard input is empty, its standard
-    error the parent's.
+    Nothing else is ever written to it, and only these two processes hold it: so its end is the
+    end of the other process, however that came.  The output pipe is the child's standard
+    output.  Its standard input is empty, its standard error the parent's.
 
-    In the parent, `spawn_node` prints what comes by the output pipe until the
-    child has answered; then it starts a thread, the printer, that goes on with
-    that.  The printer closes both pipes and ends when the child has ended.
-
-    In the child, the main thread starts the node, answers, and waits for ever.
-    Before that it starts a thread, the watcher, that reads the control pipe: its
-    next message, or its end, is the end of the child.
+    In the parent, a thread for each child, the printer, reads both pipes until the child has
+    ended.  In the child, the main thread starts the node, answers, and waits; a thread, the
+    watcher, reads the control pipe, and wakes the main thread to end the process.
     """
 
-    def __init__(
-        self,
-        process: "subprocess.Popen[bytes]",
-        control: Connection,
-        output: "_ChildOutput",
-        address: Address,
-    ) -> None:
-        self.address = address
+    def __init__(self, process: "subprocess.Popen[bytes]", control: Connection) -> None:
+        self.address: Address = ""  # not known before it has answered
         self.pid = process.pid
         self._process = process
-        self._output = output
         self._control = control
-        # Held while the control pipe is written to or closed, so that "stop" is
-        # never written to a descriptor that has become another file's.  Nobody
-        # waits for it longer than one short write takes.
+        # Held while the control pipe is written to or closed, so that "stop" is never written
+        # to a descriptor that has become another file's.
         self._control_lock = threading.Lock()
+        # The child's answer, or None if it has ended without one.
+        self._answers = Mailbox()
         # The printer keeps this object: a child whose handle is dropped lives on.
-        self._printer = _start_daemon("printer", self._print_output)
+        self._printer = _start_daemon("printer", self._read_pipes)
+
+    def _start_node(self, orders: bytes) -> None:
+        """Have the child start its node as ordered; raise its error if it cannot."""
+        self._tell(orders)
+        answer = self._answers.get()
+        if answer is None:
+            self.stop(CHILD_END_TIMEOUT)
+            raise RuntimeError(
+                f"the child's process ended with status {self._process.returncode} before its "
+                "node listened; what it printed to the standard error says why")
+        if isinstance(answer, Exception):
+            raise answer
+        self.address = answer
 
     def is_alive(self) -> bool:
         """Return whether the process has not ended.  Never blocks."""
@@ -4275,13 +4278,13 @@ class ChildNode(AbstractContextManager["ChildNode"]):
     def stop(self, timeout: float = 5.0) -> None:
         """Have the child stop its node and end; after `timeout` seconds, kill it.
 
-        Blocks until the process has ended and what it printed has come out.
-        Does nothing to a child that has ended.  Erlang: peer:stop.
+        Blocks until the process has ended and what it printed has come out.  Does nothing to a
+        child that has ended.  Erlang: peer:stop.
         """
-        with self._control_lock:
-            _tell_process(self._control, b"stop")
+        deadline = _bounded_deadline(timeout)
+        self._tell(b"stop")
         try:
-            self._process.wait(timeout)
+            self._process.wait(_remaining(deadline))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -4305,25 +4308,88 @@ class ChildNode(AbstractContextManager["ChildNode"]):
             state = ", ended"
         return f"<ChildNode {self}, pid {self.pid}{state}>"
 
-    def _print_output(self) -> None:
-        """Print what the child prints, until it has ended; then close the pipes."""
-        self._output.print_until_ready(self._control)
-        self._output.close()
+    def _tell(self, message: bytes) -> None:
+        with self._control_lock:
+            _tell_process(self._control, message)
+
+    def _read_pipes(self) -> None:
+        """The printer: print what the child prints, and pass its answer on, until it has ended.
+
+        What the child printed before it answered, or ended, is printed before that.  What a
+        process that it left behind may print later, on the same pipe, is not waited for.
+        """
+        lines = _LinePrinter()
+        pipes: list[Any] = [self._control]
+        output = self._process.stdout
+        if output is not None:
+            pipes.append(output)
+        while True:
+            # The control pipe is looked at first: where that has something, all that the child
+            # printed before is in the output pipe.
+            ready: list[Any] = wait(pipes)
+            if output is not None and output in ready:
+                data = os.read(output.fileno(), PIPE_CAPACITY)
+                lines.print(data)
+                if not data:
+                    pipes.remove(output)
+            if self._control in ready:
+                try:
+                    self._answers.put(self._control.recv())
+                except (EOFError, OSError):
+                    break
+        lines.print_rest()
+        if output is not None:
+            output.close()
         with self._control_lock:
             self._control.close()
+        self._answers.put(None)
+
+
+class _LinePrinter:
+    """Prints what comes from a child in whole lines, as others print to the same place."""
+
+    def __init__(self) -> None:
+        self._unfinished_line = bytearray()
+
+    def print(self, data: bytes) -> None:
+        """Print the lines that `data` completes, and keep the rest."""
+        self._unfinished_line += data
+        if b"\n" in data:
+            lines, newline, self._unfinished_line = self._unfinished_line.rpartition(b"\n")
+            _print_text(lines + newline)
+
+    def print_rest(self) -> None:
+        """Print what is left, though its line has no end."""
+        if self._unfinished_line:
+            _print_text(self._unfinished_line)
+
+
+def _print_text(data: bytearray) -> None:
+    """Print to this `sys.stdout`, be it a notebook's or a test's; escape odd letters."""
+    stream = sys.stdout
+    if stream is None:
+        return
+    text = data.decode("utf-8", "backslashreplace")
+    # A stream of the program's may raise anything, but the child must not come to stand still
+    # because nobody empties its pipe.
+    with suppress(Exception):
+        encoding = stream.encoding or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+    with suppress(Exception):
+        print(text, end="", file=stream, flush=True)
 
 
 def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
     """Start a node in a new Python process, with `start_node`'s options; return it.
 
-    Blocks until it listens.  The process gets this one's key, trace, `sys.path`
-    and interpreter flags.  Its standard input is empty; what it prints comes out
-    where this process prints.  It ends when this one does, however that is.
+    Blocks until it listens.  The process gets this one's key, trace, `sys.path` and interpreter
+    flags.  Its standard input is empty; what it prints comes out where this process prints.  It
+    ends when this one does, however that is; its `atexit` handlers run then, for 10 seconds at
+    most, but its threads are not waited for.
 
-    Raises what `start_node` raises there; SerializationError if the options
-    cannot be sent there, or cannot be read there; RuntimeError if the process
-    cannot be started, or ends before its node listens.  No process is left then.
-    Erlang: peer:start.
+    Raises what `start_node` raises there; SerializationError if the options cannot be sent
+    there, or cannot be read there; RuntimeError if the process cannot be started, or ends
+    before its node listens.  No process is left then.  Erlang: peer:start.
     """
     orders = _pack_options(address, options)
     control, child_end = _open_control_pipe()
@@ -4333,18 +4399,13 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
     except BaseException:
         control.close()
         raise
-    output = _ChildOutput(process)
+    child = ChildNode(process, control)
     try:
-        _tell_process(control, orders)
-        output.print_until_ready(control)
-        listening_at = _receive_answer(control, process)
-        return ChildNode(process, control, output, listening_at)
+        child._start_node(orders)
     except BaseException:
-        process.kill()
-        process.wait()
-        output.close()
-        control.close()
+        child.kill()
         raise
+    return child
 
 
 def _pack_options(address: NodeLike, options: dict[str, Any]) -> bytes:
@@ -4365,8 +4426,8 @@ def _pack_options(address: NodeLike, options: dict[str, Any]) -> bytes:
 def _open_control_pipe() -> tuple[Connection, Connection]:
     """Return the parent's and the child's end of a new control pipe."""
     control, child_end = Pipe()
-    # Where this process has closed its standard streams, their numbers are given
-    # to new pipes; but in the child they are those of the standard streams again.
+    # Where this process has closed its standard streams, their numbers are given to new pipes;
+    # but in the child they are those of the standard streams again.
     if sys.platform != "win32" and child_end.fileno() <= 2:
         with child_end:
             number = fcntl.fcntl(child_end.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
@@ -4379,7 +4440,7 @@ def _open_control_pipe() -> tuple[Connection, Connection]:
 def _start_interpreter(child_end: Connection) -> "subprocess.Popen[bytes]":
     """Start the Python that runs `_child_main`; only it inherits `child_end`."""
     number = child_end.fileno()
-    arguments = [sys.executable, *_interpreter_flags(), "-c", _boot_program(number)]
+    arguments = [sys.executable or "", *_interpreter_flags(), "-c", _boot_program(number)]
     settings: dict[str, Any] = {
         "env": {**os.environ, "DISTCONC_TRACE": _tracer.directory},
         "stdin": subprocess.DEVNULL,
@@ -4387,11 +4448,11 @@ def _start_interpreter(child_end: Connection) -> "subprocess.Popen[bytes]":
     }
     if not _has_standard_error():
         settings["stderr"] = subprocess.DEVNULL
-    # Ctrl-C at the terminal is for the parent, which may catch it and go on:
-    # the child is in a session, or on Windows in a process group, of its own.
+    # Ctrl-C at the terminal is for the parent, which may catch it and go on: the child is in a
+    # session, or on Windows in a process group, of its own.
     if sys.platform == "win32":
-        # There nobody can wait for two pipes at once, of which one is a plain
-        # one: the child writes to the parent's own standard output.
+        # There nobody can wait for two pipes at once, of which one is a plain one: the child
+        # writes to the parent's own standard output.
         os.set_handle_inheritable(number, True)
         inherited = {"handle_list": [number]}
         settings["startupinfo"] = subprocess.STARTUPINFO(lpAttributeList=inherited)
@@ -4401,12 +4462,15 @@ def _start_interpreter(child_end: Connection) -> "subprocess.Popen[bytes]":
         settings["pass_fds"] = [number]
         settings["start_new_session"] = True
     try:
-        return subprocess.Popen(arguments, **settings)
+        process = subprocess.Popen(arguments, **settings)
     except OSError as error:
         reason = error.strerror or error
-        text = f"cannot start {sys.executable!r} as a child: {reason}; "
-        cure = "set sys.executable to the path of a Python that this user may run"
-        raise RuntimeError(text + cure) from error
+        raise RuntimeError(
+            f"cannot start {sys.executable!r} as a child: {reason}; set sys.executable to the "
+            "path of a Python that this user may run") from error
+    if process.stdout is not None:
+        _close_after_fork.add(process.stdout)
+    return process
 
 
 def _interpreter_flags() -> list[str]:
@@ -4429,8 +4493,8 @@ def _interpreter_flags() -> list[str]:
 def _boot_program(number: int) -> str:
     """Return what the new Python runs: it takes over `sys.path`, then this module.
 
-    Python puts "", its working directory, before all else in `sys.path`.  So the
-    path is replaced before anything is imported that is not built in.
+    Python puts "", its working directory, before all else in `sys.path`.  So the path is
+    replaced before anything is imported that is not built in.
     """
     search_path = []
     for entry in sys.path:
@@ -4455,29 +4519,6 @@ def _has_standard_error() -> bool:
     return True
 
 
-def _receive_answer(control: Connection, process: "subprocess.Popen[bytes]") -> Address:
-    """Return the address that the child's node listens at, or raise its error."""
-    try:
-        answer: Any = control.recv()
-    except (EOFError, ConnectionError):
-        status = _wait_for_status(process)
-        text = f"the child's process ended with status {status} before its node listened"
-        cure = "what it printed to the standard error says why"
-        raise RuntimeError(f"{text}; {cure}") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return cast(Address, answer)
-
-
-def _wait_for_status(process: "subprocess.Popen[bytes]") -> int:
-    """Return the exit status of a process that is ending, or else is killed."""
-    try:
-        return process.wait(CHILD_END_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
-
-
 def _tell_process(control: Connection, message: bytes) -> None:
     """Send `message`, if there is still somebody to read it.
 
@@ -4491,9 +4532,9 @@ def _tell_process(control: Connection, message: bytes) -> None:
 def _without_broken_pipe_signal() -> Iterator[None]:
     """Let a write to a process that has gone raise BrokenPipeError, and no more.
 
-    Python ignores SIGPIPE, but a program may have set it to its default, which is
-    to kill this process.  The signal goes to the thread that writes.  So that
-    thread blocks it, and takes it, if it has come, before it lets it in again.
+    Python ignores SIGPIPE, but a program may have set it to its default, which is to kill this
+    process.  The signal goes to the thread that writes.  So that thread blocks it, and takes
+    it, if it has come, before it lets it in again.
     """
     if sys.platform == "win32":
         yield
@@ -4508,70 +4549,6 @@ def _without_broken_pipe_signal() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
 
 
-class _ChildOutput:
-    """The parent's end of a child's output pipe; one thread at a time uses it."""
-
-    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
-        # What is still to be read from: empty once the child has closed its end.
-        self.open_pipes: list[IO[bytes]] = []
-        # What came after the last end of a line.
-        self.unfinished_line = bytearray()
-        if process.stdout is not None:
-            self.open_pipes.append(process.stdout)
-            _close_after_fork.add(process.stdout)
-
-    def print_until_ready(self, control: Connection) -> None:
-        """Print each line as it comes, until `control` has a message, or its end.
-
-        What the child printed before that is printed too.  What a process that it
-        left behind may print later, on the same pipe, is not waited for.
-        """
-        # An IO is not among the types that `wait` is declared for; it takes it.
-        ready: list[Any] = []
-        while control not in ready:
-            sources: list[Any] = [control, *self.open_pipes]
-            ready = cast("list[Any]", wait(sources))
-            for pipe in self.open_pipes.copy():
-                if pipe in ready:
-                    self.print_available(pipe)
-
-    def print_available(self, pipe: IO[bytes]) -> None:
-        """Read all that the pipe holds now, and print the lines that are complete."""
-        data = os.read(pipe.fileno(), PIPE_CAPACITY)
-        if not data:
-            self.close()
-            return
-        self.unfinished_line += data
-        if b"\n" in data:
-            lines, newline, rest = self.unfinished_line.rpartition(b"\n")
-            self.unfinished_line = rest
-            _print_text(lines + newline)
-
-    def close(self) -> None:
-        """Print the rest, though its line has no end, and close the pipe."""
-        if self.unfinished_line:
-            _print_text(self.unfinished_line)
-            self.unfinished_line = bytearray()
-        for pipe in self.open_pipes:
-            pipe.close()
-        self.open_pipes.clear()
-
-
-def _print_text(data: bytearray) -> None:
-    """Print to this `sys.stdout`, be it a notebook's or a test's; escape odd letters."""
-    stream = sys.stdout
-    if stream is None:
-        return
-    text = data.decode("utf-8", "backslashreplace")
-    # A stream of the program's may raise anything, but the child must not come
-    # to stand still because nobody empties its pipe.
-    with suppress(Exception):
-        encoding = stream.encoding or "utf-8"
-        text = text.encode(encoding, "backslashreplace").decode(encoding)
-    with suppress(Exception):
-        print(text, end="", file=stream, flush=True)
-
-
 def _child_main(number: int) -> None:
     """Be the process of a `ChildNode`, whose end of the control pipe has this number.
 
@@ -4579,12 +4556,17 @@ def _child_main(number: int) -> None:
     """
     control = _inherit_control_pipe(number)
     _print_in_utf8()
+    parent_ended = threading.Event()
     try:
         orders = control.recv_bytes()
-        _start_daemon("parent watcher", _end_with_parent, control)
-        answer = _start_as_ordered(orders)
-        _tell_process(control, pickle.dumps(answer))
-        threading.Event().wait()
+        _start_daemon("parent watcher", _watch_parent, control, parent_ended)
+        _tell_process(control, _start_as_ordered(orders))
+        parent_ended.wait()
+    except (EOFError, KeyboardInterrupt):
+        # The parent has ended already, or somebody interrupts the child.
+        pass
+    except BaseException as error:
+        _print_failure(error)
     finally:
         _end_process()
 
@@ -4606,47 +4588,50 @@ def _print_in_utf8() -> None:
 
     On Windows the child has the parent's own output, whose encoding it keeps.
     """
-    if not isinstance(sys.stdout, io.TextIOWrapper):
-        return
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    encoding = None
     if sys.platform != "win32":
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+        encoding = "utf-8"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            encoding=encoding, errors="backslashreplace", line_buffering=True)
 
 
-def _start_as_ordered(orders: bytes) -> "Address | Exception | None":
-    """Start the node with the pickled options; return its address, or the error."""
+def _start_as_ordered(orders: bytes) -> bytes:
+    """Start the node with the pickled options; return its address, or the error, pickled."""
     try:
         options = pickle.loads(orders)
     except Exception as error:
-        text = f"the child cannot read the options of spawn_node: {error}"
-        cure = "put what they name into a file of its own, which both can import"
-        return SerializationError(f"{text}; {cure}")
+        return serialize(SerializationError(
+            f"the child cannot read the options of spawn_node: {error}; put what they name "
+            "into a file of its own, which both can import"))
     try:
-        return start_node(**options).address
+        return serialize(start_node(**options).address)
     except Exception as error:
-        return error
+        return _pickled_error(error)
 
 
-def _end_with_parent(control: Connection) -> None:
-    """Wait for the parent's word, or its end; then end this process."""
-    try:
+def _watch_parent(control: Connection, parent_ended: threading.Event) -> None:
+    """The watcher: wait for the parent's word, or its end; see that this process ends.
+
+    The main thread does that well, if nothing holds it up: neither a handler of `atexit` nor a
+    module that is still being imported.
+    """
+    with suppress(EOFError, OSError):
         control.recv_bytes()
-    except (EOFError, OSError):
-        # The parent has ended, or is about to: this is its word, too.
-        pass
-    finally:
-        _end_process()
+    parent_ended.set()
+    sleep(CHILD_END_TIMEOUT)
+    os._exit(1)
 
 
 def _end_process() -> None:
-    """Stop the node and end, though other threads, or a pool's, still run.
+    """Call the handlers of `atexit`, and end, though other threads, or a pool's, still run.
 
-    An interpreter that returns from its main thread would wait for these.  If the
-    node or an output cannot be brought to an end in time, the process ends so.
+    An interpreter that returns from its main thread would wait for these first, however long
+    they run.  Python's own multiprocessing ends its forks like this since 3.14, with the same
+    function, which is not documented.
     """
     try:
-        _start_daemon("last resort", _exit_after, CHILD_END_TIMEOUT)
-        _at_exit()
+        atexit._run_exitfuncs()
         for stream in sys.stdout, sys.stderr:
             with suppress(Exception):
                 stream.flush()
@@ -4654,10 +4639,6 @@ def _end_process() -> None:
         os._exit(0)
 
 
-def _exit_after(seconds: float) -> None:
-    """End this process after so many seconds, whatever its other threads do."""
-    sleep(seconds)
-    os._exit(1)
 ######## Forks: a child is a node of its own
 
 
