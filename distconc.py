@@ -3527,8 +3527,13 @@ def _listen(address: Address | None) -> Listener:
 
 
 def _is_abandoned(path: str) -> bool:
-    """Return whether a Unix socket has nobody who listens: its node was killed."""
+    """Return whether this is a Unix socket at which nobody listens: its node was killed.
+
+    To connect to a file of another kind is refused, too, but that is not ours to remove.
+    """
     try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return False
         with socket.socket(socket.AF_UNIX) as knock:
             knock.settimeout(1.0)
             knock.connect(path)

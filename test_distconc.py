@@ -3742,6 +3742,395 @@ def repr_of(item):
     return repr(item)
 
 
+def read_a_line():
+    """What `input` returns, or the name of its error."""
+    try:
+        return input()
+    except EOFError as error:
+        return type(error).__name__
+
+
+def run_cat():
+    return subprocess.run(["cat"], timeout=T, stdout=subprocess.PIPE).stdout
+
+
+def leave_a_process():
+    """Start a process that keeps this one's output; return its number."""
+    return subprocess.Popen(["sleep", "60"]).pid
+
+
+def shout():
+    """Print a line with odd letters, one that is no text, and one without an end."""
+    print("\xe9 \u20ac")
+    os.write(1, b"\xff\n")
+    sys.stdout.write("rest")
+
+
+BUSY = threading.Event()  # nobody sets it
+
+
+def be_busy(kind):
+    """Start a thread for whose end an interpreter would wait; return this process's pid."""
+    if kind == "pool":
+        running = queue.SimpleQueue()
+        ThreadPoolExecutor().submit(lambda: (running.put(None), BUSY.wait()))
+        running.get()
+    elif kind == "thread":
+        threading.Thread(target=BUSY.wait, daemon=False).start()
+    return os.getpid()
+
+
+def at_exit(func, *args):
+    import atexit
+
+    atexit.register(func, *args)
+
+
+def write_and_print(path):
+    with open(path, "a") as file:
+        file.write("handler\n")
+    sys.stdout.write("printed by a handler")
+
+
+def hang_at_exit():
+    """Have this process hang when it ends, but for a moment."""
+    at_exit(BUSY.wait)
+    distconc.CHILD_END_TIMEOUT = 0.2
+    return os.getpid()
+
+
+class Children(Net):
+    """What is promised of child nodes, in everybody's program."""
+
+    HEAD = f"import sys; sys.path.insert(0, {HERE!r})\nfrom distconc import *\nimport os\n"
+
+    def run_script(self, text, *flags, head=HEAD, shell="", cwd=None, **env):
+        """Run a script in a process of its own; `shell` redirects its streams."""
+        command = [sys.executable, *flags, "-c", head + textwrap.dedent(text)]
+        if shell:
+            command = ["sh", "-c", 'exec "$@" ' + shell, "sh", *command]
+        return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, text=True,
+                              timeout=2 * T, capture_output=True)
+
+    def assert_prints(self, expected, text, *flags, **options):
+        done = self.run_script(text, *flags, **options)
+        self.assertEqual((done.stdout, done.returncode), (expected, 0), done.stderr)
+        return done
+
+    def assert_ends(self, pid):
+        """Wait for the end of a process, though it is no child of this one."""
+        with suppress(ProcessLookupError):
+            process = os.pidfd_open(pid)
+            self.addCleanup(os.close, process)
+            self.assertTrue(select.select([process], [], [], T)[0])
+
+    def write(self, name, text):
+        path = os.path.join(self.dir, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as file:
+            file.write(textwrap.dedent(text))
+        return path
+
+    # Input and output
+
+    def test_the_standard_input_of_a_child_is_empty(self):
+        child = self.child()
+        self.assertEqual(ask(child, read_a_line), "EOFError")
+        self.assertEqual(ask(child, run_cat), b"")
+
+    def test_what_a_sitecustomize_prints_makes_no_difference(self):
+        self.write("sitecustomize.py", "print('custom')")
+        done = self.run_script("with spawn_node(): print('well')", PYTHONPATH=self.dir)
+        self.assertEqual(done.stdout.split(), ["custom", "custom", "well"], done.stderr)
+
+    def test_every_line_comes_out_whatever_the_encoding_of_the_parent(self):
+        for encoding, out in ("ascii", b"\\xe9 \\u20ac\n\\xff\nrest"), (
+                "utf-8", "\xe9 \u20ac\n\\xff\nrest".encode()), (
+                "latin-1", b"\xe9 \\u20ac\n\\xff\nrest"):
+            with self.subTest(encoding):
+                done = subprocess.run(
+                    [sys.executable, "-c", self.HEAD + "import test_distconc as tests\n"
+                     "with spawn_node() as child: tests.ask(child, tests.shout)"],
+                    env={**os.environ, "PYTHONIOENCODING": encoding}, timeout=2 * T,
+                    capture_output=True)
+                self.assertEqual(done.stdout, out, done.stderr)
+
+    def test_a_child_that_prints_much_while_it_starts_reads_much_as_well(self):
+        self.write("noisy.py", """
+            for _ in range(10_000):
+                print("x" * 79)
+            class Noise: pass
+            """)
+        self.assert_prints("x" * 79 + "\n", f"""
+            sys.path.insert(0, {self.dir!r})
+            sys.stdout = open(os.devnull, "w")
+            from noisy import Noise
+            with open({self.dir!r} + "/out", "w") as sys.stdout:
+                with spawn_node(allow=[Noise] + [int] * 100_000): pass
+            sys.stdout = sys.__stdout__
+            with open({self.dir!r} + "/out") as file:
+                lines = file.readlines()
+            assert len(lines) == 10_000
+            print(lines[-1], end="")
+            """)
+
+    def test_stop_does_not_wait_for_a_process_that_keeps_the_output(self):
+        child = self.child()
+        left = ask(child, leave_a_process)
+        self.addCleanup(os.kill, left, signal.SIGKILL)
+        start = monotonic()
+        child.stop()
+        self.assertLess(monotonic() - start, 3)
+        self.assertFalse(child._printer.is_alive())
+
+    def test_closed_standard_streams_make_no_difference(self):
+        for closed in "<&- >&- 2>&-", "2>&-", ">&-", "<&- >&-":
+            with self.subTest(closed):
+                mark = self.mark()
+                self.run_script(f"""
+                    with spawn_node() as child, open({mark!r}, "w") as file:
+                        file.write(str(child.is_alive()))
+                    """, shell=closed)
+                with open(mark) as file:
+                    self.assertEqual(file.read(), "True")
+
+    def test_nothing_of_a_child_is_left_open(self):
+        done = self.assert_prints("0\n", """
+            before = len(os.listdir("/proc/self/fd"))
+            with spawn_node() as child: pass
+            print(len(os.listdir("/proc/self/fd")) - before)
+            """, "-W", "error")
+        self.assertEqual(done.stderr, "")
+
+    # How it starts
+
+    def test_a_child_has_the_flags_of_its_parent(self):
+        self.write("flags.py", """
+            import os, sys
+            def seen():
+                return sys.flags, sys.warnoptions, sys._xoptions, sys.path
+            def tell(request):
+                return repr(seen())
+            """)
+        rows = [("-I",), ("-O",), ("-OO", "-B"), ("-W", "error"), ("-X", "dev"), ("-s", "-E")]
+        if sys.version_info >= (3, 11):
+            rows.append(("-P",))
+        for flags in rows:
+            with self.subTest(flags):
+                self.assert_prints("True\n", f"""
+                    sys.path.insert(0, {self.dir!r})
+                    import flags
+                    with spawn_node() as child:
+                        server = spawn(handle_synchronous, flags.tell, node=child)
+                        print(send_synchronous(0, server, 20) == repr(flags.seen()).replace(
+                            "''", repr(os.getcwd())))
+                    """, *flags)
+
+    def test_a_child_imports_nothing_that_its_parent_would_not(self):
+        for name in "pickle", "socket", "distconc", "sys":
+            self.write(name + ".py", "import os; os.write(2, b'the wrong one'); os._exit(3)")
+        for flags in ("-I",), ("-P",), ():
+            if flags == ("-P",) and sys.version_info < (3, 11):
+                continue
+            with self.subTest(flags):
+                head = self.HEAD
+                if not flags:
+                    head = "import sys; sys.path.remove('')\n" + head
+                done = self.assert_prints("well\n", "with spawn_node(): print('well')", *flags,
+                                          head=head, cwd=self.dir)
+                self.assertNotIn("wrong", done.stderr)
+
+    def test_a_child_starts_after_the_working_directory_was_changed(self):
+        shutil.copy(MODULE, self.dir)
+        program = "from distconc import *\nimport os\nos.chdir('/')\n" \
+                  "with spawn_node() as child: print('well')\n\n"
+        in_prompt = {"args": [sys.executable, "-q", "-i"], "input": program}
+        for run in {"args": [sys.executable, "-c", program]}, in_prompt:
+            with self.subTest(run["args"][1]):
+                done = subprocess.run(**run, cwd=self.dir, timeout=2 * T, text=True,
+                                      env=environment(PYTHONPATH=None), capture_output=True)
+                self.assertEqual(done.stdout, "well\n", done.stderr)
+
+    def test_the_module_may_live_in_a_package_under_another_name(self):
+        os.makedirs(os.path.join(self.dir, "mypkg", "vendored"))
+        shutil.copy(MODULE, os.path.join(self.dir, "mypkg", "vendored", "messages.py"))
+        self.assert_prints("mypkg.vendored.messages\n", """
+            from mypkg.vendored.messages import *
+            with spawn_node() as child: print(type(child).__module__)
+            """, head="", cwd=self.dir)
+
+    def test_any_bytes_serve_as_a_key(self):
+        key = bytes(range(1, 256))
+        with mock.patch.dict(os.environ, DISTCONC_AUTHKEY=os.fsdecode(key)):
+            stop_node()
+            node = start_node()
+            self.assertEqual(ask(self.child(), echo, 1), 1)
+            self.assert_prints("in\n", f"connect({str(node)!r}); print('in')")
+        stop_node()
+        start_node(node.address, authkey=key)
+        connect(self.child(authkey=key))
+
+    def test_any_bytes_serve_in_the_path_of_a_socket(self):
+        directory = os.fsencode(self.dir) + b"/\xff\xfe \xe9"
+        os.mkdir(directory)
+        for path in directory + b"/a", os.fsdecode(directory) + "/b":
+            child = self.child(path)
+            handle = spawn(hold, node=child, name="held", register=True)
+            self.assertEqual(os.fsencode(child.address), os.fsencode(path))
+            for each in handle, RemoteThread(path, "held"), RemoteThread(str(child), "held"):
+                self.assertTrue(each.is_alive())
+            self.assertEqual(ask(child, echo, handle), handle)
+            stop_node()
+            with start_node(os.fsencode(path) + b"2") as here:
+                self.assertEqual(ask(child, nodes), [here.address])
+            start_node()
+
+    # What can go wrong at the start
+
+    def test_options_that_the_child_cannot_read_are_an_error_with_the_cure(self):
+        done = self.run_script("""
+            class Mine: pass
+            for wrong in Mine, lambda: 0:
+                try:
+                    spawn_node(allow=[wrong])
+                except SerializationError as error:
+                    print(error)
+            """)
+        unreadable, unsendable = done.stdout.splitlines()
+        self.assertIn("put what they name into a file of its own", unreadable)
+        self.assertIn("cannot be sent to the child", unsendable)
+
+    def test_an_interpreter_that_cannot_be_started_is_an_error_with_the_cure(self):
+        before = census()
+        for wrong in "/no/python", self.dir, "", None:
+            with self.subTest(wrong), mock.patch("sys.executable", wrong):
+                self.assertRaisesRegex(RuntimeError, "set sys.executable", spawn_node)
+        gc.collect()
+        self.assertEqual(census(), before)
+
+    def test_a_child_that_ends_before_its_node_listens_is_an_error(self):
+        for name, status in ("false", 1), ("true", 0):
+            with self.subTest(name), mock.patch("sys.executable", shutil.which(name)):
+                text = f"status {status} before its node listened; .* the standard error"
+                self.assertRaisesRegex(RuntimeError, text, spawn_node)
+
+    def test_an_error_that_cannot_be_pickled_is_told_all_the_same(self):
+        self.write("sitecustomize.py", """
+            import os
+            def listen(*args, why=lambda: 0): raise ValueError(why)
+            if os.environ.get("BREAK"):
+                import socket
+                socket.socket.listen = listen
+            """)
+        done = self.run_script("""
+            os.environ["BREAK"] = "1"
+            try:
+                spawn_node()
+            except RemoteError as error:
+                print(error.type)
+            """, PYTHONPATH=self.dir)
+        self.assertEqual(done.stdout, "ValueError\n", done.stderr)
+
+    # Signals
+
+    def test_a_default_sigpipe_does_not_kill_the_parent_of_a_child_that_has_gone(self):
+        self.assert_prints("RuntimeError\nstopped\n", """
+            import signal, shutil
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            python, sys.executable = sys.executable, shutil.which("false")
+            try:
+                spawn_node(allow=[int] * 100_000)
+            except RuntimeError as error:
+                print(type(error).__name__)
+            sys.executable = python
+            child = spawn_node()
+            os.kill(child.pid, 9)
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+            child.stop()
+            print("stopped")
+            """)
+
+    def test_an_ignored_sigchld_makes_no_difference(self):
+        self.assert_prints("True False False\n", """
+            import signal
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            one, other = spawn_node(), spawn_node()
+            before = one.is_alive()
+            one.stop()
+            other.kill()
+            print(before, one.is_alive(), other.is_alive())
+            """)
+
+    # How it ends
+
+    def test_a_child_ends_with_its_parent_whatever_its_threads_do(self):
+        for end in "os.kill(os.getpid(), 9)", "os._exit(0)", "pass":
+            for kind in "thread", "pool":
+                with self.subTest(end, kind=kind):
+                    done = self.run_script(f"""
+                        import test_distconc as tests
+                        child = spawn_node()
+                        print(tests.ask(child, tests.be_busy, {kind!r}), flush=True)
+                        {end}
+                        """)
+                    self.assert_ends(int(done.stdout))
+
+    def test_a_child_that_is_stopped_ends_at_once_whatever_its_threads_do(self):
+        for kind in "thread", "pool":
+            child = self.child()
+            ask(child, be_busy, kind)
+            start = monotonic()
+            child.stop()
+            self.assertLess(monotonic() - start, 3)
+            self.assertEqual(child._process.returncode, 0)
+
+    def test_the_handlers_of_atexit_run_in_a_child_that_ends(self):
+        for kind in "idle", "thread", "pool":
+            for end in "child.stop()", "pass", "os.kill(os.getpid(), 9)":
+                with self.subTest(kind, end=end):
+                    mark = self.mark()
+                    done = self.run_script(f"""
+                        import test_distconc as tests
+                        child = spawn_node()
+                        tests.ask(child, tests.at_exit, tests.write_and_print, {mark!r})
+                        print(tests.ask(child, tests.be_busy, {kind!r}), flush=True)
+                        {end}
+                        """)
+                    pid, *printed = done.stdout.splitlines()
+                    self.assert_ends(int(pid))
+                    with open(mark) as file:
+                        self.assertEqual(file.read(), "handler\n")
+                    if end == "child.stop()":
+                        self.assertEqual(printed, ["printed by a handler"])
+
+    def test_a_handler_of_atexit_may_still_send(self):
+        child = self.child()
+        ask(child, at_exit, send, "the last", current_thread())
+        child.stop()
+        self.assertEqual(receive(T), "the last")
+
+    def test_a_handler_of_atexit_that_hangs_holds_up_the_end_for_a_while_only(self):
+        child = self.child()
+        ask(child, hang_at_exit)
+        child.stop(0.5)
+        self.assertFalse(child.is_alive())
+        done = self.run_script("""
+            import test_distconc as tests
+            child = spawn_node()
+            print(tests.ask(child, tests.hang_at_exit), flush=True)
+            os.kill(os.getpid(), 9)
+            """)
+        self.assert_ends(int(done.stdout))
+
+    def test_a_wrong_timeout_stops_no_child(self):
+        child = self.child()
+        for timeout, error in (("soon", TypeError), (None, TypeError), (True, TypeError),
+                               (math.nan, ValueError), (math.inf, ValueError)):
+            with self.subTest(timeout):
+                self.assertRaises(error, child.stop, timeout)
+        self.assertEqual(ask(child, echo, 1), 1)
+
+
 class Processes(Net):
     """Children, signals, forks, keys, ports and paths."""
 
@@ -4048,6 +4437,32 @@ os.waitpid(pid, 0)
         self.assertFalse(os.path.exists(path))
         with self.assertRaises(NodeUnreachable):
             connect(path)
+
+    def test_a_socket_is_taken_over_from_a_killed_node_and_from_no_other(self):
+        path = os.path.join(self.dir, "sock")
+        child = self.child(path)
+        stop_node()
+        self.assertRaisesRegex(OSError, "does a node run there", start_node, path)
+        start_node()
+        self.assertEqual(ask(child, echo, 1), 1)
+        child.kill()
+        self.assertTrue(os.path.exists(path))
+        stop_node()
+        with start_node(path) as node:
+            RawPeer.dial(node).close()
+
+    def test_what_is_no_socket_is_not_removed_for_one(self):
+        stop_node()
+        path = os.path.join(self.dir, "thesis.txt")
+        with open(path, "w") as file:
+            file.write("all of it")
+        link = self.mark()
+        os.symlink(path, link)
+        for wrong in path, link, self.dir:
+            with self.subTest(wrong):
+                self.assertRaisesRegex(OSError, re.escape(wrong), start_node, wrong)
+        with open(link) as file:
+            self.assertEqual(file.read(), "all of it")
 
     def test_an_address_in_use_is_told_and_starts_nothing(self):
         other = self.child()
