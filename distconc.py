@@ -197,16 +197,26 @@ class RemoteError(DistconcError):
 
 
 def _deadline(timeout: float | None) -> float | None:
-    """Return the time at which a wait of `timeout` seconds ends; None means never."""
+    """Return the time at which a wait of `timeout` seconds ends; None means never.
+
+    A time-out below 0 is like 0, because callers compute what is left of one.  Raises TypeError
+    or ValueError for what is no time-out.
+    """
     if timeout is None:
         return None
-    try:
-        is_usable = timeout < threading.TIMEOUT_MAX
-    except TypeError:
-        raise TypeError(f"a timeout is seconds, or None, not {timeout!r}") from None
-    if not is_usable:
-        raise ValueError(f"{timeout!r} is no timeout; to wait for ever, say None")
-    return monotonic() + timeout
+    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
+        raise TypeError(f"a timeout is seconds, or None, not {timeout!r:.100}")
+    if not timeout < threading.TIMEOUT_MAX:
+        raise ValueError(f"{timeout!r:.100} is no timeout; to wait for ever, say None")
+    return monotonic() + max(timeout, 0)
+
+
+def _bounded_deadline(timeout: float) -> float:
+    """Return the deadline of a wait that must end, so that None is no time-out for it."""
+    deadline = _deadline(timeout)
+    if deadline is None:
+        raise TypeError("this timeout is seconds, not None: what stops something must end")
+    return deadline
 
 
 def _remaining(deadline: float | None) -> float:
@@ -542,13 +552,34 @@ class Mailbox:
 
 def _as_predicate(pred: Predicate) -> Callable[[Any], Any]:
     """Return `pred` as a function of a message; raise TypeError for what can be none."""
-    if isinstance(pred, (type, tuple, types.UnionType)):
-        # This raises for a tuple that holds something else than classes.
-        isinstance(None, pred)
-        return lambda message: isinstance(message, pred)
+    # What `typing` makes, such as Union[int, str], has an origin, and is no function.
+    if isinstance(pred, (type, tuple, types.UnionType)) or hasattr(pred, "__origin__"):
+        classes: Any = pred
+        _check_class(classes)
+        return lambda message: isinstance(message, classes)
     if not callable(pred):
-        raise TypeError(f"a predicate, or a class, is what messages are chosen by: {pred!r}")
+        raise TypeError("messages are chosen by a function, a class, or a tuple of classes, "
+                        f"not by {pred!r:.100}")
     return pred
+
+
+def _check_class(kind: Any) -> None:
+    """Raise TypeError unless a message can be an instance of `kind`, a class or some classes.
+
+    All of them are looked at, as `isinstance` would stop at the first that fits.
+    """
+    kinds = kind
+    if isinstance(kind, types.UnionType):
+        kinds = kind.__args__
+    if isinstance(kinds, tuple):
+        for each in kinds:
+            _check_class(each)
+        return
+    try:
+        isinstance(None, kind)
+    except TypeError as error:
+        text = f"no message can be an instance of {kind!r:.100}: {error}"
+        raise TypeError(text) from None
 
 
 ######## Pending: what threads of this process wait for
@@ -765,6 +796,7 @@ class Thread(_Handle):
                  "_end_waiters", "_started_at", "_os_ident", "_remote")
 
     def __init__(self, name: str) -> None:
+        _check_name(name)
         self.id = next(_thread_ids)
         self.name = name
         self._identity = (_incarnation, self.id)
@@ -1107,7 +1139,7 @@ def current_thread() -> Thread:
     """
     if _local.thread is None:
         os_thread = threading.current_thread()
-        thread = Thread(os_thread.name)
+        thread = Thread(os_thread.name[:MAX_NAME] or "unnamed")
         thread._os_ident = os_thread.ident
         _local.thread = thread
         _registry.add(thread)
@@ -1246,8 +1278,11 @@ def _request(func: Callable[..., Any], args: tuple[Any, ...], name: str | None,
              register: bool) -> _SpawnRequest:
     if not callable(func):
         raise TypeError(f"spawn takes a function and its arguments; {func!r} cannot be called")
-    name = name or _function_name(func)
+    if name is None:
+        name = _function_name(func)
     _check_name(name)
+    if not isinstance(register, bool):
+        raise TypeError(f"register= is True or False, not {register!r:.100}; the name is name=")
     return _SpawnRequest(func, args, name, register, is_server=False)
 
 
@@ -1262,8 +1297,17 @@ MAX_NAME = 255  # letters of a thread's name
 
 
 def _check_name(name: object) -> None:
-    if not isinstance(name, str) or len(name) > MAX_NAME:
-        raise TypeError(f"a name is a text of up to {MAX_NAME} letters, not {name!r:.300}")
+    """Raise TypeError or ValueError for what cannot be the name of a thread."""
+    if not isinstance(name, str):
+        raise TypeError(f"a name is a text, not {name!r:.100}")
+    if not 0 < len(name) <= MAX_NAME:
+        raise ValueError(f"a name has 1 to {MAX_NAME} letters; {name!r:.100} has {len(name)}")
+
+
+def _check_tag(tag: object) -> None:
+    """Raise TypeError for what cannot be the tag of something pending."""
+    if not isinstance(tag, str):
+        raise TypeError(f"a tag is a text that this module has made, not {tag!r:.100}")
 
 
 def _spawn(request: _SpawnRequest, node: NodeLike | None, link: _Link | None) -> Handle:
@@ -1419,8 +1463,9 @@ class Synchronous(_Message):
     tag: str
 
     def __init__(self, data: Any, sender: Handle, tag: str) -> None:
-        if not isinstance(sender, _Handle) or not isinstance(tag, str):
-            raise TypeError(f"Synchronous(data, sender, tag): not {sender!r}, {tag!r}")
+        if not isinstance(sender, _Handle):
+            raise TypeError(f"the sender of a Synchronous is a thread, not {sender!r:.100}")
+        _check_tag(tag)
         self.__dict__.update(data=data, sender=sender, tag=tag)
 
     @property
@@ -1436,6 +1481,7 @@ class Reply(_Message):
     tag: str
 
     def __init__(self, data: Any, tag: str) -> None:
+        _check_tag(tag)
         self.__dict__.update(data=data, tag=tag)
 
 
@@ -1565,6 +1611,7 @@ class Monitor(_Message):
     tag: str
 
     def __init__(self, target: Any, tag: str) -> None:
+        _check_tag(tag)
         self.__dict__.update(target=target, tag=tag)
 
 
@@ -1577,6 +1624,10 @@ class Down(_Message):
     reason: BaseException | None
 
     def __init__(self, monitor: Monitor, target: Any, reason: BaseException | None) -> None:
+        if not isinstance(monitor, Monitor):
+            raise TypeError(f"a Down is of what monitor returned, not of {monitor!r:.100}")
+        if reason is not None and not isinstance(reason, BaseException):
+            raise TypeError(f"the reason of a Down is an error or None, not {reason!r:.100}")
         self.__dict__.update(monitor=monitor, target=target, reason=reason)
 
 
@@ -3599,10 +3650,14 @@ class Node(AbstractContextManager["Node"]):
     def _start(self, address: NodeLike | None, authkey: Any, advertise: Any, allow: Any,
                heartbeat: float, connect_timeout: float, max_message: int) -> None:
         """Take the options of `start_node`, and listen; bad ones raise before any change."""
-        _check_seconds("heartbeat", heartbeat)
-        _check_seconds("connect_timeout", connect_timeout)
-        if type(max_message) is not int or not 0 < max_message < MAX_MAX_MESSAGE:
-            raise ValueError("max_message= is a number of bytes, above 0 and below 4 GiB")
+        _check_number("heartbeat= in seconds", heartbeat, MIN_HEARTBEAT, MAX_SECONDS)
+        _check_number("connect_timeout= in seconds", connect_timeout,
+                      MIN_HEARTBEAT, MAX_SECONDS)
+        _check_number("max_message= in bytes", max_message, 1, MAX_MAX_MESSAGE - 1,
+                      may_be_fraction=False)
+        if authkey is not None:
+            # A node that does not listen would notice a wrong one only when it dials.
+            authkey = _find_key(authkey, None)
         if allow is not None:
             allow = _check_allow(allow)
         if address is None:
@@ -3886,9 +3941,7 @@ class Node(AbstractContextManager["Node"]):
 
     def stop(self, timeout: float = 5.0) -> None:
         """Stop the node; see `stop_node`."""
-        deadline = _deadline(timeout)
-        if deadline is None:
-            raise ValueError("stop_node(timeout) takes seconds")
+        deadline = _bounded_deadline(timeout)
         if self.incarnation != _incarnation:
             return  # This is the child of a fork; the node is its parent's.
         with self._lock:
@@ -3942,11 +3995,17 @@ class Node(AbstractContextManager["Node"]):
         self.stop()
 
 
-def _check_seconds(name: str, value: Any) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not MIN_HEARTBEAT <= value <= MAX_SECONDS:
-        raise ValueError(f"{name}= is seconds, from {MIN_HEARTBEAT} to {MAX_SECONDS:g}, "
-                         f"not {value!r}")
+def _check_number(option: str, value: Any, lowest: float, highest: float,
+                  may_be_fraction: bool = True) -> None:
+    """Raise TypeError or ValueError for an option that is no such number."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole and not may_be_fraction:
+        raise TypeError(f"{option} is a whole number, not {value!r:.100}")
+    if not is_whole and not isinstance(value, float):
+        raise TypeError(f"{option} is a number, not {value!r:.100}")
+    # This refuses nan, too.
+    if not lowest <= value <= highest:
+        raise ValueError(f"{option} is from {lowest} to {highest}, not {value!r:.100}")
 
 
 def _is_same_host(sock: socket.socket) -> bool:
@@ -3980,8 +4039,13 @@ def _listen(address: Address | None) -> Listener:
 
 
 def _is_abandoned(path: str) -> bool:
-    """Return whether a Unix socket has nobody who listens: its node was killed."""
+    """Return whether this is a Unix socket at which nobody listens: its node was killed.
+
+    To connect to a file of another kind is refused, too, but that is not ours to remove.
+    """
     try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return False
         with socket.socket(socket.AF_UNIX) as knock:
             knock.settimeout(1.0)
             knock.connect(path)
@@ -4043,7 +4107,7 @@ def stop_node(timeout: float = 5.0) -> None:
     if _process.node:
         _process.node.stop(timeout)
     else:
-        _deadline(timeout)
+        _bounded_deadline(timeout)
 
 
 def _at_exit() -> None:
@@ -4086,9 +4150,14 @@ def connect(node: NodeLike) -> None:
     Blocks at most `connect_timeout` seconds.  Raises NodeDown (once this node was stopped; else
     NodeUnreachable), AuthenticationError, ValueError, PermissionError.
     """
-    address = _parse_address(node)
-    if not local_node()._has_address(address):
-        local_node()._connection_to(address, None)
+    if not _is_this_node(node):
+        local_node()._connection_to(_parse_address(node), None)
+
+
+def _is_this_node(node: NodeLike) -> bool:
+    """Return whether `node` denotes this process's node, which need not listen."""
+    here = local_node()
+    return node is here or here._has_address(_parse_address(node))
 
 
 def disconnect(node: NodeLike) -> None:
@@ -4120,11 +4189,9 @@ class RemoteThread(_Handle):
 
     def __init__(self, node: NodeLike | None, id: int | str,
                  incarnation: int | None = None) -> None:
-        if not isinstance(id, (int, str)) or len(str(id)) > MAX_NAME:
-            raise TypeError(
-                f"an id is an int, or a name of up to {MAX_NAME} letters, not {id!r}")
+        _check_id(id)
         if incarnation is not None and type(incarnation) is not int:
-            raise TypeError(f"an incarnation is an int, not {incarnation!r}")
+            raise TypeError(f"an incarnation is an int, not {incarnation!r:.100}")
         self._node: Address | None = None
         if node is not None:
             self._node = _parse_address_cached(node)
@@ -4326,6 +4393,19 @@ class RemoteThread(_Handle):
         return RemoteThread, (self._node, self._id, self._incarnation)
 
 
+MAX_ID = (1 << 64) - 1
+
+
+def _check_id(id: object) -> None:
+    """Raise TypeError or ValueError for what is neither a thread's id nor a name."""
+    if isinstance(id, str):
+        _check_name(id)
+    elif not isinstance(id, int) or isinstance(id, bool):
+        raise TypeError(f"a thread is found by its id or its name, not by {id!r:.100}")
+    elif not 0 < id <= MAX_ID:
+        raise ValueError(f"the ids of threads are from 1 to {MAX_ID}, not {id!r:.100}")
+
+
 def _send_over(connection: _Connection, header: _Header, payload: bytes) -> bool:
     """Send over that connection; return False if it closes and does not take the message."""
     if _faults.are_active:
@@ -4351,7 +4431,7 @@ def register_remote_thread(thread: Thread, name: str | None = None) -> None:
     Factor: register-remote-thread.  Erlang: register.
     """
     if not isinstance(thread, Thread) or thread._remote:
-        raise TypeError(f"only a thread of this node can get a name: not {thread!r}")
+        raise TypeError(f"only a thread of this node can get a name: not {thread!r:.100}")
     if name is None:
         name = thread.name
     _check_name(name)
@@ -4364,6 +4444,8 @@ def unregister_remote_thread(name: str) -> None:
 
     Factor: unregister-remote-thread.  Erlang: unregister.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"a registered name is a text, not {name!r:.100}")
     if not _registry.unregister(name):
         raise _no_such_thread(name)
 
@@ -4373,12 +4455,12 @@ def get_remote_thread(name_or_id: int | str) -> Thread:
 
     Factor: get-remote-thread.  Erlang: whereis.
     """
-    if isinstance(name_or_id, int):
-        thread = _registry.by_id.get(name_or_id)
-    elif isinstance(name_or_id, str):
+    if isinstance(name_or_id, str):
         thread = _registry.by_name.get(name_or_id)
+    elif isinstance(name_or_id, int) and not isinstance(name_or_id, bool):
+        thread = _registry.by_id.get(name_or_id)
     else:
-        raise TypeError(f"a thread is found by its name or its id, not by {name_or_id!r}")
+        raise TypeError(f"a thread is found by its id or its name, not by {name_or_id!r:.100}")
     if thread is None:
         raise _no_such_thread(name_or_id)
     return thread
@@ -4403,8 +4485,7 @@ def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
 def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _Link | None,
               event: _EventId | None) -> Handle:
     """Start a thread on another node, or on this one if that is meant."""
-    address = _parse_address(node)
-    if local_node()._has_address(address):
+    if _is_this_node(node):
         child = _spawn_here(request, link, event)
         if link:
             link.watched = child
@@ -4412,9 +4493,9 @@ def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _Link | None,
     tag = None
     if link:
         tag = link.tag
-    remote_child = _call_node(address, ("spawn", *request, tag), cause=event)
+    remote_child = _call_node(node, ("spawn", *request, tag), cause=event)
     if not isinstance(remote_child, RemoteThread):
-        raise RemoteError("TypeError", f"{_format_address(address)} answered with no thread")
+        raise RemoteError("TypeError", f"{node} answered with no thread")
     if link:
         _fail_when_lost(link, remote_child._incarnation)
     return remote_child
@@ -4422,10 +4503,8 @@ def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _Link | None,
 
 def _watch_node(pending: _Pending, node: Any) -> None:
     """Have `pending` fail when contact with `node` is lost; never, if it is this one."""
-    address = _parse_address(node)
-    here = local_node()
-    if not here._has_address(address):
-        connection = here._connection_to(address, None)
+    if not _is_this_node(node):
+        connection = local_node()._connection_to(_parse_address(node), None)
         _fail_when_lost(pending, connection.peer.incarnation)
 
 
@@ -4672,6 +4751,8 @@ _wrong_keys = _LimitedLog("%d stranger%s %s; the last came from %s")
 _noise = _LimitedLog("%d stranger%s without a key %s; the last came from %s", "INFO")
 
 
+######## Other processes: ChildNode, spawn_node
+
 PRINTER_TIMEOUT = 1.0  # seconds
 CHILD_END_TIMEOUT = 10.0  # seconds
 # The most that a pipe holds, where nobody has asked for more.
@@ -4697,14 +4778,13 @@ try:
 except OSError:
     # It has been deleted.
     _start_directory = ""
-######## Other processes: ChildNode, spawn_node
 
 
 class ChildNode(AbstractContextManager["ChildNode"]):
     """A node in a process of its own, made by `spawn_node`; it ends with its parent.
 
-    `.address` is where its node listens, `.pid` the number of its process.  As a
-    context manager, leaving it stops the child.
+    `.address` is where its node listens, `.pid` the number of its process.  As a context
+    manager, leaving it stops the child.
 
     Two pipes join the parent and the child.  The control pipe goes both ways:
 
@@ -4715,38 +4795,40 @@ class ChildNode(AbstractContextManager["ChildNode"]):
         end of file, when the parent ends -> stops its node and ends
                    <- end of file, when the child ends
 
-    Nothing else is ever written to it, and only these two processes hold it: so
-    its end is the end of the other process, however that came.  The output pipe
-    is the child's standard output.  Its standard input is empty, its standard
-    error the parent's.
+    Nothing else is ever written to it, and only these two processes hold it: so its end is the
+    end of the other process, however that came.  The output pipe is the child's standard
+    output.  Its standard input is empty, its standard error the parent's.
 
-    In the parent, `spawn_node` prints what comes by the output pipe until the
-    child has answered; then it starts a thread, the printer, that goes on with
-    that.  The printer closes both pipes and ends when the child has ended.
-
-    In the child, the main thread starts the node, answers, and waits for ever.
-    Before that it starts a thread, the watcher, that reads the control pipe: its
-    next message, or its end, is the end of the child.
+    In the parent, a thread for each child, the printer, reads both pipes until the child has
+    ended.  In the child, the main thread starts the node, answers, and waits; a thread, the
+    watcher, reads the control pipe, and wakes the main thread to end the process.
     """
 
-    def __init__(
-        self,
-        process: "subprocess.Popen[bytes]",
-        control: Connection,
-        output: "_ChildOutput",
-        address: Address,
-    ) -> None:
-        self.address = address
+    def __init__(self, process: "subprocess.Popen[bytes]", control: Connection) -> None:
+        self.address: Address = ""  # not known before it has answered
         self.pid = process.pid
         self._process = process
-        self._output = output
         self._control = control
-        # Held while the control pipe is written to or closed, so that "stop" is
-        # never written to a descriptor that has become another file's.  Nobody
-        # waits for it longer than one short write takes.
+        # Held while the control pipe is written to or closed, so that "stop" is never written
+        # to a descriptor that has become another file's.
         self._control_lock = _Lock()
+        # The child's answer, or None if it has ended without one.
+        self._answers = Mailbox()
         # The printer keeps this object: a child whose handle is dropped lives on.
-        self._printer = _start_daemon("printer", self._print_output)
+        self._printer = _start_daemon("printer", self._read_pipes)
+
+    def _start_node(self, orders: bytes) -> None:
+        """Have the child start its node as ordered; raise its error if it cannot."""
+        self._tell(orders)
+        answer = self._answers.get()
+        if answer is None:
+            self.stop(CHILD_END_TIMEOUT)
+            raise RuntimeError(
+                f"the child's process ended with status {self._process.returncode} before its "
+                "node listened; what it printed to the standard error says why")
+        if isinstance(answer, Exception):
+            raise answer
+        self.address = answer
 
     def is_alive(self) -> bool:
         """Return whether the process has not ended.  Never blocks."""
@@ -4755,13 +4837,13 @@ class ChildNode(AbstractContextManager["ChildNode"]):
     def stop(self, timeout: float = 5.0) -> None:
         """Have the child stop its node and end; after `timeout` seconds, kill it.
 
-        Blocks until the process has ended and what it printed has come out.
-        Does nothing to a child that has ended.  Erlang: peer:stop.
+        Blocks until the process has ended and what it printed has come out.  Does nothing to a
+        child that has ended.  Erlang: peer:stop.
         """
-        with self._control_lock:
-            _tell_process(self._control, b"stop")
+        deadline = _bounded_deadline(timeout)
+        self._tell(b"stop")
         try:
-            self._process.wait(timeout)
+            self._process.wait(_remaining(deadline))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -4785,25 +4867,88 @@ class ChildNode(AbstractContextManager["ChildNode"]):
             state = ", ended"
         return f"<ChildNode {self}, pid {self.pid}{state}>"
 
-    def _print_output(self) -> None:
-        """Print what the child prints, until it has ended; then close the pipes."""
-        self._output.print_until_ready(self._control)
-        self._output.close()
+    def _tell(self, message: bytes) -> None:
+        with self._control_lock:
+            _tell_process(self._control, message)
+
+    def _read_pipes(self) -> None:
+        """The printer: print what the child prints, and pass its answer on, until it has ended.
+
+        What the child printed before it answered, or ended, is printed before that.  What a
+        process that it left behind may print later, on the same pipe, is not waited for.
+        """
+        lines = _LinePrinter()
+        pipes: list[Any] = [self._control]
+        output = self._process.stdout
+        if output is not None:
+            pipes.append(output)
+        while True:
+            # The control pipe is looked at first: where that has something, all that the child
+            # printed before is in the output pipe.
+            ready: list[Any] = wait(pipes)
+            if output is not None and output in ready:
+                data = os.read(output.fileno(), PIPE_CAPACITY)
+                lines.print(data)
+                if not data:
+                    pipes.remove(output)
+            if self._control in ready:
+                try:
+                    self._answers.put(self._control.recv())
+                except (EOFError, OSError):
+                    break
+        lines.print_rest()
+        if output is not None:
+            output.close()
         with self._control_lock:
             self._control.close()
+        self._answers.put(None)
+
+
+class _LinePrinter:
+    """Prints what comes from a child in whole lines, as others print to the same place."""
+
+    def __init__(self) -> None:
+        self._unfinished_line = bytearray()
+
+    def print(self, data: bytes) -> None:
+        """Print the lines that `data` completes, and keep the rest."""
+        self._unfinished_line += data
+        if b"\n" in data:
+            lines, newline, self._unfinished_line = self._unfinished_line.rpartition(b"\n")
+            _print_text(lines + newline)
+
+    def print_rest(self) -> None:
+        """Print what is left, though its line has no end."""
+        if self._unfinished_line:
+            _print_text(self._unfinished_line)
+
+
+def _print_text(data: bytearray) -> None:
+    """Print to this `sys.stdout`, be it a notebook's or a test's; escape odd letters."""
+    stream = sys.stdout
+    if stream is None:
+        return
+    text = data.decode("utf-8", "backslashreplace")
+    # A stream of the program's may raise anything, but the child must not come to stand still
+    # because nobody empties its pipe.
+    with suppress(Exception):
+        encoding = stream.encoding or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+    with suppress(Exception):
+        print(text, end="", file=stream, flush=True)
 
 
 def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
     """Start a node in a new Python process, with `start_node`'s options; return it.
 
-    Blocks until it listens.  The process gets this one's key, trace, `sys.path`
-    and interpreter flags.  Its standard input is empty; what it prints comes out
-    where this process prints.  It ends when this one does, however that is.
+    Blocks until it listens.  The process gets this one's key, trace, `sys.path` and interpreter
+    flags.  Its standard input is empty; what it prints comes out where this process prints.  It
+    ends when this one does, however that is; its `atexit` handlers run then, for 10 seconds at
+    most, but its threads are not waited for.
 
-    Raises what `start_node` raises there; SerializationError if the options
-    cannot be sent there, or cannot be read there; RuntimeError if the process
-    cannot be started, or ends before its node listens.  No process is left then.
-    Erlang: peer:start.
+    Raises what `start_node` raises there; SerializationError if the options cannot be sent
+    there, or cannot be read there; RuntimeError if the process cannot be started, or ends
+    before its node listens.  No process is left then.  Erlang: peer:start.
     """
     orders = _pack_options(address, options)
     control, child_end = _open_control_pipe()
@@ -4813,26 +4958,23 @@ def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
     except BaseException:
         control.close()
         raise
-    output = _ChildOutput(process)
+    child = ChildNode(process, control)
     try:
-        _tell_process(control, orders)
-        output.print_until_ready(control)
-        listening_at = _receive_answer(control, process)
-        return ChildNode(process, control, output, listening_at)
+        child._start_node(orders)
     except BaseException:
-        process.kill()
-        process.wait()
-        output.close()
-        control.close()
+        child.kill()
         raise
+    return child
 
 
 def _pack_options(address: NodeLike, options: dict[str, Any]) -> bytes:
     """Return the options of `start_node` in the child, pickled, with this node's key."""
     options = options.copy()
     options["address"] = _parse_address(address)
-    if options.get("authkey") is None:
-        options["authkey"] = _find_key(local_node()._key, options["address"])
+    key = options.get("authkey")
+    if key is None:
+        key = local_node()._key
+    options["authkey"] = _find_key(key, options["address"])
     try:
         return serialize(options)
     except SerializationError as error:
@@ -4843,8 +4985,8 @@ def _pack_options(address: NodeLike, options: dict[str, Any]) -> bytes:
 def _open_control_pipe() -> tuple[Connection, Connection]:
     """Return the parent's and the child's end of a new control pipe."""
     control, child_end = Pipe()
-    # Where this process has closed its standard streams, their numbers are given
-    # to new pipes; but in the child they are those of the standard streams again.
+    # Where this process has closed its standard streams, their numbers are given to new pipes;
+    # but in the child they are those of the standard streams again.
     if sys.platform != "win32" and child_end.fileno() <= 2:
         with child_end:
             number = fcntl.fcntl(child_end.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
@@ -4857,7 +4999,7 @@ def _open_control_pipe() -> tuple[Connection, Connection]:
 def _start_interpreter(child_end: Connection) -> "subprocess.Popen[bytes]":
     """Start the Python that runs `_child_main`; only it inherits `child_end`."""
     number = child_end.fileno()
-    arguments = [sys.executable, *_interpreter_flags(), "-c", _boot_program(number)]
+    arguments = [sys.executable or "", *_interpreter_flags(), "-c", _boot_program(number)]
     settings: dict[str, Any] = {
         "env": {**os.environ, "DISTCONC_TRACE": _tracer.directory},
         "stdin": subprocess.DEVNULL,
@@ -4865,11 +5007,11 @@ def _start_interpreter(child_end: Connection) -> "subprocess.Popen[bytes]":
     }
     if not _has_standard_error():
         settings["stderr"] = subprocess.DEVNULL
-    # Ctrl-C at the terminal is for the parent, which may catch it and go on:
-    # the child is in a session, or on Windows in a process group, of its own.
+    # Ctrl-C at the terminal is for the parent, which may catch it and go on: the child is in a
+    # session, or on Windows in a process group, of its own.
     if sys.platform == "win32":
-        # There nobody can wait for two pipes at once, of which one is a plain
-        # one: the child writes to the parent's own standard output.
+        # There nobody can wait for two pipes at once, of which one is a plain one: the child
+        # writes to the parent's own standard output.
         os.set_handle_inheritable(number, True)
         inherited = {"handle_list": [number]}
         settings["startupinfo"] = subprocess.STARTUPINFO(lpAttributeList=inherited)
@@ -4879,12 +5021,15 @@ def _start_interpreter(child_end: Connection) -> "subprocess.Popen[bytes]":
         settings["pass_fds"] = [number]
         settings["start_new_session"] = True
     try:
-        return subprocess.Popen(arguments, **settings)
+        process = subprocess.Popen(arguments, **settings)
     except OSError as error:
         reason = error.strerror or error
-        text = f"cannot start {sys.executable!r} as a child: {reason}; "
-        cure = "set sys.executable to the path of a Python that this user may run"
-        raise RuntimeError(text + cure) from error
+        raise RuntimeError(
+            f"cannot start {sys.executable!r} as a child: {reason}; set sys.executable to the "
+            "path of a Python that this user may run") from error
+    if process.stdout is not None:
+        _close_after_fork.add(process.stdout)
+    return process
 
 
 def _interpreter_flags() -> list[str]:
@@ -4907,8 +5052,8 @@ def _interpreter_flags() -> list[str]:
 def _boot_program(number: int) -> str:
     """Return what the new Python runs: it takes over `sys.path`, then this module.
 
-    Python puts "", its working directory, before all else in `sys.path`.  So the
-    path is replaced before anything is imported that is not built in.
+    Python puts "", its working directory, before all else in `sys.path`.  So the path is
+    replaced before anything is imported that is not built in.
     """
     search_path = []
     for entry in sys.path:
@@ -4933,29 +5078,6 @@ def _has_standard_error() -> bool:
     return True
 
 
-def _receive_answer(control: Connection, process: "subprocess.Popen[bytes]") -> Address:
-    """Return the address that the child's node listens at, or raise its error."""
-    try:
-        answer: Any = control.recv()
-    except (EOFError, ConnectionError):
-        status = _wait_for_status(process)
-        text = f"the child's process ended with status {status} before its node listened"
-        cure = "what it printed to the standard error says why"
-        raise RuntimeError(f"{text}; {cure}") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return cast(Address, answer)
-
-
-def _wait_for_status(process: "subprocess.Popen[bytes]") -> int:
-    """Return the exit status of a process that is ending, or else is killed."""
-    try:
-        return process.wait(CHILD_END_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
-
-
 def _tell_process(control: Connection, message: bytes) -> None:
     """Send `message`, if there is still somebody to read it.
 
@@ -4969,9 +5091,9 @@ def _tell_process(control: Connection, message: bytes) -> None:
 def _without_broken_pipe_signal() -> Iterator[None]:
     """Let a write to a process that has gone raise BrokenPipeError, and no more.
 
-    Python ignores SIGPIPE, but a program may have set it to its default, which is
-    to kill this process.  The signal goes to the thread that writes.  So that
-    thread blocks it, and takes it, if it has come, before it lets it in again.
+    Python ignores SIGPIPE, but a program may have set it to its default, which is to kill this
+    process.  The signal goes to the thread that writes.  So that thread blocks it, and takes
+    it, if it has come, before it lets it in again.
     """
     if sys.platform == "win32":
         yield
@@ -4986,70 +5108,6 @@ def _without_broken_pipe_signal() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
 
 
-class _ChildOutput:
-    """The parent's end of a child's output pipe; one thread at a time uses it."""
-
-    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
-        # What is still to be read from: empty once the child has closed its end.
-        self.open_pipes: list[IO[bytes]] = []
-        # What came after the last end of a line.
-        self.unfinished_line = bytearray()
-        if process.stdout is not None:
-            self.open_pipes.append(process.stdout)
-            _close_after_fork.add(process.stdout)
-
-    def print_until_ready(self, control: Connection) -> None:
-        """Print each line as it comes, until `control` has a message, or its end.
-
-        What the child printed before that is printed too.  What a process that it
-        left behind may print later, on the same pipe, is not waited for.
-        """
-        # An IO is not among the types that `wait` is declared for; it takes it.
-        ready: list[Any] = []
-        while control not in ready:
-            sources: list[Any] = [control, *self.open_pipes]
-            ready = cast("list[Any]", wait(sources))
-            for pipe in self.open_pipes.copy():
-                if pipe in ready:
-                    self.print_available(pipe)
-
-    def print_available(self, pipe: IO[bytes]) -> None:
-        """Read all that the pipe holds now, and print the lines that are complete."""
-        data = os.read(pipe.fileno(), PIPE_CAPACITY)
-        if not data:
-            self.close()
-            return
-        self.unfinished_line += data
-        if b"\n" in data:
-            lines, newline, rest = self.unfinished_line.rpartition(b"\n")
-            self.unfinished_line = rest
-            _print_text(lines + newline)
-
-    def close(self) -> None:
-        """Print the rest, though its line has no end, and close the pipe."""
-        if self.unfinished_line:
-            _print_text(self.unfinished_line)
-            self.unfinished_line = bytearray()
-        for pipe in self.open_pipes:
-            pipe.close()
-        self.open_pipes.clear()
-
-
-def _print_text(data: bytearray) -> None:
-    """Print to this `sys.stdout`, be it a notebook's or a test's; escape odd letters."""
-    stream = sys.stdout
-    if stream is None:
-        return
-    text = data.decode("utf-8", "backslashreplace")
-    # A stream of the program's may raise anything, but the child must not come
-    # to stand still because nobody empties its pipe.
-    with suppress(Exception):
-        encoding = stream.encoding or "utf-8"
-        text = text.encode(encoding, "backslashreplace").decode(encoding)
-    with suppress(Exception):
-        print(text, end="", file=stream, flush=True)
-
-
 def _child_main(number: int) -> None:
     """Be the process of a `ChildNode`, whose end of the control pipe has this number.
 
@@ -5057,12 +5115,17 @@ def _child_main(number: int) -> None:
     """
     control = _inherit_control_pipe(number)
     _print_in_utf8()
+    parent_ended = threading.Event()
     try:
         orders = control.recv_bytes()
-        _start_daemon("parent watcher", _end_with_parent, control)
-        answer = _start_as_ordered(orders)
-        _tell_process(control, pickle.dumps(answer))
-        threading.Event().wait()
+        _start_daemon("parent watcher", _watch_parent, control, parent_ended)
+        _tell_process(control, _start_as_ordered(orders))
+        parent_ended.wait()
+    except (EOFError, KeyboardInterrupt):
+        # The parent has ended already, or somebody interrupts the child.
+        pass
+    except BaseException as error:
+        _print_failure(error)
     finally:
         _end_process()
 
@@ -5084,47 +5147,50 @@ def _print_in_utf8() -> None:
 
     On Windows the child has the parent's own output, whose encoding it keeps.
     """
-    if not isinstance(sys.stdout, io.TextIOWrapper):
-        return
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    encoding = None
     if sys.platform != "win32":
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+        encoding = "utf-8"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            encoding=encoding, errors="backslashreplace", line_buffering=True)
 
 
-def _start_as_ordered(orders: bytes) -> "Address | Exception | None":
-    """Start the node with the pickled options; return its address, or the error."""
+def _start_as_ordered(orders: bytes) -> bytes:
+    """Start the node with the pickled options; return its address, or the error, pickled."""
     try:
         options = pickle.loads(orders)
     except Exception as error:
-        text = f"the child cannot read the options of spawn_node: {error}"
-        cure = "put what they name into a file of its own, which both can import"
-        return SerializationError(f"{text}; {cure}")
+        return serialize(SerializationError(
+            f"the child cannot read the options of spawn_node: {error}; put what they name "
+            "into a file of its own, which both can import"))
     try:
-        return start_node(**options).address
+        return serialize(start_node(**options).address)
     except Exception as error:
-        return error
+        return _pickled_error(error)
 
 
-def _end_with_parent(control: Connection) -> None:
-    """Wait for the parent's word, or its end; then end this process."""
-    try:
+def _watch_parent(control: Connection, parent_ended: threading.Event) -> None:
+    """The watcher: wait for the parent's word, or its end; see that this process ends.
+
+    The main thread does that well, if nothing holds it up: neither a handler of `atexit` nor a
+    module that is still being imported.
+    """
+    with suppress(EOFError, OSError):
         control.recv_bytes()
-    except (EOFError, OSError):
-        # The parent has ended, or is about to: this is its word, too.
-        pass
-    finally:
-        _end_process()
+    parent_ended.set()
+    sleep(CHILD_END_TIMEOUT)
+    os._exit(1)
 
 
 def _end_process() -> None:
-    """Stop the node and end, though other threads, or a pool's, still run.
+    """Call the handlers of `atexit`, and end, though other threads, or a pool's, still run.
 
-    An interpreter that returns from its main thread would wait for these.  If the
-    node or an output cannot be brought to an end in time, the process ends so.
+    An interpreter that returns from its main thread would wait for these first, however long
+    they run.  Python's own multiprocessing ends its forks like this since 3.14, with the same
+    function, which is not documented.
     """
     try:
-        _start_daemon("last resort", _exit_after, CHILD_END_TIMEOUT)
-        _at_exit()
+        atexit._run_exitfuncs()
         for stream in sys.stdout, sys.stderr:
             with suppress(Exception):
                 stream.flush()
@@ -5132,10 +5198,6 @@ def _end_process() -> None:
         os._exit(0)
 
 
-def _exit_after(seconds: float) -> None:
-    """End this process after so many seconds, whatever its other threads do."""
-    sleep(seconds)
-    os._exit(1)
 ######## Forks: a child is a node of its own
 
 
@@ -5238,11 +5300,16 @@ class faults:
 
     def __init__(self, *, to: NodeLike | None = None, drop: float = 0, delay: float = 0,
                  duplicate: float = 0, seed: Any = None) -> None:
-        if not (0 <= drop <= 1 and 0 <= duplicate <= 1 and 0 <= delay < threading.TIMEOUT_MAX):
-            raise ValueError("drop= and duplicate= are from 0 to 1, delay= is seconds")
+        _check_number("drop=, a probability,", drop, 0, 1)
+        _check_number("duplicate=, a probability,", duplicate, 0, 1)
+        _check_number("delay= in seconds", delay, 0, MAX_SECONDS)
+        if seed is not None and not isinstance(seed, (int, float, str, bytes, bytearray)):
+            raise TypeError(f"seed= is a number, a text, bytes or None, not {seed!r:.100}")
         self._to: Address | None = None
         if to is not None:
             self._to = _parse_address(to)
+            if self._to is None:
+                raise ValueError(f"to= is a node that listens, not {to!r:.100}")
         self._drop = drop
         self._delay = delay
         self._duplicate = duplicate
@@ -5409,9 +5476,11 @@ def trace(directory: "str | os.PathLike[str] | None") -> None:
     if directory is None:
         _tracer.stop()
         return
+    if not isinstance(directory, (str, bytes, os.PathLike)):
+        raise TypeError(f"trace takes the name of a directory, or None, not {directory!r:.100}")
     name = os.fsdecode(directory)
-    if not name:
-        raise ValueError("trace takes the name of a directory, or None to stop")
+    if not name or "\0" in name:
+        raise ValueError(f"a directory has a name; trace cannot use {name!r:.100}")
     _tracer.start(os.path.abspath(name))
 
 
@@ -5466,9 +5535,9 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
     if format not in _CHART_FORMATS:
         formats = ", ".join(_CHART_FORMATS)
         raise ValueError(f"{format!r} is no format of a chart; there are {formats}")
-    if isinstance(threads, str):
-        threads = [threads]
-    wanted_names = set(threads)
+    _check_number("first=, a clock,", first, 0, float("inf"))
+    _check_number("last=, a clock,", last, 0, float("inf"))
+    wanted_names = _check_thread_names(threads)
     all_events = _read_traces(directory)
     columns = _assign_columns(all_events)
     events = []
@@ -5484,6 +5553,17 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
     if format == "text":
         return _TextDrawing(events, columns).render()
     return _format_shiviz(events, all_events, columns)
+
+
+def _check_thread_names(threads: Any) -> set[str]:
+    """Return the names in a chart's `threads`; raise TypeError for anything else."""
+    if isinstance(threads, str):
+        return {threads}
+    if isinstance(threads, Iterable):
+        names = list(threads)
+        if all(isinstance(name, str) for name in names):
+            return set(names)
+    raise TypeError(f"threads= is the name of a thread, or several, not {threads!r:.100}")
 
 
 class _Mark(NamedTuple):

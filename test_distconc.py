@@ -45,6 +45,7 @@ import threading
 import time
 import traceback
 import types
+import typing
 import unittest
 import weakref
 import uuid
@@ -903,8 +904,10 @@ class SynchronousTests(Case):
     def test_a_forged_reply_neither_answers_nor_reaches_the_mailbox(self):
         def forge(request):
             for tag in ("", "0" * 16, 1, None, b"x", []):
-                send(Reply("forged", tag), request.sender)
-                send(Reply("forged", tag), trip(request.sender))
+                forged = Reply("forged", "t")
+                vars(forged).update(tag=tag)
+                send(forged, request.sender)
+                send(forged, trip(request.sender))
 
         thread = self.server(forge, answer("true"), forge)
         self.assertEqual("true", send_synchronous("?", thread))
@@ -4644,6 +4647,15 @@ os.wait()""")
         with self.assertRaises(NodeUnreachable):
             send(bytes(900), RemoteThread(free_port(), "nobody"))
 
+    def test_a_node_that_does_not_listen_may_stand_for_itself(self):
+        stop_node()
+        node = start_node(None)
+        connect(node)
+        demonitor(monitor(node))
+        self.assertTrue(spawn(send, "hello", current_thread(), node=node).join(T))
+        self.assertEqual(receive(0), "hello")
+        self.assertIs(receive(0, NOTHING), NOTHING)
+
     def test_stopping_an_old_node_again_leaves_the_new_one_alone(self):
         with self.node:
             stop_node()
@@ -4733,6 +4745,395 @@ def serve_doubles():
 def send_bomb():
     """Answer with what makes a directory when it is loaded."""
     return handle_synchronous(lambda path: Does(os.mkdir, path))
+
+
+def read_a_line():
+    """What `input` returns, or the name of its error."""
+    try:
+        return input()
+    except EOFError as error:
+        return type(error).__name__
+
+
+def run_cat():
+    return subprocess.run(["cat"], timeout=T, stdout=subprocess.PIPE).stdout
+
+
+def leave_a_process():
+    """Start a process that keeps this one's output; return its number."""
+    return subprocess.Popen(["sleep", "60"]).pid
+
+
+def shout():
+    """Print a line with odd letters, one that is no text, and one without an end."""
+    print("\xe9 \u20ac")
+    os.write(1, b"\xff\n")
+    sys.stdout.write("rest")
+
+
+BUSY = threading.Event()  # nobody sets it
+
+
+def be_busy(kind):
+    """Start a thread for whose end an interpreter would wait; return this process's pid."""
+    if kind == "pool":
+        running = queue.SimpleQueue()
+        ThreadPoolExecutor().submit(lambda: (running.put(None), BUSY.wait()))
+        running.get()
+    elif kind == "thread":
+        threading.Thread(target=BUSY.wait, daemon=False).start()
+    return os.getpid()
+
+
+def at_exit(func, *args):
+    import atexit
+
+    atexit.register(func, *args)
+
+
+def write_and_print(path):
+    with open(path, "a") as file:
+        file.write("handler\n")
+    sys.stdout.write("printed by a handler")
+
+
+def hang_at_exit():
+    """Have this process hang when it ends, but for a moment."""
+    at_exit(BUSY.wait)
+    distconc.CHILD_END_TIMEOUT = 0.2
+    return os.getpid()
+
+
+class Children(Net):
+    """What is promised of child nodes, in everybody's program."""
+
+    HEAD = f"import sys; sys.path.insert(0, {HERE!r})\nfrom distconc import *\nimport os\n"
+
+    def run_script(self, text, *flags, head=HEAD, shell="", cwd=None, **env):
+        """Run a script in a process of its own; `shell` redirects its streams."""
+        command = [sys.executable, *flags, "-c", head + textwrap.dedent(text)]
+        if shell:
+            command = ["sh", "-c", 'exec "$@" ' + shell, "sh", *command]
+        return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, text=True,
+                              timeout=2 * T, capture_output=True)
+
+    def assert_prints(self, expected, text, *flags, **options):
+        done = self.run_script(text, *flags, **options)
+        self.assertEqual((done.stdout, done.returncode), (expected, 0), done.stderr)
+        return done
+
+    def assert_ends(self, pid):
+        """Wait for the end of a process, though it is no child of this one."""
+        with suppress(ProcessLookupError):
+            process = os.pidfd_open(pid)
+            self.addCleanup(os.close, process)
+            self.assertTrue(select.select([process], [], [], T)[0])
+
+    def write(self, name, text):
+        path = os.path.join(self.dir, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as file:
+            file.write(textwrap.dedent(text))
+        return path
+
+    # Input and output
+
+    def test_the_standard_input_of_a_child_is_empty(self):
+        child = self.child()
+        self.assertEqual(ask(child, read_a_line), "EOFError")
+        self.assertEqual(ask(child, run_cat), b"")
+
+    def test_what_a_sitecustomize_prints_makes_no_difference(self):
+        self.write("sitecustomize.py", "print('custom')")
+        done = self.run_script("with spawn_node(): print('well')", PYTHONPATH=self.dir)
+        self.assertEqual(done.stdout.split(), ["custom", "custom", "well"], done.stderr)
+
+    def test_every_line_comes_out_whatever_the_encoding_of_the_parent(self):
+        for encoding, out in ("ascii", b"\\xe9 \\u20ac\n\\xff\nrest"), (
+                "utf-8", "\xe9 \u20ac\n\\xff\nrest".encode()), (
+                "latin-1", b"\xe9 \\u20ac\n\\xff\nrest"):
+            with self.subTest(encoding):
+                done = subprocess.run(
+                    [sys.executable, "-c", self.HEAD + "import test_distconc as tests\n"
+                     "with spawn_node() as child: tests.ask(child, tests.shout)"],
+                    env={**os.environ, "PYTHONIOENCODING": encoding}, timeout=2 * T,
+                    capture_output=True)
+                self.assertEqual(done.stdout, out, done.stderr)
+
+    def test_a_child_that_prints_much_while_it_starts_reads_much_as_well(self):
+        self.write("noisy.py", """
+            for _ in range(10_000):
+                print("x" * 79)
+            class Noise: pass
+            """)
+        self.assert_prints("x" * 79 + "\n", f"""
+            sys.path.insert(0, {self.dir!r})
+            sys.stdout = open(os.devnull, "w")
+            from noisy import Noise
+            with open({self.dir!r} + "/out", "w") as sys.stdout:
+                with spawn_node(allow=[Noise] + [int] * 100_000): pass
+            sys.stdout = sys.__stdout__
+            with open({self.dir!r} + "/out") as file:
+                lines = file.readlines()
+            assert len(lines) == 10_000
+            print(lines[-1], end="")
+            """)
+
+    def test_stop_does_not_wait_for_a_process_that_keeps_the_output(self):
+        child = self.child()
+        left = ask(child, leave_a_process)
+        self.addCleanup(os.kill, left, signal.SIGKILL)
+        start = monotonic()
+        child.stop()
+        self.assertLess(monotonic() - start, 3)
+        self.assertFalse(child._printer.is_alive())
+
+    def test_closed_standard_streams_make_no_difference(self):
+        for closed in "<&- >&- 2>&-", "2>&-", ">&-", "<&- >&-":
+            with self.subTest(closed):
+                mark = self.mark()
+                self.run_script(f"""
+                    with spawn_node() as child, open({mark!r}, "w") as file:
+                        file.write(str(child.is_alive()))
+                    """, shell=closed)
+                with open(mark) as file:
+                    self.assertEqual(file.read(), "True")
+
+    def test_nothing_of_a_child_is_left_open(self):
+        done = self.assert_prints("0\n", """
+            before = len(os.listdir("/proc/self/fd"))
+            with spawn_node() as child: pass
+            print(len(os.listdir("/proc/self/fd")) - before)
+            """, "-W", "error")
+        self.assertEqual(done.stderr, "")
+
+    # How it starts
+
+    def test_a_child_has_the_flags_of_its_parent(self):
+        self.write("flags.py", """
+            import os, sys
+            def seen():
+                return sys.flags, sys.warnoptions, sys._xoptions, sys.path
+            def tell(request):
+                return repr(seen())
+            """)
+        rows = [("-I",), ("-O",), ("-OO", "-B"), ("-W", "error"), ("-X", "dev"), ("-s", "-E")]
+        if sys.version_info >= (3, 11):
+            rows.append(("-P",))
+        for flags in rows:
+            with self.subTest(flags):
+                self.assert_prints("True\n", f"""
+                    sys.path.insert(0, {self.dir!r})
+                    import flags
+                    with spawn_node() as child:
+                        server = spawn(handle_synchronous, flags.tell, node=child)
+                        print(send_synchronous(0, server, 20) == repr(flags.seen()).replace(
+                            "''", repr(os.getcwd())))
+                    """, *flags)
+
+    def test_a_child_imports_nothing_that_its_parent_would_not(self):
+        for name in "pickle", "socket", "distconc", "sys":
+            self.write(name + ".py", "import os; os.write(2, b'the wrong one'); os._exit(3)")
+        for flags in ("-I",), ("-P",), ():
+            if flags == ("-P",) and sys.version_info < (3, 11):
+                continue
+            with self.subTest(flags):
+                head = self.HEAD
+                if not flags:
+                    head = "import sys; sys.path.remove('')\n" + head
+                done = self.assert_prints("well\n", "with spawn_node(): print('well')", *flags,
+                                          head=head, cwd=self.dir)
+                self.assertNotIn("wrong", done.stderr)
+
+    def test_a_child_starts_after_the_working_directory_was_changed(self):
+        shutil.copy(MODULE, self.dir)
+        program = "from distconc import *\nimport os\nos.chdir('/')\n" \
+                  "with spawn_node() as child: print('well')\n\n"
+        in_prompt = {"args": [sys.executable, "-q", "-i"], "input": program}
+        for run in {"args": [sys.executable, "-c", program]}, in_prompt:
+            with self.subTest(run["args"][1]):
+                done = subprocess.run(**run, cwd=self.dir, timeout=2 * T, text=True,
+                                      env=environment(PYTHONPATH=None), capture_output=True)
+                self.assertEqual(done.stdout, "well\n", done.stderr)
+
+    def test_the_module_may_live_in_a_package_under_another_name(self):
+        os.makedirs(os.path.join(self.dir, "mypkg", "vendored"))
+        shutil.copy(MODULE, os.path.join(self.dir, "mypkg", "vendored", "messages.py"))
+        self.assert_prints("mypkg.vendored.messages\n", """
+            from mypkg.vendored.messages import *
+            with spawn_node() as child: print(type(child).__module__)
+            """, head="", cwd=self.dir)
+
+    def test_any_bytes_serve_as_a_key(self):
+        key = bytes(range(1, 256))
+        with mock.patch.dict(os.environ, DISTCONC_AUTHKEY=os.fsdecode(key)):
+            stop_node()
+            node = start_node()
+            self.assertEqual(ask(self.child(), echo, 1), 1)
+            self.assert_prints("in\n", f"connect({str(node)!r}); print('in')")
+        stop_node()
+        start_node(node.address, authkey=key)
+        connect(self.child(authkey=key))
+
+    def test_any_bytes_serve_in_the_path_of_a_socket(self):
+        directory = os.fsencode(self.dir) + b"/\xff\xfe \xe9"
+        os.mkdir(directory)
+        for path in directory + b"/a", os.fsdecode(directory) + "/b":
+            child = self.child(path)
+            handle = spawn(hold, node=child, name="held", register=True)
+            self.assertEqual(os.fsencode(child.address), os.fsencode(path))
+            for each in handle, RemoteThread(path, "held"), RemoteThread(str(child), "held"):
+                self.assertTrue(each.is_alive())
+            self.assertEqual(ask(child, echo, handle), handle)
+            stop_node()
+            with start_node(os.fsencode(path) + b"2") as here:
+                self.assertEqual(ask(child, nodes), [here.address])
+            start_node()
+
+    # What can go wrong at the start
+
+    def test_options_that_the_child_cannot_read_are_an_error_with_the_cure(self):
+        done = self.run_script("""
+            class Mine: pass
+            for wrong in Mine, lambda: 0:
+                try:
+                    spawn_node(allow=[wrong])
+                except SerializationError as error:
+                    print(error)
+            """)
+        unreadable, unsendable = done.stdout.splitlines()
+        self.assertIn("put what they name into a file of its own", unreadable)
+        self.assertIn("cannot be sent to the child", unsendable)
+
+    def test_an_interpreter_that_cannot_be_started_is_an_error_with_the_cure(self):
+        before = census()
+        for wrong in "/no/python", self.dir, "", None:
+            with self.subTest(wrong), mock.patch("sys.executable", wrong):
+                self.assertRaisesRegex(RuntimeError, "set sys.executable", spawn_node)
+        gc.collect()
+        self.assertEqual(census(), before)
+
+    def test_a_child_that_ends_before_its_node_listens_is_an_error(self):
+        for name, status in ("false", 1), ("true", 0):
+            with self.subTest(name), mock.patch("sys.executable", shutil.which(name)):
+                text = f"status {status} before its node listened; .* the standard error"
+                self.assertRaisesRegex(RuntimeError, text, spawn_node)
+
+    def test_an_error_that_cannot_be_pickled_is_told_all_the_same(self):
+        self.write("sitecustomize.py", """
+            import os
+            def listen(*args, why=lambda: 0): raise ValueError(why)
+            if os.environ.get("BREAK"):
+                import socket
+                socket.socket.listen = listen
+            """)
+        done = self.run_script("""
+            os.environ["BREAK"] = "1"
+            try:
+                spawn_node()
+            except RemoteError as error:
+                print(error.type)
+            """, PYTHONPATH=self.dir)
+        self.assertEqual(done.stdout, "ValueError\n", done.stderr)
+
+    # Signals
+
+    def test_a_default_sigpipe_does_not_kill_the_parent_of_a_child_that_has_gone(self):
+        self.assert_prints("RuntimeError\nstopped\n", """
+            import signal, shutil
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            python, sys.executable = sys.executable, shutil.which("false")
+            try:
+                spawn_node(allow=[int] * 100_000)
+            except RuntimeError as error:
+                print(type(error).__name__)
+            sys.executable = python
+            child = spawn_node()
+            os.kill(child.pid, 9)
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+            child.stop()
+            print("stopped")
+            """)
+
+    def test_an_ignored_sigchld_makes_no_difference(self):
+        self.assert_prints("True False False\n", """
+            import signal
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            one, other = spawn_node(), spawn_node()
+            before = one.is_alive()
+            one.stop()
+            other.kill()
+            print(before, one.is_alive(), other.is_alive())
+            """)
+
+    # How it ends
+
+    def test_a_child_ends_with_its_parent_whatever_its_threads_do(self):
+        for end in "os.kill(os.getpid(), 9)", "os._exit(0)", "pass":
+            for kind in "thread", "pool":
+                with self.subTest(end, kind=kind):
+                    done = self.run_script(f"""
+                        import test_distconc as tests
+                        child = spawn_node()
+                        print(tests.ask(child, tests.be_busy, {kind!r}), flush=True)
+                        {end}
+                        """)
+                    self.assert_ends(int(done.stdout))
+
+    def test_a_child_that_is_stopped_ends_at_once_whatever_its_threads_do(self):
+        for kind in "thread", "pool":
+            child = self.child()
+            ask(child, be_busy, kind)
+            start = monotonic()
+            child.stop()
+            self.assertLess(monotonic() - start, 3)
+            self.assertEqual(child._process.returncode, 0)
+
+    def test_the_handlers_of_atexit_run_in_a_child_that_ends(self):
+        for kind in "idle", "thread", "pool":
+            for end in "child.stop()", "pass", "os.kill(os.getpid(), 9)":
+                with self.subTest(kind, end=end):
+                    mark = self.mark()
+                    done = self.run_script(f"""
+                        import test_distconc as tests
+                        child = spawn_node()
+                        tests.ask(child, tests.at_exit, tests.write_and_print, {mark!r})
+                        print(tests.ask(child, tests.be_busy, {kind!r}), flush=True)
+                        {end}
+                        """)
+                    pid, *printed = done.stdout.splitlines()
+                    self.assert_ends(int(pid))
+                    with open(mark) as file:
+                        self.assertEqual(file.read(), "handler\n")
+                    if end == "child.stop()":
+                        self.assertEqual(printed, ["printed by a handler"])
+
+    def test_a_handler_of_atexit_may_still_send(self):
+        child = self.child()
+        ask(child, at_exit, send, "the last", current_thread())
+        child.stop()
+        self.assertEqual(receive(T), "the last")
+
+    def test_a_handler_of_atexit_that_hangs_holds_up_the_end_for_a_while_only(self):
+        child = self.child()
+        ask(child, hang_at_exit)
+        child.stop(0.5)
+        self.assertFalse(child.is_alive())
+        done = self.run_script("""
+            import test_distconc as tests
+            child = spawn_node()
+            print(tests.ask(child, tests.hang_at_exit), flush=True)
+            os.kill(os.getpid(), 9)
+            """)
+        self.assert_ends(int(done.stdout))
+
+    def test_a_wrong_timeout_stops_no_child(self):
+        child = self.child()
+        for timeout, error in (("soon", TypeError), (None, TypeError), (True, TypeError),
+                               (math.nan, ValueError), (math.inf, ValueError)):
+            with self.subTest(timeout):
+                self.assertRaises(error, child.stop, timeout)
+        self.assertEqual(ask(child, echo, 1), 1)
 
 
 class Processes(Net):
@@ -5041,6 +5442,32 @@ os.waitpid(pid, 0)
         self.assertFalse(os.path.exists(path))
         with self.assertRaises(NodeUnreachable):
             connect(path)
+
+    def test_a_socket_is_taken_over_from_a_killed_node_and_from_no_other(self):
+        path = os.path.join(self.dir, "sock")
+        child = self.child(path)
+        stop_node()
+        self.assertRaisesRegex(OSError, "does a node run there", start_node, path)
+        start_node()
+        self.assertEqual(ask(child, echo, 1), 1)
+        child.kill()
+        self.assertTrue(os.path.exists(path))
+        stop_node()
+        with start_node(path) as node:
+            RawPeer.dial(node).close()
+
+    def test_what_is_no_socket_is_not_removed_for_one(self):
+        stop_node()
+        path = os.path.join(self.dir, "thesis.txt")
+        with open(path, "w") as file:
+            file.write("all of it")
+        link = self.mark()
+        os.symlink(path, link)
+        for wrong in path, link, self.dir:
+            with self.subTest(wrong):
+                self.assertRaisesRegex(OSError, re.escape(wrong), start_node, wrong)
+        with open(link) as file:
+            self.assertEqual(file.read(), "all of it")
 
     def test_an_address_in_use_is_told_and_starts_nothing(self):
         other = self.child()
@@ -6785,6 +7212,188 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
         self.assertEqual(40 * -(-drawing.count("<g ") // 110), len(headings))
         for (_, up), (_, down), _ in self.arrows():
             self.assertLessEqual(up, down)
+
+
+######## Wrong arguments
+
+NAN, INF, LONG = float("nan"), float("inf"), "x" * 256
+HOST_OF_256 = LONG + ":9000"
+
+
+class Nowhere:
+    """Looks like a node that does not listen."""
+
+    address = None
+
+
+# For each kind of parameter: its wrong values, each with the error that it is.
+NO_TIMEOUT = {"'x'": TypeError, "[1]": TypeError, "1j": TypeError, "True": TypeError,
+              "NAN": ValueError, "INF": ValueError, "1e300": ValueError, "10**400": ValueError}
+NO_BOUND = {**NO_TIMEOUT, "None": TypeError}  # where a wait for ever is wrong, too
+NO_FUNCTION = {"None": TypeError, "3": TypeError, "'x'": TypeError, "me": TypeError}
+NO_PREDICATE = {"None": TypeError, "5": TypeError, "'x'": TypeError, "b'x'": TypeError,
+                "(int, 'x')": TypeError, "(type(None), 'x')": TypeError, "[int]": TypeError,
+                "(object, (int, 3))": TypeError, "list[int]": TypeError,
+                "(type(None), list[int])": TypeError, "type(None) | list[int]": TypeError,
+                "typing.List[int]": TypeError, "typing.Optional[list[int]]": TypeError}
+NO_THREAD = {"None": TypeError, "9000": TypeError, "'127.0.0.1:9000/x'": TypeError,
+             "threading.current_thread()": TypeError, "unstarted": TypeError,
+             "('127.0.0.1', 9000)": TypeError}
+NO_NAME = {"3": TypeError, "b'x'": TypeError, "['x']": TypeError, "''": ValueError,
+           "LONG": ValueError}
+NO_ID = {**NO_NAME, "1.5": TypeError, "True": TypeError, "None": TypeError, "0": ValueError,
+         "-1": ValueError, "1 << 64": ValueError}
+del NO_ID["3"]
+NO_NODE = {value: ValueError for value in (
+    "-1", "70000", "1.5", "True", "''", "'host'", "'host:70000'", "'host:-1'", "'host:x'",
+    "HOST_OF_256", "'a b:9000'", "'a\\nb:9000'", "'a\\0b:9000'", "'::1:9000'", "('::1', 9000)",
+    "('h', True)", "('h', '9000')", "('h', 70000)", "('h', -1)", "('h',)", "('h', 1, 2)",
+    "(9000, 'h')", "(None, 9000)", "(b'h', 9000)", "b'h:9000'", "'/tmp/a\\0b'", "{}", "thing")}
+NO_ADVERTISED_NODE = {**NO_NODE, "0": ValueError, "('h', 0)": ValueError, "'h:0'": ValueError}
+del NO_ADVERTISED_NODE["'host'"], NO_ADVERTISED_NODE["''"]
+NO_DIALLED_NODE = {**NO_NODE, "None": ValueError, "me": ValueError}
+NO_KEY = {"[]": TypeError, "[1]": TypeError, "(1, 2)": TypeError, "range(20)": TypeError,
+          "bytearray(20)": TypeError, "memoryview(bytes(20))": TypeError, "20": TypeError,
+          "0": TypeError, "True": TypeError, "b''": ValueError, "''": ValueError}
+NO_SECONDS = {"'x'": TypeError, "None": TypeError, "True": TypeError, "[]": TypeError,
+              "NAN": ValueError, "INF": ValueError, "0": ValueError, "-1": ValueError,
+              "10**400": ValueError}
+NO_SIZE = {"1.5": TypeError, "1e6": TypeError, "True": TypeError, "None": TypeError,
+           "'x'": TypeError, "0": ValueError, "-1": ValueError, "1 << 40": ValueError}
+NO_PROBABILITY = {"'x'": TypeError, "None": TypeError, "True": TypeError, "NAN": ValueError,
+                  "-1": ValueError, "2": ValueError, "INF": ValueError}
+NO_DELAY = {**NO_PROBABILITY, "1e300": ValueError}
+del NO_DELAY["2"]
+NO_DIRECTORY = {"''": ValueError, "'a\\0b'": ValueError, "3": TypeError, "True": TypeError,
+                "[]": TypeError}
+NO_BYTES = {"None": TypeError, "'x'": TypeError, "3": TypeError}
+
+# Each parameter of each public name, in the contract's order: the call, with {} in its place,
+# its wrong values, and a word of the error's text (none: it shows the value itself).
+WRONG_CALLS = [
+    ("Mailbox().get({})", NO_TIMEOUT, ""),
+    ("Mailbox().get_if({}, 0)", NO_PREDICATE, "messages? "),
+    ("Mailbox().get_if(int, {})", NO_TIMEOUT, ""),
+    ("Mailbox().get_all({})", NO_TIMEOUT, ""),
+    ("Thread({})", NO_NAME, ""),
+    ("other.join({})", NO_TIMEOUT, ""),
+    ("RemoteThread({}, 'x')", NO_DIALLED_NODE, ""),
+    ("RemoteThread({}, 'x')", {"nowhere": ValueError}, "not a node"),
+    ("RemoteThread(9000, {})", NO_ID, ""),
+    ("RemoteThread(9000, 'x', {})", {"'x'": TypeError, "True": TypeError}, "incarnation"),
+    ("far.join({})", NO_TIMEOUT, ""),
+    *((f"{spawning}({call}", values, word)
+      for spawning in ("spawn", "spawn_linked", "spawn_server")
+      for call, values, word in (
+          ("{})", NO_FUNCTION, ""),
+          ("print, name={})", NO_NAME, ""),
+          ("print, register={})", {"'logger'": TypeError, "3": TypeError}, ""),
+          ("print, node={})", NO_NODE, ""),
+          ("print, name={}, node=9000)", NO_NAME, ""),
+          ("print, bogus={})", {"1": TypeError}, f"{spawning}.*bogus"))),
+    ("send(1, {})", NO_THREAD, ""),
+    ("receive({})", NO_TIMEOUT, ""),
+    ("receive({}, 'default')", NO_TIMEOUT, ""),
+    ("receive_if({})", NO_PREDICATE, "messages? "),
+    ("receive_if(object, {})", NO_TIMEOUT, ""),
+    ("Synchronous(1, {}, 't')", NO_THREAD, ""),
+    ("Synchronous(1, me, {})", {"3": TypeError, "None": TypeError, "b't'": TypeError}, ""),
+    ("Reply(1, {})", {"3": TypeError, "None": TypeError, "b't'": TypeError}, ""),
+    ("send_synchronous(1, {})", NO_THREAD, ""),
+    ("send_synchronous(1, far, {})", NO_TIMEOUT, ""),
+    ("reply_synchronous(1, {})", NO_THREAD, ""),
+    ("handle_synchronous({})", NO_FUNCTION, ""),
+    ("handle_synchronous(print, {})", NO_TIMEOUT, ""),
+    ("start_node({})", NO_NODE, ""),
+    ("start_node(authkey={})", NO_KEY, "authkey"),
+    ("start_node(None, authkey={})", NO_KEY, "authkey"),
+    ("start_node(advertise={})", NO_ADVERTISED_NODE, ""),
+    ("start_node(heartbeat={})", NO_SECONDS, "heartbeat"),
+    ("start_node(connect_timeout={})", NO_SECONDS, "connect_timeout"),
+    ("start_node(None, connect_timeout={})", NO_SECONDS, "connect_timeout"),
+    ("start_node(max_message={})", NO_SIZE, "max_message"),
+    ("start_node(bogus={})", {"1": TypeError}, "start_node.*bogus"),
+    ("stop_node({})", NO_BOUND, ""),
+    ("local_node().stop({})", NO_BOUND, ""),
+    ("connect({})", NO_DIALLED_NODE, ""),
+    ("disconnect({})", NO_DIALLED_NODE, ""),
+    ("spawn_node({})", NO_DIALLED_NODE, ""),
+    ("spawn_node(authkey={})", NO_KEY, "authkey"),
+    ("spawn_node(heartbeat={})", {"NAN": ValueError}, "heartbeat"),
+    ("spawn_node(max_message={})", {"True": TypeError}, "max_message"),
+    ("spawn_node(bogus={})", {"1": TypeError}, "start_node.*bogus"),
+    ("register_remote_thread({})", NO_THREAD, ""),
+    ("register_remote_thread({})", {"far": TypeError}, "this node"),
+    ("register_remote_thread(me, {})", NO_NAME, ""),
+    ("unregister_remote_thread({})", {"None": TypeError, "3": TypeError, "['x']": TypeError,
+                                      "'nobody'": NoSuchThread}, ""),
+    ("get_remote_thread({})", {"None": TypeError, "1.5": TypeError, "True": TypeError,
+                               "[]": TypeError, "b'x'": TypeError, "'nobody'": NoSuchThread,
+                               "-5": NoSuchThread}, ""),
+    ("serialize({})", {"threading.Lock()": SerializationError}, "lock"),
+    ("deserialize({})", NO_BYTES, "bytes-like"),
+    ("Monitor(me, {})", {"3": TypeError, "None": TypeError}, ""),
+    ("Down({}, me, None)", {"None": TypeError, "3": TypeError, "me": TypeError}, ""),
+    ("Down(Monitor(me, 't'), me, {})", {"3": TypeError, "'x'": TypeError}, ""),
+    ("monitor({})", NO_NODE | {"None": ValueError, "unstarted": ValueError}, ""),
+    ("demonitor({})", {"None": TypeError, "3": TypeError, "me": TypeError}, ""),
+    ("trace({})", NO_DIRECTORY, ""),
+    ("trace({})", {"file": FileExistsError}, ""),
+    ("chart({})", {"None": TypeError, "3": TypeError}, "PathLike"),
+    ("chart({})", {"file": FileNotFoundError, "directory": FileNotFoundError,
+                   "directory + '/no'": FileNotFoundError}, ""),
+    ("chart(directory, {})", {"'png'": ValueError, "None": ValueError, "[]": ValueError}, ""),
+    ("chart(directory, first={})", {"'x'": TypeError, "None": TypeError}, "first"),
+    ("chart(directory, last={})", {"'x'": TypeError, "None": TypeError}, "last"),
+    ("chart(directory, threads={})", {"3": TypeError, "[3]": TypeError}, "threads"),
+    ("faults(to={})", NO_NODE | {"nowhere": ValueError}, ""),
+    ("faults(drop={})", NO_PROBABILITY, "drop"),
+    ("faults(duplicate={})", NO_PROBABILITY, "duplicate"),
+    ("faults(delay={})", NO_DELAY, "delay"),
+    ("faults(seed={})", {"[]": TypeError, "{}": TypeError, "(1, 2)": TypeError,
+                         "object()": TypeError}, "seed"),
+]
+
+
+class WrongArguments(Case):
+    """A wrong argument is an error at once, at its maker, with nothing half done."""
+
+    def test_wrong_arguments_are_refused_at_once_and_leave_nothing_behind(self):
+        stop_node()
+        directory = tempfile.mkdtemp(prefix="dc")
+        self.addCleanup(shutil.rmtree, directory)
+        file = os.path.join(directory, "file")
+        open(file, "w").close()
+        other = spawn(idle)
+        self.addCleanup(end, other)
+        names = {**globals(), "me": self.me, "far": RemoteThread(9, "x"), "other": other,
+                 "unstarted": threading.Thread(), "thing": object(), "nowhere": Nowhere(),
+                 "directory": directory, "file": file}
+        for call, values, word in WRONG_CALLS:
+            for value, error in values.items():
+                with self.subTest(call=call, value=value):
+                    self.check_row(call.format(value), error, word, value, names)
+
+    def check_row(self, call, error, word, value, names):
+        message = object()
+        send(message, self.me)
+        before = self.all_there_is(names["directory"])
+        raised = outcome(eval, call, names)
+        after = self.all_there_is(names["directory"])
+        stop_node()
+        self.assertIs(receive(0), message)
+        self.assertIsInstance(raised, error)
+        self.assertEqual(before, after)
+        shown = re.escape(outcome(repr, eval(value, names))[:60])
+        self.assertRegex(str(raised), word or shown)
+        self.assertNotRegex(str(raised), r"\b_[a-z]\w*\(", "it names a private function")
+
+    def all_there_is(self, directory):
+        node = distconc._process.node
+        runs = node is not None and node._is_started and not node._stopped
+        return (set(threading.enumerate()), threads(), distconc._registry.by_name.copy(), runs,
+                distconc._pending._by_tag.copy(), distconc._faults._entered,
+                distconc._tracer.directory, os.listdir(directory), census()[1])
 
 
 ######## The shell
