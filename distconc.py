@@ -75,7 +75,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import lru_cache, partial
-from multiprocessing import AuthenticationError, Pipe
+from multiprocessing import AuthenticationError, Pipe, current_process, parent_process, util
 from multiprocessing.connection import (
     Client, Connection, Listener, answer_challenge, deliver_challenge, wait)
 from time import monotonic, sleep, time
@@ -1847,8 +1847,10 @@ def _advertised_address(bound: Any, advertise: Any) -> Address:
 
 
 def _find_key(key: bytes | str | None, address: Address | None) -> bytes:
-    """Return the key: `key`, or the environment's, or the cookie file's."""
+    """Return the key: `key`, or the parent's, or the environment's, or the cookie file's."""
     source = "authkey="
+    if key is None:
+        key = _inherited_key()
     if key is None:
         source = "DISTCONC_AUTHKEY"
         key = os.environ.get("DISTCONC_AUTHKEY")
@@ -2357,6 +2359,11 @@ class _Connection:
         self.addresses = {peer.address, dialled} - {None}
         self.heartbeat = min(mine.heartbeat, peer.heartbeat)
         self.max_outgoing = min(mine.max_message, peer.max_message)
+
+        # A daemonic process of multiprocessing, such as a pool's worker, is ended by a signal
+        # once its tasks are done.  So there a sender writes by itself, and leaves nothing to
+        # the writer that may have no time for it.
+        self._leaves_nothing_queued = current_process().daemon
         self._max_incoming = max(mine.max_message, MIN_PAYLOADS)
         dialler, acceptor = (mine, peer) if dialled else (peer, mine)
         self._outgoing = _Seal(key, mine, dialler, acceptor)
@@ -2413,7 +2420,8 @@ class _Connection:
         if len(self._outbox) >= MAX_QUEUED and self._may_wait():
             self._room.wait_until(self._has_room, None)
         was_taken = self.post(header, payload)
-        if was_taken and len(payload) > SMALL_PAYLOAD and self._may_wait():
+        is_large = len(payload) > SMALL_PAYLOAD
+        if was_taken and (is_large or self._leaves_nothing_queued) and self._may_wait():
             # The sender writes it by itself, so it cannot queue a second large message.
             self._write_waiting()
         return was_taken
@@ -2466,13 +2474,15 @@ class _Connection:
             return True
 
     def _write_waiting(self) -> None:
-        """Write what is in the outbox, also what others put there meanwhile."""
-        while self._outbox:
+        """Write what is in the outbox, also what others put there meanwhile.
+
+        When this returns, the frame that another thread was writing is out, too.
+        """
+        while True:
             with self._write_lock:
-                if not self._has_ended_output:
-                    self._write_frame(*self._next_batch())
-            if self._has_ended_output:
-                return
+                if self._has_ended_output or not self._outbox:
+                    return
+                self._write_frame(*self._next_batch())
 
     def _next_batch(self) -> tuple[list[tuple[_Header, list[int]]], list[bytes]]:
         """Take from the outbox what goes into one frame: many small messages, or a large one.
@@ -3251,7 +3261,9 @@ class Node(AbstractContextManager["Node"]):
         if self._stopped:
             raise NodeDown("this node was stopped; start_node starts it again")
         if address is None:
-            raise NodeUnreachable("that node does not listen, and contact with it was lost")
+            raise NodeUnreachable(
+                "that node does not listen, and there is no contact with it; call start_node "
+                "there")
         if _faults.cut_off({address}):
             raise NodeUnreachable(f"faults(drop=1) cuts {_format_address(address)} off")
         if _local.must_not_wait:
@@ -3518,6 +3530,7 @@ def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = No
         node._start(address, authkey, advertise, allow, heartbeat, connect_timeout, max_message)
         node._is_started = True
         _process.node = node
+        _pass_on_key(node._key)
         return node
 
 
@@ -4582,7 +4595,7 @@ def _exit_after(seconds: float) -> None:
     """End this process after so many seconds, whatever its other threads do."""
     sleep(seconds)
     os._exit(1)
-######## Forks: a child is a node of its own
+######## Forks and multiprocessing: a child is a node of its own
 
 
 def _after_fork() -> None:
@@ -4594,14 +4607,12 @@ def _after_fork() -> None:
     global _incarnation
     parent = _process.node
     parent_incarnation = _incarnation
-    for descriptor in _close_after_fork.copy():
-        with suppress(OSError):
-            descriptor.close()
+    _leave_descriptors(parent)
+    parent_address = None
+    if parent is not None:
+        parent_address = parent.address
     for thread in _registry.by_id.values():
-        if parent is None:
-            thread._ended = thread._gone = True
-            continue
-        thread._remote = RemoteThread(parent.address, thread.id, parent_incarnation)
+        thread._remote = RemoteThread(parent_address, thread.id, parent_incarnation)
     _incarnation = int.from_bytes(os.urandom(8), "big")
     _local.thread = None
     _local.exit_hook = None
@@ -4616,8 +4627,64 @@ def _after_fork() -> None:
     _observer.after_fork()
 
 
+def _leave_descriptors(parent: Node | None) -> None:
+    """Close what only the parent uses, and have handles dial anew."""
+    for descriptor in _close_after_fork.copy():
+        with suppress(OSError):
+            descriptor.close()
+    if parent is not None:
+        for connection in parent._connections.copy():
+            connection.closing = True
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+# The key is inherited as multiprocessing's own `authkey` is: in a dictionary that each new
+# process gets a copy of, under every start method.  So a pool's workers have it as well, to
+# which handles come in messages only.  The dictionary is not documented, nor are the
+# finalizers below; both have been there since Python 2.6.
+KEY_ENTRY = "distconc authkey"
+
+
+def _pass_on_key(key: bytes | str | None) -> None:
+    """Let the processes find it that this one starts by multiprocessing from now on."""
+    if key is not None:
+        current_process()._config[KEY_ENTRY] = key  # type: ignore[attr-defined]
+
+
+def _inherited_key() -> bytes | str | None:
+    """Return the key of the node whose process started this one by multiprocessing, if any."""
+    if parent_process() is None:
+        return None
+    config: dict[str, Any] = current_process()._config  # type: ignore[attr-defined]
+    return config.get(KEY_ENTRY)
+
+
+def _end_with_multiprocessing() -> None:
+    """Stop the node at the end of a process that multiprocessing started.
+
+    Such a process ends without `atexit`, but for its own finalizers.  These come before the
+    interpreter waits for the threads that are no daemons, which may still send.
+    """
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread():
+            thread.join()
+    _at_exit()
+    atexit.unregister(_at_exit)
+
+
+def _stop_when_process_ends(_: object = None) -> None:
+    """Have the node stopped at the end of this process, after all other finalizers."""
+    util.Finalize(None, _end_with_multiprocessing, exitpriority=-100)
+
+
+# A new process forgets all finalizers, and then calls what is registered here; but one that
+# imports this file only later has forgotten them already.
+util.register_after_fork(_stop_when_process_ends, _stop_when_process_ends)
+if parent_process() is not None:
+    _stop_when_process_ends()
 
 
 ################ Part three: seeing and breaking ################

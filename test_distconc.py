@@ -4410,6 +4410,198 @@ def flood(target):
             send(bytes(1000), target)
 
 
+######## Other people's programs
+
+
+class OtherPrograms(Net):
+    """multiprocessing and forks, imports, signals and streams, as other programs use them."""
+
+    def program(self, text, *args, **env):
+        """Run a file, which its children can import; return what it printed."""
+        path = os.path.join(self.dir, "program.py")
+        with open(path, "w") as file:
+            file.write("from distconc import *\nimport os, sys\n" + textwrap.dedent(text))
+        done = subprocess.run(
+            [sys.executable, path, *map(str, args)], env=environment(**env), text=True,
+            timeout=100, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return types.SimpleNamespace(out=done.stdout, err=done.stderr, status=done.returncode)
+
+    def test_what_a_process_of_multiprocessing_sent_last_arrives(self):
+        done = self.program("""
+            import multiprocessing, threading
+
+            def work(whom, end):
+                for number in range(100):
+                    send(number, whom)
+                if end == "a failure":
+                    sys.stderr = None
+                    raise ValueError(end)
+                if end == "an exit":
+                    sys.exit(3)
+                if end == "a thread that lives on":
+                    threading.Thread(target=work_late, args=[whom]).start()
+
+            def work_late(whom):
+                threading.main_thread().join(0.3)
+                send("late", whom)
+
+            if __name__ == "__main__":
+                with start_node():
+                    for method in "fork", "forkserver", "spawn":
+                        start = multiprocessing.get_context(method).Process
+                        for end in "a return", "a failure", "an exit", "a thread that lives on":
+                            process = start(target=work, args=[current_thread(), end])
+                            process.start()
+                            process.join()
+                            got = [receive(20) for _ in range(100)]
+                            if end == "a thread that lives on":
+                                got.append(receive(20))
+                            print(method, end, got == [*range(100), "late"][:len(got)])
+            """, PYTHONWARNINGS="ignore")
+        lines = done.out.splitlines()
+        self.assertEqual((len(lines), [line for line in lines if "True" not in line]), (12, []),
+                         done.err)
+
+    def test_what_a_pools_worker_sent_last_arrives_though_the_pool_is_terminated(self):
+        done = self.program("""
+            import multiprocessing
+            from concurrent.futures import ProcessPoolExecutor
+
+            def work(whom):
+                for number in range(5000):
+                    send(number, whom)
+
+            if __name__ == "__main__":
+                with start_node():
+                    for method in "fork", "forkserver", "spawn":
+                        context = multiprocessing.get_context(method)
+                        for turn in range(3):
+                            with context.Pool(1) as pool:
+                                pool.apply(work, [current_thread()])
+                            print(method, [receive(20) for _ in range(5000)] == [*range(5000)])
+                        with ProcessPoolExecutor(1, context) as executor:
+                            executor.submit(work, current_thread())
+                        print(method, [receive(20) for _ in range(5000)] == [*range(5000)])
+            """, PYTHONWARNINGS="ignore")
+        self.assertEqual(done.out, "fork True\n" * 4 + "forkserver True\n" * 4
+                         + "spawn True\n" * 4, done.err)
+
+    def test_a_given_key_goes_with_multiprocessing_and_in_no_message(self):
+        done = self.program("""
+            import multiprocessing, pickle
+
+            def work(whom):
+                send(os.getpid(), whom)
+
+            def work_in_child(whom, method):
+                with start_node():
+                    work(whom)
+                process = multiprocessing.get_context(method).Process(target=work, args=[whom])
+                process.start()
+                process.join()
+
+            if __name__ == "__main__":
+                key = "a key that only this program has"
+                with start_node(authkey=key):
+                    me = current_thread()
+                    for method in "fork", "forkserver", "spawn":
+                        context = multiprocessing.get_context(method)
+                        process = context.Process(target=work_in_child, args=[me, method])
+                        process.start()
+                        process.join()
+                        print(receive(20) == process.pid, receive(20) > 0)
+                        with context.Pool(1, work, [me]) as pool:
+                            print(receive(20) > 0)
+                            pool.map(work, [me, RemoteThread(me.node, me.id)])
+                            print(receive(20) == receive(20))
+                    print(key.encode() in pickle.dumps(me) + serialize([me]))
+                    print("DISTCONC_AUTHKEY" in os.environ)
+            """, DISTCONC_AUTHKEY=None, DISTCONC_COOKIE=os.path.join(self.dir, "none"),
+            PYTHONWARNINGS="ignore")
+        self.assertEqual(done.out, "True True\nTrue\nTrue\n" * 3 + "False\nFalse\n", done.err)
+        self.assertEqual(os.listdir(self.dir), ["program.py"])
+
+    def test_an_inherited_handle_means_the_parents_thread_under_every_start_method(self):
+        done = self.program("""
+            import multiprocessing, pickle
+
+            def report(whom, server):
+                try:
+                    assert current_thread() not in (whom, server)
+                    assert whom.node == server.node != local_node().address is None
+                    assert whom.is_alive() and server.is_alive() and not server.join(0.01)
+                    assert pickle.loads(pickle.dumps([whom, server])) == [whom, server]
+                    assert send_synchronous(1, server, 20) == "1"
+                    ended = monitor(server)
+                    send("stop", server)
+                    down = receive(20)
+                    assert (down.monitor, down.target, down.reason) == (ended, server, None)
+                    assert server.join(20) and not server.is_alive()
+                    send("well", whom)
+                except BaseException as error:
+                    send(repr(error), whom)
+
+            def serve():
+                message = receive()
+                if message == "stop":
+                    return False
+                reply_synchronous(str(message.data), message)
+                return True
+
+            if __name__ == "__main__":
+                with start_node():
+                    for method in "fork", "forkserver", "spawn":
+                        start = multiprocessing.get_context(method).Process
+                        whom = current_thread(), spawn_server(serve)
+                        process = start(target=report, args=whom)
+                        process.start()
+                        process.join()
+                        print(method, receive(20))
+            """, PYTHONWARNINGS="ignore")
+        self.assertEqual(done.out, "fork well\nforkserver well\nspawn well\n", done.err)
+
+    def test_a_handle_that_the_parent_has_used_is_dialled_anew_in_the_child(self):
+        server = self.here(collect, name="kept")
+        done = self.program("""
+            import multiprocessing
+
+            def work(kept, method):
+                assert nodes() == []
+                send(method, kept)
+                send_synchronous(0, kept, 20)
+
+            if __name__ == "__main__":
+                kept = RemoteThread(sys.argv[1], "kept")
+                send("parent", kept)
+                for method in "fork", "forkserver", "spawn":
+                    process = multiprocessing.get_context(method).Process(
+                        target=work, args=[kept, method])
+                    process.start()
+                    process.join()
+                    print(process.exitcode, nodes() == [kept.node])
+                    send("parent", kept)
+                send_synchronous(0, kept, 20)
+            """, self.node, PYTHONWARNINGS="ignore")
+        self.assertEqual(done.out, "0 True\n" * 3, done.err)
+        self.assertEqual(self.got(server), ["parent", "fork", "parent", "forkserver", "parent",
+                                            "spawn", "parent"])
+
+    def test_a_handle_of_a_parent_that_does_not_listen_says_so_in_a_forks_child(self):
+        for node in "", "local_node()":
+            done = self.program(f"""
+                {node}
+                me = current_thread()
+                if not os.fork():
+                    try:
+                        send("lost", me)
+                    except NodeUnreachable as error:
+                        print(error, flush=True)
+                    os._exit(0)
+                os.wait()
+                """, PYTHONWARNINGS="ignore")
+            self.assertIn("call start_node there", done.out, done.err)
+
+
 ######## Attackers
 
 
