@@ -1036,7 +1036,7 @@ class _Local(threading.local):
     thread: Thread | None = None  # its handle
     exit_hook: _ExitHook | None = None  # of an adopted thread
     is_loading = False  # while a message from another node is being unpickled
-    must_not_wait = False  # of this module's own threads, for which others wait
+    must_not_wait = False  # in threads of this module's, and within a write: others wait
     is_logging = False  # while a logging handler of the user's runs
 
 
@@ -1388,6 +1388,10 @@ class _Call(_Pending):
     """A thread waits in `send_synchronous`."""
 
     def __init__(self, caller: Thread) -> None:
+        if _local.is_loading:
+            raise RuntimeError(
+                "a message that is being loaded cannot call, nor wait for another thread: its "
+                "receiver waits for it; send instead, or call once it has been received")
         self._reply: _Entry | None = None
         self._failure: _Failure | None = None
         self._cause: _EventId | None = None
@@ -1439,9 +1443,6 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     """
     if not isinstance(thread, _Handle):
         raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")
-    if _local.is_loading:
-        raise RuntimeError("a message that is being loaded cannot call: its receiver waits for "
-                           "it; send instead, or call once it has been received")
     deadline = _deadline(timeout)
     caller = _local.thread or current_thread()
     call = _Call(caller)
@@ -2222,10 +2223,24 @@ class _RemoteFailure(_Failure):
         reason: BaseException | None = self._traceback
         if self._payload:
             with suppress(BaseException):
-                loaded = self._connection.load(self._payload)
+                loaded = _load(self._connection.load, self._payload)
                 if isinstance(loaded, BaseException):
                     reason = loaded
         return ThreadDied(reason, self._traceback, self._text)
+
+
+def _load(load: Callable[[Any], Any], payload: "bytes | memoryview | None") -> Any:
+    """Load what another node has sent.
+
+    Code of the user's that runs meanwhile can make no call: it would wait for a thread that
+    may wait for this one.  See `_Call`.
+    """
+    was_loading = _local.is_loading
+    try:
+        _local.is_loading = True
+        return load(payload)
+    finally:
+        _local.is_loading = was_loading
 
 
 class _Origin:
@@ -2258,16 +2273,11 @@ class _RemoteEntry(_Entry):
     def load(self) -> bool:
         if self.payload is None:
             return self.message is not _UNREADABLE
-        # A call from code that runs now would wait for a thread that may wait for this one:
-        # `send_synchronous` refuses it.
-        _local.is_loading = True
         try:
-            self.message = self.origin.load(self.payload)
+            self.message = _load(self.origin.load, self.payload)
         except (Exception, SystemExit) as error:
             self.message = _UNREADABLE
             self._tell_sender(error)
-        finally:
-            _local.is_loading = False
         self.payload = None
         if self.message.__class__ is Reply:
             # A reply has a header of its own.  This one is forged, and belongs to no mailbox.
@@ -2317,14 +2327,11 @@ class _RemoteReply(_RemoteEntry):
     __slots__ = ()
 
     def load(self) -> bool:
-        _local.is_loading = True
         try:
-            self.message = self.origin.load(self.payload)
+            self.message = _load(self.origin.load, self.payload)
         except (Exception, SystemExit) as error:
             text = f"the reply cannot be read here: {_last_line(error)}"
             raise RemoteError(type(error).__name__, text) from None
-        finally:
-            _local.is_loading = False
         return True
 
 
@@ -2414,21 +2421,24 @@ class _Connection:
         Returns False if the connection closes and does not take the message.  Raises NodeDown
         if contact was lost while it was written.
         """
-        if not self._outbox and self._is_lone(payload):
-            if self._write_at_once(header, payload):
-                return True
-        if len(self._outbox) >= MAX_QUEUED and self._may_wait():
-            self._room.wait_until(self._has_room, None)
-        was_taken = self.post(header, payload)
-        is_large = len(payload) > SMALL_PAYLOAD
-        if was_taken and (is_large or self._leaves_nothing_queued) and self._may_wait():
-            # The sender writes it by itself, so it cannot queue a second large message.
-            self._write_waiting()
-        return was_taken
-
-    def _may_wait(self) -> bool:
-        """Return False in threads for which others wait, and in a `__del__` within a write."""
-        return not _local.must_not_wait and self._frame_maker != threading.get_ident()
+        if _local.must_not_wait:
+            return self.post(header, payload)
+        try:
+            # Nor must a `__del__` that runs in this thread while it writes: it would wait for
+            # its own thread, or for another that waits for this one.
+            _local.must_not_wait = True
+            if not self._outbox and self._is_lone(payload):
+                if self._write_at_once(header, payload):
+                    return True
+            if len(self._outbox) >= MAX_QUEUED:
+                self._room.wait_until(self._has_room, None)
+            was_taken = self.post(header, payload)
+            if was_taken and (self._leaves_nothing_queued or len(payload) > SMALL_PAYLOAD):
+                # The sender writes it by itself, so it cannot queue a second large message.
+                self._write_waiting()
+            return was_taken
+        finally:
+            _local.must_not_wait = False
 
     def post(self, header: _Header, payload: bytes = b"") -> bool:
         """Queue a message; return False if the connection closes untaken.  Never blocks.
@@ -2459,7 +2469,7 @@ class _Connection:
         share a frame if they queue up while the writer waits for its turn, and that makes a
         flood four times as fast.
         """
-        if _faults.are_active or self._write_lock.locked():
+        if _faults.are_active or self._frame_maker:
             return False
         if len(payload) > SMALL_PAYLOAD:
             return True
@@ -3268,8 +3278,8 @@ class Node(AbstractContextManager["Node"]):
             raise NodeUnreachable(f"faults(drop=1) cuts {_format_address(address)} off")
         if _local.must_not_wait:
             raise NodeUnreachable(
-                "a __del__ or a logging handler that runs in a thread of this module cannot "
-                f"dial {_format_address(address)}")
+                "a __del__ that runs in a thread of this module, or within a send, cannot dial "
+                f"{_format_address(address)}; connect to it first")
         for handshake in self._handshakes:
             if handshake.dialled == address and handshake.error is None:
                 return handshake
@@ -3942,7 +3952,7 @@ def _serve_requests(connection: _Connection, requests: Mailbox) -> None:
             return
         tag, cause, payload = request
         try:
-            wanted = connection.load(payload)
+            wanted = _load(connection.load, payload)
         except (Exception, SystemExit) as error:
             connection._fail_call(tag, error, None)
             continue
@@ -4008,6 +4018,7 @@ def _current_call(thread: Thread) -> str:
 
 LOG_INTERVAL = 1.0  # seconds between two lines about the same
 MAX_LOG_KEYS = 1000  # targets remembered at once
+MAX_UNLOGGED = 1000  # lines that wait for a handler
 
 
 def _log(level: str, text: str, *about: Any) -> None:
@@ -4019,8 +4030,7 @@ def _log(level: str, text: str, *about: Any) -> None:
     if _local.is_logging:
         return
     if _local.must_not_wait:
-        with suppress(RuntimeError):
-            _start_daemon("log", _emit, level, text, *about)
+        _log_thread.add(level, text, *about)
     else:
         _emit(level, text, *about)
 
@@ -4034,8 +4044,50 @@ def _emit(level: str, text: str, *about: Any) -> None:
         logging.getLogger("distconc").log(getattr(logging, level), text, *about)
     except OSError:
         pass
+    except Exception as error:
+        # A handler has failed, which must not fail a send.
+        _print_failure(error)
     finally:
         _local.is_logging = False
+
+
+class _LogThread:
+    """Logs lines in a thread that runs while there are any.
+
+    A handler may hold it up for ever, so what waits is bounded: further lines are dropped.
+    """
+
+    def __init__(self) -> None:
+        # Guards these two.  An RLock, because a `__del__` may interrupt its holder.
+        self._lock = threading.RLock()
+        self._lines: deque[tuple[Any, ...]] = deque()
+        self._is_running = False
+
+    def add(self, *line: Any) -> None:
+        """Have a line logged.  Never blocks."""
+        with self._lock:
+            if len(self._lines) < MAX_UNLOGGED:
+                self._lines.append(line)
+            if self._is_running:
+                return
+            self._is_running = True
+            try:
+                _start_daemon("log", self._run)
+            except RuntimeError:
+                # There are no more threads; the next line tries again.
+                self._is_running = False
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._lines:
+                    self._is_running = False
+                    return
+                line = self._lines.popleft()
+            _emit(*line)
+
+
+_log_thread = _LogThread()
 
 
 class _Line:
@@ -4045,6 +4097,16 @@ class _Line:
         self.count = 0
         self.why = ""
         self.last_time = 0.0
+
+    def say(self, key: str) -> tuple[int, str, str, str]:
+        """Return the line's fields: how many there were since the last, of whom, and why."""
+        plural = "s"
+        if self.count == 1:
+            plural = ""
+        count = self.count
+        self.count = 0
+        self.last_time = monotonic()
+        return count, plural, key, self.why
 
 
 class _LimitedLog:
@@ -4064,42 +4126,30 @@ class _LimitedLog:
         with self._lock:
             if key in self._muted or _local.is_logging:
                 return
+            due = []
             if len(self._lines) > MAX_LOG_KEYS:
-                self._forget_silent()
+                due = self._take_unsaid()
+                self._lines = {}
             line = self._lines.setdefault(key, _Line())
             line.count += count
             line.why = str(why)
-            if line.last_time and monotonic() < line.last_time + LOG_INTERVAL:
-                return
-            said = self._say(line)
-        self._write(key, *said)
+            if not line.last_time or monotonic() >= line.last_time + LOG_INTERVAL:
+                due.append(line.say(key))
+        self._write(due)
 
-    def _say(self, line: _Line) -> tuple[int, str]:
-        count = line.count
-        line.count = 0
-        line.last_time = monotonic()
-        return count, line.why
+    def _take_unsaid(self) -> list[tuple[int, str, str, str]]:
+        return [line.say(key) for key, line in self._lines.items() if line.count]
 
-    def _write(self, key: str, count: int, why: str) -> None:
-        plural = "s"
-        if count == 1:
-            plural = ""
-        _log("WARNING", self._text, count, plural, key, why)
-
-    def _forget_silent(self) -> None:
-        """Log what is left of all targets, and forget them."""
-        lines = self._lines
-        self._lines = {}
-        for key, line in lines.items():
-            if line.count:
-                self._write(key, *self._say(line))
+    def _write(self, due: list[tuple[int, str, str, str]]) -> None:
+        """Log lines; the lock is not held, for handlers are the user's code."""
+        for fields in due:
+            _log("WARNING", self._text, *fields)
 
     def flush(self) -> None:
         """Log what has not been said yet."""
         with self._lock:
-            unsaid = [(key, self._say(line)) for key, line in self._lines.items() if line.count]
-        for key, said in unsaid:
-            self._write(key, *said)
+            due = self._take_unsaid()
+        self._write(due)
 
     def mute(self, key: str) -> None:
         """Log nothing about `key`: a logging handler sends there."""
@@ -4616,7 +4666,7 @@ def _after_fork() -> None:
     _incarnation = int.from_bytes(os.urandom(8), "big")
     _local.thread = None
     _local.exit_hook = None
-    for table in (_registry, _pending, _process, _faults):
+    for table in (_registry, _pending, _process, _faults, _log_thread):
         table.__init__()  # type: ignore[misc]
     _losses.__init__(_losses._text)  # type: ignore[misc]
     _strangers.__init__(_strangers._text)  # type: ignore[misc]

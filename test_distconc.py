@@ -4602,6 +4602,166 @@ class OtherPrograms(Net):
             self.assertIn("call start_node there", done.out, done.err)
 
 
+    # Code of the user's that runs within the module
+
+    def test_a_message_that_is_being_loaded_cannot_wait_in_any_way(self):
+        other = self.child()
+        server, kept = self.here(collect), self.collector(other)
+        for wait in ((send_synchronous, 1, server), (partial(spawn, node=str(self.node)), echo),
+                     (RemoteThread.is_alive, server), (RemoteThread.join, server, T)):
+            for load in (partial(send_synchronous, Does(*wait), kept, T),
+                         partial(spawn, echo, Does(*wait), node=other),
+                         partial(ask, other, Does, send_synchronous, 1, server)):
+                with self.subTest(wait[0]), self.assertRaises(RemoteError) as caught:
+                    load()
+                self.assertIn("being loaded cannot call", str(caught.exception))
+
+    def test_what_is_loaded_within_a_loading_does_not_end_it(self):
+        other = self.child()
+        server, kept = self.here(collect), self.collector(other)
+        with Records() as records:
+            send(Does(receive_and_call, server), kept)
+            send("taken within", kept)
+            self.assertEqual(1, records.lost("being loaded cannot call"))
+
+    def test_a_del_that_sends_wherever_it_strikes_deadlocks_nobody(self):
+        other = self.child()
+        here, there = self.here(collect), self.collector(other)
+        server = spawn_server(handle_synchronous, echo, node=other)
+        before = gc.get_threshold()
+        self.addCleanup(gc.set_threshold, *before)
+        boxes = [Mailbox() for _ in range(3)]
+        count = itertools.count()
+        gc.set_threshold(5, 1, 1)
+        for turn in range(200):
+            Last(count, here, there)
+            boxes[0].put(turn), boxes[1].put(Last(count, here, there))
+            boxes[0].get_if(lambda n: n == turn), boxes[1].get_all()
+            self.assertEqual(send_synchronous(turn, server, T), turn)
+            send(turn, there), send(bytes(3000), here), send(bytes(3000), there)
+            demonitor(monitor(there))
+        gc.set_threshold(*before)
+        gc.collect()
+        for kept in here, there:
+            got = self.got(kept)
+            while sum(type(n) is tuple for n in got) < next(copy.copy(count)):
+                got = self.got(kept, len(got) + 1)
+        send("stop", there)
+
+    def test_a_del_that_sends_to_a_frozen_node_in_a_reader_holds_up_no_other(self):
+        frozen, good = self.child(), self.child()
+        target, dropped = self.collector(frozen), []
+        self.got(target)
+        dispatch = distconc._Connection._dispatch
+
+        def drop(connection, header, payloads):
+            if connection.address == good.address:
+                SendAtEnd(bytes(100_000), target)
+                dropped.append(1)
+            dispatch(connection, header, payloads)
+        freeze(frozen)
+        with mock.patch.object(distconc._Connection, "_dispatch", drop):
+            start = monotonic()
+            while len(dropped) < 100:
+                self.assertEqual(ask(good, echo, 1), 1)
+            self.assertLess(monotonic() - start, 5)
+        frozen.kill()
+
+    def test_a_logging_handler_that_sends_to_a_frozen_or_lost_node_delays_no_down(self):
+        for strike in freeze, lambda child: os.kill(child.pid, signal.SIGKILL):
+            child = self.child(heartbeat=1)
+            handler = Forward(self.collector(child, "logger"))
+            logging.getLogger().addHandler(handler)
+            self.addCleanup(logging.getLogger().removeHandler, handler)
+            talker = spawn(log_until_told, name="talker")
+            watch = monitor(child)
+            while not handler.sent:
+                self.assertIs(receive_if(int, 0.01, NOTHING), NOTHING)
+            strike(child)
+            start = monotonic()
+            self.assertEqual(receive(T).monitor, watch)
+            self.assertLess(monotonic() - start, 1.6)
+            for number in range(20):
+                send(number, RemoteThread(self.node, "nobody"))  # is lost, and logged
+            send("stop", talker)
+            self.assertTrue(talker.join(T))
+            self.assertIs(receive(1.5, NOTHING), NOTHING)
+            ours = [line for line in handler.sent if "lost" in line]
+            self.assertLess(len(ours), 5, ours)
+            logging.getLogger().removeHandler(handler)
+            child.kill()
+
+    def test_a_logging_handler_that_never_returns_costs_one_thread(self):
+        go_on, held = threading.Event(), threading.Event()
+        handler = logging.Handler()
+        handler.emit = lambda record: (held.set(), go_on.wait(T))
+        logging.getLogger("distconc").addHandler(handler)
+        self.addCleanup(logging.getLogger("distconc").removeHandler, handler)
+        self.addCleanup(go_on.set)
+        with RawPeer.dial(self.node) as peer:
+            before = threading.active_count()
+            peer.write(*((("undelivered", number, "why", 1, None), b"") for number in range(3000)))
+            peer.monitor(0, "m")
+            self.assertEqual(peer.read()[:2], ("failed", "m"))
+            self.assertTrue(held.wait(T))
+            self.assertLess(threading.active_count() - before, 5)
+            go_on.set()
+
+    def test_a_logging_handler_that_fails_fails_no_send(self):
+        dead = spawn(echo, 1)
+        self.assertTrue(dead.join(T))
+        handler = logging.Handler()
+        handler.emit = lambda record: fail(KeyError("handler"))
+        logging.getLogger("distconc").addHandler(handler)
+        self.addCleanup(logging.getLogger("distconc").removeHandler, handler)
+        with mock.patch("threading.excepthook") as shown:
+            send("lost", dead)
+        self.assertEqual(shown.call_args.args[0].exc_type, KeyError)
+
+
+def receive_and_call(server):
+    receive(T)
+    return send_synchronous(1, server, T)
+
+
+class Last:
+    """Sends a number, from wherever the last reference to it goes; is part of a cycle."""
+
+    def __init__(self, count, *targets):
+        self.count, self.targets, self.me = count, targets, self
+
+    def __del__(self):
+        number = next(self.count)
+        for target in self.targets:
+            send((number, bytes(number % 2 * 3000)), target)
+
+
+class SendAtEnd:
+    def __init__(self, *args):
+        self.args = args
+
+    def __del__(self):
+        send(*self.args)
+
+
+class Forward(logging.Handler):
+    """A handler at the root, as programs have, that sends all lines to a thread."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.target, self.sent = target, []
+
+    def emit(self, record):
+        self.sent.append(record.getMessage())
+        with suppress(NodeDown):
+            send(self.sent[-1], self.target)
+
+
+def log_until_told():
+    while receive_if(str, 0, None) is None:
+        logging.getLogger("talker").warning("%s", "x" * 5000)
+
+
 ######## Attackers
 
 
