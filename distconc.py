@@ -2013,12 +2013,13 @@ class _Hello(NamedTuple):
     def make(cls, role: str, node: "Node", dialled: Sequence[str]) -> "_Hello":
         fields = [PROTOCOL, role, os.urandom(16).hex(), f"{_incarnation:x}",
                   repr(node._heartbeat), str(node._max_message), str(node), *dialled]
-        return cls.decode("\0".join(fields).encode("utf-8", "surrogateescape"))
+        return cls.decode(os.fsencode("\0".join(fields)))
 
     @classmethod
     def decode(cls, line: bytes) -> "_Hello":
         """Raise ValueError or AuthenticationError for what is no hello of this protocol."""
-        fields = line.decode("utf-8", "surrogateescape").split("\0")
+        # A path has the bytes that it has in the file system, whatever the locale is.
+        fields = os.fsdecode(line).split("\0")
         if fields[0] != PROTOCOL:
             raise AuthenticationError(
                 f"the other side speaks {fields[0][:100]!r}, this {PROTOCOL!r}")
@@ -2961,8 +2962,10 @@ class _Handshake:
         """Dial, if this side dials; shake hands; return the established connection."""
         with self._channel or Client(self.dialled or "") as channel:
             sock = self._duplicate(channel)
-            self._exchange_challenges(channel)
-            mine, peer = self._exchange_hellos(channel, sock)
+            # It is `channel` that writes, and it knows nothing of NO_SIGPIPE.
+            with _without_broken_pipe_signal():
+                self._exchange_challenges(channel)
+                mine, peer = self._exchange_hellos(channel, sock)
             connection = _Connection(self._node, sock, self._key, mine, peer, self.dialled)
         try:
             self._exchange_serials(connection)
@@ -4476,7 +4479,7 @@ def _tell_process(control: Connection, message: bytes) -> None:
 
 @contextmanager
 def _without_broken_pipe_signal() -> Iterator[None]:
-    """Let a write to a process that has gone raise BrokenPipeError, and no more.
+    """Let a write to a process or a peer that has gone raise BrokenPipeError, and no more.
 
     Python ignores SIGPIPE, but a program may have set it to its default, which is
     to kill this process.  The signal goes to the thread that writes.  So that

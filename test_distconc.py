@@ -4423,7 +4423,7 @@ class OtherPrograms(Net):
             file.write("from distconc import *\nimport os, sys\n" + textwrap.dedent(text))
         done = subprocess.run(
             [sys.executable, path, *map(str, args)], env=environment(**env), text=True,
-            timeout=100, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            timeout=100, cwd=self.dir, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         return types.SimpleNamespace(out=done.stdout, err=done.stderr, status=done.returncode)
 
     def test_what_a_process_of_multiprocessing_sent_last_arrives(self):
@@ -4681,15 +4681,25 @@ class OtherPrograms(Net):
             start = monotonic()
             self.assertEqual(receive(T).monitor, watch)
             self.assertLess(monotonic() - start, 1.6)
-            for number in range(20):
-                send(number, RemoteThread(self.node, "nobody"))  # is lost, and logged
+            child.kill()
             send("stop", talker)
             self.assertTrue(talker.join(T))
-            self.assertIs(receive(1.5, NOTHING), NOTHING)
-            ours = [line for line in handler.sent if "lost" in line]
-            self.assertLess(len(ours), 5, ours)
             logging.getLogger().removeHandler(handler)
-            child.kill()
+
+    def test_a_handler_that_sends_lines_to_nobody_is_told_so_once_and_does_not_feed_itself(self):
+        child = self.child()
+        handler = Forward(RemoteThread(child, "nobody"))
+        logging.getLogger().addHandler(handler)
+        self.addCleanup(logging.getLogger().removeHandler, handler)
+        for _ in range(100):
+            logging.getLogger("talker").warning("a line")
+            send("lost, and told", RemoteThread(child, "nobody else"))
+        while self.node.stats()["lost"] < 200 or not any("else" in line for line in handler.sent):
+            self.assertIs(receive(0.01, NOTHING), NOTHING)
+        distconc._losses.flush()
+        logging.getLogger().removeHandler(handler)
+        about_itself = [line for line in handler.sent if "'nobody' at" in line]
+        self.assertLessEqual(len(about_itself), 1, about_itself)
 
     def test_a_logging_handler_that_never_returns_costs_one_thread(self):
         go_on, held = threading.Event(), threading.Event()
@@ -4717,6 +4727,86 @@ class OtherPrograms(Net):
         with mock.patch("threading.excepthook") as shown:
             send("lost", dead)
         self.assertEqual(shown.call_args.args[0].exc_type, KeyError)
+
+    # Signals, streams, directories
+
+    def test_the_programs_handling_of_signals_makes_no_difference(self):
+        done = self.program("""
+            import signal, socket, threading
+
+            def hang_up():
+                # All that it will say, and an end: who answers writes to nobody.
+                with listener.accept()[0] as stranger:
+                    stranger.sendall(challenge)
+
+            if __name__ == "__main__":
+                signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+                challenge = b"#CHALLENGE#" + bytes(20)
+                challenge = len(challenge).to_bytes(4, "big") + challenge
+                with socket.socket(socket.AF_UNIX) as listener, start_node("./node") as node:
+                    listener.bind("listener")
+                    listener.listen()
+                    threading.Thread(target=hang_up).start()
+                    try:
+                        connect("./listener")
+                    except NodeDown:
+                        print("NodeDown")
+                    for _ in range(50):
+                        with socket.socket(socket.AF_UNIX) as stranger:
+                            stranger.connect("node")
+                    while node.stats()["strangers"] < 50:
+                        receive(0.01, None)
+                    with spawn_node() as child:
+                        held = RemoteThread(child, "nobody")
+                        connect(child)
+                        os.kill(child.pid, signal.SIGKILL)
+                        try:
+                            while True:
+                                send(bytes(100_000), held)
+                        except NodeDown:
+                            print("NodeDown")
+                        while child.is_alive():
+                            receive(0.01, None)
+                        child.stop()
+                    with spawn_node() as child:
+                        print(child.is_alive(), spawn(print, "there", node=child).join(20))
+                    print(child.is_alive())
+                print(signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL,
+                      signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN,
+                      signal.pthread_sigmask(signal.SIG_BLOCK, []))
+            """)
+        self.assertEqual((done.out, done.status), (
+            "NodeDown\nNodeDown\nthere\nTrue True\nFalse\nTrue True set()\n", 0), done.err)
+
+    def test_closed_streams_any_locale_and_another_directory_make_no_difference(self):
+        path = os.path.join(self.dir, "program.py")
+        with open(path, "w") as file:
+            file.write("""if True:
+                from distconc import *
+                import os, sys
+                if __name__ == "__main__":
+                    assert sys.stdin is sys.stdout is sys.stderr is None
+                    os.mkdir("elsewhere")
+                    with start_node("./node") as node:
+                        os.chdir("elsewhere")
+                        spawn(int, "no number").join()  # Its failure finds no stream.
+                        send("lost", RemoteThread(node, "nobody"))
+                        trace("traces")
+                        with spawn_node(b"./n\\xc3\\xa4her", allow="anything") as child:
+                            os.chdir("..")
+                            server = spawn(handle_synchronous, print, node=child)
+                            answers = [send_synchronous("ä", server, 20)]
+                            reached = spawn(os.getcwd, node=str(node)).join(20)
+                            answers += [reached, os.listdir("elsewhere/traces") != []]
+                    with open("answers", "w") as file:
+                        print(answers, file=file)
+                """)
+        subprocess.run(
+            f"exec {sys.executable} program.py 0<&- 1>&- 2>&-", shell=True, timeout=60,
+            cwd=self.dir, env=environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"))
+        with open(os.path.join(self.dir, "answers")) as file:
+            self.assertEqual(file.read(), "[None, True, True]\n")
 
 
 def receive_and_call(server):
