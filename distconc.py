@@ -3700,7 +3700,7 @@ class RemoteThread(_Handle):
         if connection is None or connection.closing or message.__class__ is Reply:
             self._send(message)
             return
-        if _faults.are_active or _observer.is_recording:
+        if _faults.are_active or _observer.is_recording or _local.is_logging:
             self._send(message)
             return
         # What follows is `_send` in its most frequent case, without its steps for others: so a
