@@ -4691,6 +4691,9 @@ class OtherPrograms(Net):
         handler = Forward(RemoteThread(child, "nobody"))
         logging.getLogger().addHandler(handler)
         self.addCleanup(logging.getLogger().removeHandler, handler)
+        patch = mock.patch.object(distconc, "LOG_INTERVAL", 0.001)
+        patch.start()
+        self.addCleanup(patch.stop)
         for _ in range(100):
             logging.getLogger("talker").warning("a line")
             send("lost, and told", RemoteThread(child, "nobody else"))
@@ -4698,7 +4701,7 @@ class OtherPrograms(Net):
             self.assertIs(receive(0.01, NOTHING), NOTHING)
         logging.getLogger().removeHandler(handler)
         about_itself = [line for line in handler.sent if "'nobody' at" in line]
-        self.assertLessEqual(len(about_itself), 1, about_itself)
+        self.assertLess(len(about_itself), 5, about_itself)
 
     def test_a_logging_handler_that_never_returns_costs_one_thread(self):
         go_on, held = threading.Event(), threading.Event()
