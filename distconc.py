@@ -81,7 +81,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import lru_cache, partial
-from multiprocessing import AuthenticationError, Pipe
+from multiprocessing import AuthenticationError, Pipe, current_process, parent_process, util
 from multiprocessing.connection import (
     Client, Connection, Listener, answer_challenge, deliver_challenge, wait)
 from time import monotonic, sleep, time
@@ -1124,7 +1124,7 @@ class _Local(threading.local):
     thread: Thread | None = None  # its handle
     exit_hook: _ExitHook | None = None  # of an adopted thread
     loading_from: Any = None  # the connection whose message is being unpickled (part two)
-    must_not_wait = False  # of this module's own threads, for which others wait
+    must_not_wait = False  # in threads of this module's, and within a write: others wait
     is_logging = False  # while a logging handler of the user's runs
 
 
@@ -1489,6 +1489,10 @@ class _Call(_Pending):
     """A thread waits in `send_synchronous`."""
 
     def __init__(self, caller: Thread) -> None:
+        if _local.loading_from is not None:
+            raise RuntimeError(
+                "a message that is being loaded cannot call, nor wait for another thread: its "
+                "receiver waits for it; send instead, or call once it has been received")
         self._reply: _Entry | None = None
         self._failure: _Failure | None = None
         self._cause: _EventId | None = None
@@ -1540,9 +1544,6 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     """
     if not isinstance(thread, _Handle):
         raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")
-    if _local.loading_from is not None:
-        raise RuntimeError("a message that is being loaded cannot call: its receiver waits for "
-                           "it; send instead, or call once it has been received")
     deadline = _deadline(timeout)
     caller = _local.thread or current_thread()
     call = _Call(caller)
@@ -2275,12 +2276,14 @@ MAKE_KEY = f"python3 {os.path.basename(__file__)} key"
 
 
 def _find_key(key: bytes | str | None, address: Address | None) -> bytes:
-    """Return `key`, or the environment's, or the cookie file's, whichever is first.
+    """Return `key`, or the parent's, the environment's, or the cookie file's: the first given.
 
     Raises TypeError for what is no key, and ValueError for one that is empty, or too
     short for an address that other machines reach.
     """
     source = "authkey="
+    if key is None:
+        key = _inherited_key()
     if key is None:
         source = "DISTCONC_AUTHKEY"
         key = _environment_key()
@@ -2487,12 +2490,13 @@ class _Hello(NamedTuple):
     def make(cls, role: str, node: "Node", dialled: Sequence[str]) -> "_Hello":
         fields = [PROTOCOL, role, os.urandom(16).hex(), f"{_incarnation:x}",
                   repr(node._heartbeat), str(node._max_message), str(node), *dialled]
-        return cls.decode("\0".join(fields).encode("utf-8", "surrogateescape"))
+        return cls.decode(os.fsencode("\0".join(fields)))
 
     @classmethod
     def decode(cls, line: bytes) -> "_Hello":
         """Raise ValueError or AuthenticationError for what is no hello of this protocol."""
-        fields = line.decode("utf-8", "surrogateescape").split("\0")
+        # A path has the bytes that it has in the file system, whatever the locale is.
+        fields = os.fsdecode(line).split("\0")
         if fields[0] != PROTOCOL:
             raise AuthenticationError(
                 f"the other side speaks {fields[0][:100]!r}, this {PROTOCOL!r}")
@@ -2701,21 +2705,34 @@ class _RemoteFailure(_Failure):
         reason: BaseException | None = self._traceback
         if self._payload:
             with suppress(BaseException):
-                loaded = self._connection.load(self._payload)
+                loaded = _load(self._connection, self._payload)
                 if isinstance(loaded, BaseException):
                     reason = loaded
         return ThreadDied(reason, self._traceback, self._text)
 
 
+def _load(connection: "_Connection", payload: "bytes | memoryview | None") -> Any:
+    """Load what another node has sent.
+
+    Code of the user's that runs meanwhile can make no call: it would wait for a thread that
+    may wait for this one.  See `_Call`.
+    """
+    outer = _local.loading_from
+    try:
+        _local.loading_from = connection
+        return connection.load(payload)
+    finally:
+        _local.loading_from = outer
+
+
 class _Origin:
     """Where messages in a mailbox came from: one for all that share a header and a frame."""
 
-    __slots__ = ("connection", "load", "target", "cause")
+    __slots__ = ("connection", "target", "cause")
 
     def __init__(self, connection: "_Connection", target: "int | str",
                  cause: _EventId | None) -> None:
         self.connection = connection
-        self.load = connection.load
         self.target = target
         self.cause = cause
 
@@ -2737,16 +2754,11 @@ class _RemoteEntry(_Entry):
     def load(self) -> bool:
         if self.payload is None:
             return self.message is not _UNREADABLE
-        # A call from code that runs now would wait for a thread that may wait for this one:
-        # `send_synchronous` refuses it.
-        _local.loading_from = self.origin.connection
         try:
-            self.message = self.origin.load(self.payload)
+            self.message = _load(self.origin.connection, self.payload)
         except (Exception, SystemExit) as error:
             self.message = _UNREADABLE
             self._tell_sender(error)
-        finally:
-            _local.loading_from = None
         self.payload = None
         if self.message.__class__ is Reply:
             # A reply has a header of its own.  This one is forged, and belongs to no mailbox.
@@ -2796,14 +2808,11 @@ class _RemoteReply(_RemoteEntry):
     __slots__ = ()
 
     def load(self) -> bool:
-        _local.loading_from = self.origin.connection
         try:
-            self.message = self.origin.load(self.payload)
+            self.message = _load(self.origin.connection, self.payload)
         except (Exception, SystemExit) as error:
             text = f"the reply cannot be read here: {_last_line(error)}"
             raise RemoteError(type(error).__name__, text) from None
-        finally:
-            _local.loading_from = None
         return True
 
 
@@ -2838,6 +2847,11 @@ class _Connection:
         self.addresses = {peer.address, dialled} - {None}
         self.heartbeat = min(mine.heartbeat, peer.heartbeat)
         self.max_outgoing = min(mine.max_message, peer.max_message)
+
+        # A daemonic process of multiprocessing, such as a pool's worker, is ended by a signal
+        # once its tasks are done.  So there a sender writes by itself, and leaves nothing to
+        # the writer that may have no time for it.
+        self._leaves_nothing_queued = current_process().daemon
         self._max_incoming = max(mine.max_message, MIN_PAYLOADS)
         dialler, acceptor = (mine, peer) if dialled else (peer, mine)
         self._outgoing = _Seal(key, mine, dialler, acceptor)
@@ -2862,7 +2876,7 @@ class _Connection:
         # the MACs in them, are in one order.  The only lock that is held while the network may
         # make its holder wait.
         self._write_lock = _Lock()
-        self._frame_maker = 0  # `threading.get_ident()` of the thread that makes a frame
+        self._is_writing = False  # somebody makes or writes a frame just now
         self._last_write = 0.0  # 0 after something was read: what follows may be an answer
         self._has_ended_output = False  # no frame may follow
 
@@ -2888,19 +2902,23 @@ class _Connection:
         Returns False if the connection closes and does not take the message.  Raises NodeDown
         if contact was lost while it was written.
         """
-        if self._write_if_lone(header, payload):
-            return True
-        if len(self._outbox) >= MAX_QUEUED and self._may_wait():
-            self._room.wait_until(self._has_room, None)
-        was_taken = self.post(header, payload)
-        if was_taken and len(payload) > SMALL_PAYLOAD and self._may_wait():
-            # The sender writes it by itself, so it cannot queue a second large message.
-            self._write_waiting()
-        return was_taken
-
-    def _may_wait(self) -> bool:
-        """Return False in threads for which others wait, and in a `__del__` within a write."""
-        return not _local.must_not_wait and self._frame_maker != threading.get_ident()
+        if _local.must_not_wait:
+            return self.post(header, payload)
+        try:
+            # Nor must a `__del__` that runs in this thread while it writes: it would wait for
+            # its own thread, or for another that waits for this one.
+            _local.must_not_wait = True
+            if self._write_if_lone(header, payload):
+                return True
+            if len(self._outbox) >= MAX_QUEUED:
+                self._room.wait_until(self._has_room, None)
+            was_taken = self.post(header, payload)
+            if was_taken and (self._leaves_nothing_queued or len(payload) > SMALL_PAYLOAD):
+                # The sender writes it by itself, so it cannot queue a second large message.
+                self._write_waiting()
+            return was_taken
+        finally:
+            _local.must_not_wait = False
 
     def post(self, header: _Header, payload: bytes = b"") -> bool:
         """Queue a message; return False if the connection closes untaken.  Never blocks.
@@ -2944,7 +2962,7 @@ class _Connection:
         share a frame if they queue up while the writer waits for its turn, and that makes a
         flood four times as fast.
         """
-        if self._outbox or self._frame_maker or _faults.are_active:
+        if self._outbox or self._is_writing or _faults.are_active:
             return False
         is_soon = monotonic() - self._last_write < BURST_SECONDS
         if is_soon and len(payload) <= SMALL_PAYLOAD:
@@ -2956,15 +2974,15 @@ class _Connection:
             return True
 
     def _write_waiting(self) -> None:
-        """Write what is in the outbox, also what others put there meanwhile."""
-        while self._outbox:
+        """Write what is in the outbox, also what others put there meanwhile.
+
+        When this returns, the frame that another thread was writing is out, too.
+        """
+        while True:
             with self._write_lock:
-                # From here on, a `__del__` in this thread queues the messages that it sends.
-                self._frame_maker = threading.get_ident()
-                if not self._has_ended_output:
-                    self._write_frame(*self._next_batch())
-            if self._has_ended_output:
-                return
+                if self._has_ended_output or not self._outbox:
+                    return
+                self._write_frame(*self._next_batch())
 
     def _next_batch(self) -> tuple[list[tuple[_Header, list[int]]], list[bytes]]:
         """Take from the outbox what goes into one frame: many small messages, or a large one.
@@ -2999,7 +3017,7 @@ class _Connection:
         """
         if _faults.are_active and _faults.cut_off(self.addresses):
             return
-        self._frame_maker = threading.get_ident()
+        self._is_writing = True
         try:
             pieces = self._make_frame(groups, payloads)
             # It is set before the answer can be read, which resets it.
@@ -3015,7 +3033,7 @@ class _Connection:
                     f"contact with {self.name} was lost while sending: {error}") from error
             raise
         finally:
-            self._frame_maker = 0
+            self._is_writing = False
 
     def _make_frame(self, groups: list[tuple[_Header, list[int]]],
                     payloads: list[bytes]) -> list[bytes]:
@@ -3454,8 +3472,10 @@ class _Handshake:
         """Dial, if this side dials; shake hands; return the established connection."""
         with self._channel or Client(self.dialled or "") as channel:
             sock = self._duplicate(channel)
-            self._exchange_challenges(channel)
-            mine, peer = self._exchange_hellos(channel, sock)
+            # It is `channel` that writes, and it knows nothing of NO_SIGPIPE.
+            with _without_broken_pipe_signal():
+                self._exchange_challenges(channel)
+                mine, peer = self._exchange_hellos(channel, sock)
             connection = _Connection(self._node, sock, self._key, mine, peer, self.dialled)
         try:
             self._exchange_serials(connection)
@@ -3812,8 +3832,8 @@ class Node(AbstractContextManager["Node"]):
             raise NodeUnreachable(f"faults(drop=1) cuts {_format_address(address)} off")
         if _local.must_not_wait:
             raise NodeUnreachable(
-                "a __del__ or a logging handler that runs in a thread of this module cannot "
-                f"dial {_format_address(address)}")
+                "a __del__ that runs in a thread of this module, or within a send, cannot dial "
+                f"{_format_address(address)}; connect to it first")
         for handshake in self._handshakes:
             if handshake.dialled == address and handshake.error is None:
                 return handshake
@@ -4094,6 +4114,7 @@ def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = No
         node._start(address, authkey, advertise, allow, heartbeat, connect_timeout, max_message)
         node._is_started = True
         _process.node = node
+        _pass_on_key(node._key)
         return node
 
 
@@ -4257,7 +4278,7 @@ class RemoteThread(_Handle):
         if connection is None or connection.closing or message.__class__ is Reply:
             self._send(message)
             return
-        if _faults.are_active or _observer.is_recording:
+        if _faults.are_active or _observer.is_recording or _local.is_logging:
             self._send(message)
             return
         # What follows is `_send` in its most frequent case, without its steps for others: so a
@@ -4552,7 +4573,7 @@ def _serve_requests(connection: _Connection, requests: Mailbox) -> None:
             return
         tag, cause, payload = request
         try:
-            wanted = connection.load(payload)
+            wanted = _load(connection, payload)
         except (Exception, SystemExit) as error:
             connection._fail_call(tag, error, None)
             continue
@@ -4620,6 +4641,7 @@ def _current_call(thread: Thread) -> str:
 
 LOG_INTERVAL = 1.0  # seconds between two lines about the same
 MAX_LOG_KEYS = 1000  # targets remembered at once
+MAX_UNLOGGED = 1000  # lines that wait for a handler
 
 
 def _log(level: str, text: str, *about: Any) -> None:
@@ -4631,8 +4653,7 @@ def _log(level: str, text: str, *about: Any) -> None:
     if _local.is_logging:
         return
     if _local.must_not_wait:
-        with suppress(RuntimeError):
-            _start_daemon("log", _emit, level, text, *about)
+        _log_thread.add(level, text, *about)
     else:
         _emit(level, text, *about)
 
@@ -4646,8 +4667,50 @@ def _emit(level: str, text: str, *about: Any) -> None:
         logging.getLogger("distconc").log(getattr(logging, level), text, *about)
     except OSError:
         pass
+    except Exception as error:
+        # A handler has failed, which must not fail a send.
+        _print_failure(error)
     finally:
         _local.is_logging = False
+
+
+class _LogThread:
+    """Logs lines in a thread that runs while there are any.
+
+    A handler may hold it up for ever, so what waits is bounded: further lines are dropped.
+    """
+
+    def __init__(self) -> None:
+        # Guards these two.  An RLock, because a `__del__` may interrupt its holder.
+        self._lock = threading.RLock()
+        self._lines: deque[tuple[Any, ...]] = deque()
+        self._is_running = False
+
+    def add(self, *line: Any) -> None:
+        """Have a line logged.  Never blocks."""
+        with self._lock:
+            if len(self._lines) < MAX_UNLOGGED:
+                self._lines.append(line)
+            if self._is_running:
+                return
+            self._is_running = True
+            try:
+                _start_daemon("log", self._run)
+            except RuntimeError:
+                # There are no more threads; the next line tries again.
+                self._is_running = False
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._lines:
+                    self._is_running = False
+                    return
+                line = self._lines.popleft()
+            _emit(*line)
+
+
+_log_thread = _LogThread()
 
 
 class _Line:
@@ -4657,6 +4720,16 @@ class _Line:
         self.count = 0
         self.why = ""
         self.last_time = 0.0
+
+    def say(self, key: str) -> tuple[int, str, str, str]:
+        """Return the line's fields: how many there were since the last, of whom, and why."""
+        plural = "s"
+        if self.count == 1:
+            plural = ""
+        count = self.count
+        self.count = 0
+        self.last_time = monotonic()
+        return count, plural, key, self.why
 
 
 class _LimitedLog:
@@ -4681,42 +4754,30 @@ class _LimitedLog:
         with self._lock:
             if key in self._muted or _local.is_logging:
                 return
+            due = []
             if len(self._lines) > MAX_LOG_KEYS:
-                self._forget_silent()
+                due = self._take_unsaid()
+                self._lines = {}
             line = self._lines.setdefault(key, _Line())
             line.count += count
             line.why = str(why)
-            if line.last_time and monotonic() < line.last_time + LOG_INTERVAL:
-                return
-            said = self._say(line)
-        self._write(key, *said)
+            if not line.last_time or monotonic() >= line.last_time + LOG_INTERVAL:
+                due.append(line.say(key))
+        self._write(due)
 
-    def _say(self, line: _Line) -> tuple[int, str]:
-        count = line.count
-        line.count = 0
-        line.last_time = monotonic()
-        return count, line.why
+    def _take_unsaid(self) -> list[tuple[int, str, str, str]]:
+        return [line.say(key) for key, line in self._lines.items() if line.count]
 
-    def _write(self, key: str, count: int, why: str) -> None:
-        plural = "s"
-        if count == 1:
-            plural = ""
-        _log(self._level, self._text, count, plural, key, why)
-
-    def _forget_silent(self) -> None:
-        """Log what is left of all targets, and forget them."""
-        lines = self._lines
-        self._lines = {}
-        for key, line in lines.items():
-            if line.count:
-                self._write(key, *self._say(line))
+    def _write(self, due: list[tuple[int, str, str, str]]) -> None:
+        """Log lines; the lock is not held, for handlers are the user's code."""
+        for fields in due:
+            _log(self._level, self._text, *fields)
 
     def flush(self) -> None:
         """Log what has not been said yet."""
         with self._lock:
-            unsaid = [(key, self._say(line)) for key, line in self._lines.items() if line.count]
-        for key, said in unsaid:
-            self._write(key, *said)
+            due = self._take_unsaid()
+        self._write(due)
 
     def mute(self, key: str) -> None:
         """Log nothing about `key`: a logging handler sends there."""
@@ -5089,7 +5150,7 @@ def _tell_process(control: Connection, message: bytes) -> None:
 
 @contextmanager
 def _without_broken_pipe_signal() -> Iterator[None]:
-    """Let a write to a process that has gone raise BrokenPipeError, and no more.
+    """Let a write to a process or a peer that has gone raise BrokenPipeError, and no more.
 
     Python ignores SIGPIPE, but a program may have set it to its default, which is to kill this
     process.  The signal goes to the thread that writes.  So that thread blocks it, and takes
@@ -5198,7 +5259,13 @@ def _end_process() -> None:
         os._exit(0)
 
 
-######## Forks: a child is a node of its own
+def _exit_after(seconds: float) -> None:
+    """End this process after so many seconds, whatever its other threads do."""
+    sleep(seconds)
+    os._exit(1)
+
+
+######## Forks and multiprocessing: a child is a node of its own
 
 
 def _after_fork() -> None:
@@ -5210,18 +5277,16 @@ def _after_fork() -> None:
     global _incarnation
     parent = _process.node
     parent_incarnation = _incarnation
-    for descriptor in _close_after_fork.copy():
-        with suppress(OSError):
-            descriptor.close()
+    _leave_descriptors(parent)
+    parent_address = None
+    if parent is not None:
+        parent_address = parent.address
     for thread in _registry.by_id.values():
-        if parent is None:
-            thread._ended = thread._gone = True
-            continue
-        thread._remote = RemoteThread(parent.address, thread.id, parent_incarnation)
+        thread._remote = RemoteThread(parent_address, thread.id, parent_incarnation)
     _incarnation = int.from_bytes(os.urandom(8), "big")
     _local.thread = None
     _local.exit_hook = None
-    for table in (_registry, _pending, _process, _faults):
+    for table in (_registry, _pending, _process, _faults, _log_thread):
         table.__init__()  # type: ignore[misc]
     for log in (_losses, _wrong_keys, _noise):
         log.forget()
@@ -5234,8 +5299,64 @@ def _after_fork() -> None:
     _observer.after_fork()
 
 
+def _leave_descriptors(parent: Node | None) -> None:
+    """Close what only the parent uses, and have handles dial anew."""
+    for descriptor in _close_after_fork.copy():
+        with suppress(OSError):
+            descriptor.close()
+    if parent is not None:
+        for connection in parent._connections.copy():
+            connection.closing = True
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+# The key is inherited as multiprocessing's own `authkey` is: in a dictionary that each new
+# process gets a copy of, under every start method.  So a pool's workers have it as well, to
+# which handles come in messages only.  The dictionary is not documented, nor are the
+# finalizers below; both have been there since Python 2.6.
+KEY_ENTRY = "distconc authkey"
+
+
+def _pass_on_key(key: bytes | str | None) -> None:
+    """Let the processes find it that this one starts by multiprocessing from now on."""
+    if key is not None:
+        current_process()._config[KEY_ENTRY] = key  # type: ignore[attr-defined]
+
+
+def _inherited_key() -> bytes | str | None:
+    """Return the key of the node whose process started this one by multiprocessing, if any."""
+    if parent_process() is None:
+        return None
+    config: dict[str, Any] = current_process()._config  # type: ignore[attr-defined]
+    return config.get(KEY_ENTRY)
+
+
+def _end_with_multiprocessing() -> None:
+    """Stop the node at the end of a process that multiprocessing started.
+
+    Such a process ends without `atexit`, but for its own finalizers.  These come before the
+    interpreter waits for the threads that are no daemons, which may still send.
+    """
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread():
+            thread.join()
+    _at_exit()
+    atexit.unregister(_at_exit)
+
+
+def _stop_when_process_ends(_: object = None) -> None:
+    """Have the node stopped at the end of this process, after all other finalizers."""
+    util.Finalize(None, _end_with_multiprocessing, exitpriority=-100)
+
+
+# A new process forgets all finalizers, and then calls what is registered here; but one that
+# imports this file only later has forgotten them already.
+util.register_after_fork(_stop_when_process_ends, _stop_when_process_ends)
+if parent_process() is not None:
+    _stop_when_process_ends()
 
 
 ################ Part three: seeing and breaking ################

@@ -5842,6 +5842,450 @@ def flood(target):
             send(bytes(1000), target)
 
 
+######## Other people's programs
+
+
+class OtherPrograms(Net):
+    """multiprocessing and forks, imports, signals and streams, as other programs use them."""
+
+    def program(self, text, *args, **env):
+        """Run a file, which its children can import; return what it printed."""
+        path = os.path.join(self.dir, "program.py")
+        with open(path, "w") as file:
+            file.write("from distconc import *\nimport os, sys\n" + textwrap.dedent(text))
+        done = subprocess.run(
+            [sys.executable, path, *map(str, args)], env=environment(**env), text=True,
+            timeout=100, cwd=self.dir, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return types.SimpleNamespace(out=done.stdout, err=done.stderr, status=done.returncode)
+
+    def test_what_a_process_of_multiprocessing_sent_last_arrives(self):
+        done = self.program("""
+            import multiprocessing, threading
+
+            def work(whom, end):
+                for number in range(100):
+                    send(number, whom)
+                if end == "a failure":
+                    sys.stderr = None
+                    raise ValueError(end)
+                if end == "an exit":
+                    sys.exit(3)
+                if end == "a thread that lives on":
+                    threading.Thread(target=work_late, args=[whom]).start()
+
+            def work_late(whom):
+                threading.main_thread().join(0.3)
+                send("late", whom)
+
+            if __name__ == "__main__":
+                with start_node():
+                    for method in "fork", "forkserver", "spawn":
+                        start = multiprocessing.get_context(method).Process
+                        for end in "a return", "a failure", "an exit", "a thread that lives on":
+                            process = start(target=work, args=[current_thread(), end])
+                            process.start()
+                            process.join()
+                            got = [receive(20) for _ in range(100)]
+                            if end == "a thread that lives on":
+                                got.append(receive(20))
+                            print(method, end, got == [*range(100), "late"][:len(got)])
+            """, PYTHONWARNINGS="ignore")
+        lines = done.out.splitlines()
+        self.assertEqual((len(lines), [line for line in lines if "True" not in line]), (12, []),
+                         done.err)
+
+    def test_what_a_pools_worker_sent_last_arrives_though_the_pool_is_terminated(self):
+        done = self.program("""
+            import multiprocessing
+            from concurrent.futures import ProcessPoolExecutor
+
+            def work(whom):
+                for number in range(5000):
+                    send(number, whom)
+
+            if __name__ == "__main__":
+                with start_node():
+                    for method in "fork", "forkserver", "spawn":
+                        context = multiprocessing.get_context(method)
+                        for turn in range(3):
+                            with context.Pool(1) as pool:
+                                pool.apply(work, [current_thread()])
+                            print(method, [receive(20) for _ in range(5000)] == [*range(5000)])
+                        with ProcessPoolExecutor(1, context) as executor:
+                            executor.submit(work, current_thread())
+                        print(method, [receive(20) for _ in range(5000)] == [*range(5000)])
+            """, PYTHONWARNINGS="ignore")
+        self.assertEqual(done.out, "fork True\n" * 4 + "forkserver True\n" * 4
+                         + "spawn True\n" * 4, done.err)
+
+    def test_a_given_key_goes_with_multiprocessing_and_in_no_message(self):
+        done = self.program("""
+            import multiprocessing, pickle
+
+            def work(whom):
+                send(os.getpid(), whom)
+
+            def work_in_child(whom, method):
+                with start_node():
+                    work(whom)
+                process = multiprocessing.get_context(method).Process(target=work, args=[whom])
+                process.start()
+                process.join()
+
+            if __name__ == "__main__":
+                key = "a key that only this program has"
+                with start_node(authkey=key):
+                    me = current_thread()
+                    for method in "fork", "forkserver", "spawn":
+                        context = multiprocessing.get_context(method)
+                        process = context.Process(target=work_in_child, args=[me, method])
+                        process.start()
+                        process.join()
+                        print(receive(20) == process.pid, receive(20) > 0)
+                        with context.Pool(1, work, [me]) as pool:
+                            print(receive(20) > 0)
+                            pool.map(work, [me, RemoteThread(me.node, me.id)])
+                            print(receive(20) == receive(20))
+                    print(key.encode() in pickle.dumps(me) + serialize([me]))
+                    print("DISTCONC_AUTHKEY" in os.environ)
+            """, DISTCONC_AUTHKEY=None, DISTCONC_COOKIE=os.path.join(self.dir, "none"),
+            PYTHONWARNINGS="ignore")
+        self.assertEqual(done.out, "True True\nTrue\nTrue\n" * 3 + "False\nFalse\n", done.err)
+        self.assertEqual(os.listdir(self.dir), ["program.py"])
+
+    def test_an_inherited_handle_means_the_parents_thread_under_every_start_method(self):
+        done = self.program("""
+            import multiprocessing, pickle
+
+            def report(whom, server):
+                try:
+                    assert current_thread() not in (whom, server)
+                    assert whom.node == server.node != local_node().address is None
+                    assert whom.is_alive() and server.is_alive() and not server.join(0.01)
+                    assert pickle.loads(pickle.dumps([whom, server])) == [whom, server]
+                    assert send_synchronous(1, server, 20) == "1"
+                    ended = monitor(server)
+                    send("stop", server)
+                    down = receive(20)
+                    assert (down.monitor, down.target, down.reason) == (ended, server, None)
+                    assert server.join(20) and not server.is_alive()
+                    send("well", whom)
+                except BaseException as error:
+                    send(repr(error), whom)
+
+            def serve():
+                message = receive()
+                if message == "stop":
+                    return False
+                reply_synchronous(str(message.data), message)
+                return True
+
+            if __name__ == "__main__":
+                with start_node():
+                    for method in "fork", "forkserver", "spawn":
+                        start = multiprocessing.get_context(method).Process
+                        whom = current_thread(), spawn_server(serve)
+                        process = start(target=report, args=whom)
+                        process.start()
+                        process.join()
+                        print(method, receive(20))
+            """, PYTHONWARNINGS="ignore")
+        self.assertEqual(done.out, "fork well\nforkserver well\nspawn well\n", done.err)
+
+    def test_a_handle_that_the_parent_has_used_is_dialled_anew_in_the_child(self):
+        server = self.here(collect, name="kept")
+        done = self.program("""
+            import multiprocessing
+
+            def work(kept, method):
+                assert nodes() == []
+                send(method, kept)
+                send_synchronous(0, kept, 20)
+
+            if __name__ == "__main__":
+                kept = RemoteThread(sys.argv[1], "kept")
+                send("parent", kept)
+                for method in "fork", "forkserver", "spawn":
+                    process = multiprocessing.get_context(method).Process(
+                        target=work, args=[kept, method])
+                    process.start()
+                    process.join()
+                    print(process.exitcode, nodes() == [kept.node])
+                    send("parent", kept)
+                send_synchronous(0, kept, 20)
+            """, self.node, PYTHONWARNINGS="ignore")
+        self.assertEqual(done.out, "0 True\n" * 3, done.err)
+        self.assertEqual(self.got(server), ["parent", "fork", "parent", "forkserver", "parent",
+                                            "spawn", "parent"])
+
+    def test_a_handle_of_a_parent_that_does_not_listen_says_so_in_a_forks_child(self):
+        for node in "", "local_node()":
+            done = self.program(f"""
+                {node}
+                me = current_thread()
+                if not os.fork():
+                    try:
+                        send("lost", me)
+                    except NodeUnreachable as error:
+                        print(error, flush=True)
+                    os._exit(0)
+                os.wait()
+                """, PYTHONWARNINGS="ignore")
+            self.assertIn("call start_node there", done.out, done.err)
+
+
+    # Code of the user's that runs within the module
+
+    def test_a_message_that_is_being_loaded_cannot_wait_in_any_way(self):
+        other = self.child()
+        server, kept = self.here(collect), self.collector(other)
+        for wait in ((send_synchronous, 1, server), (partial(spawn, node=str(self.node)), echo),
+                     (RemoteThread.is_alive, server), (RemoteThread.join, server, T)):
+            for load in (partial(send_synchronous, Does(*wait), kept, T),
+                         partial(spawn, echo, Does(*wait), node=other),
+                         partial(ask, other, Does, send_synchronous, 1, server)):
+                with self.subTest(wait[0]), self.assertRaises(RemoteError) as caught:
+                    load()
+                self.assertIn("being loaded cannot call", str(caught.exception))
+
+    def test_what_is_loaded_within_a_loading_does_not_end_it(self):
+        other = self.child()
+        server, kept = self.here(collect), self.collector(other)
+        with Records() as records:
+            send(Does(receive_and_call, server), kept)
+            send("taken within", kept)
+            self.assertEqual(1, records.lost("being loaded cannot call"))
+
+    def test_a_del_that_sends_wherever_it_strikes_deadlocks_nobody(self):
+        other = self.child()
+        here, there = self.here(collect), self.collector(other)
+        server = spawn_server(handle_synchronous, echo, node=other)
+        before = gc.get_threshold()
+        self.addCleanup(gc.set_threshold, *before)
+        boxes = [Mailbox() for _ in range(3)]
+        count = itertools.count()
+        gc.set_threshold(5, 1, 1)
+        for turn in range(200):
+            Last(count, here, there)
+            boxes[0].put(turn), boxes[1].put(Last(count, here, there))
+            boxes[0].get_if(lambda n: n == turn), boxes[1].get_all()
+            self.assertEqual(send_synchronous(turn, server, T), turn)
+            send(turn, there), send(bytes(3000), here), send(bytes(3000), there)
+            demonitor(monitor(there))
+        gc.set_threshold(*before)
+        gc.collect()
+        for kept in here, there:
+            got = self.got(kept)
+            while sum(type(n) is tuple for n in got) < next(copy.copy(count)):
+                got = self.got(kept, len(got) + 1)
+        send("stop", there)
+
+    def test_a_del_that_sends_to_a_frozen_node_in_a_reader_holds_up_no_other(self):
+        frozen, good = self.child(), self.child()
+        target, dropped = self.collector(frozen), []
+        self.got(target)
+        dispatch = distconc._Connection._dispatch
+
+        def drop(connection, header, payloads):
+            if connection.address == good.address:
+                SendAtEnd(bytes(100_000), target)
+                dropped.append(1)
+            dispatch(connection, header, payloads)
+        freeze(frozen)
+        with mock.patch.object(distconc._Connection, "_dispatch", drop):
+            start = monotonic()
+            while len(dropped) < 100:
+                self.assertEqual(ask(good, echo, 1), 1)
+            self.assertLess(monotonic() - start, 5)
+        frozen.kill()
+
+    def test_a_logging_handler_that_sends_to_a_frozen_or_lost_node_delays_no_down(self):
+        for strike in freeze, lambda child: os.kill(child.pid, signal.SIGKILL):
+            child = self.child(heartbeat=1)
+            handler = Forward(self.collector(child, "logger"))
+            logging.getLogger().addHandler(handler)
+            self.addCleanup(logging.getLogger().removeHandler, handler)
+            talker = spawn(log_until_told, name="talker")
+            watch = monitor(child)
+            while not handler.sent:
+                self.assertIs(receive_if(int, 0.01, NOTHING), NOTHING)
+            strike(child)
+            start = monotonic()
+            self.assertEqual(receive(T).monitor, watch)
+            self.assertLess(monotonic() - start, 1.6)
+            child.kill()
+            send("stop", talker)
+            self.assertTrue(talker.join(T))
+            logging.getLogger().removeHandler(handler)
+
+    def test_a_handler_that_sends_lines_to_nobody_is_told_so_once_and_does_not_feed_itself(self):
+        child = self.child()
+        handler = Forward(RemoteThread(child, "nobody"))
+        logging.getLogger().addHandler(handler)
+        self.addCleanup(logging.getLogger().removeHandler, handler)
+        patch = mock.patch.object(distconc, "LOG_INTERVAL", 0.001)
+        patch.start()
+        self.addCleanup(patch.stop)
+        for _ in range(100):
+            logging.getLogger("talker").warning("a line")
+            send("lost, and told", RemoteThread(child, "nobody else"))
+        while self.node.stats()["lost"] < 200 or not any("else" in line for line in handler.sent):
+            self.assertIs(receive(0.01, NOTHING), NOTHING)
+        logging.getLogger().removeHandler(handler)
+        about_itself = [line for line in handler.sent if "'nobody' at" in line]
+        self.assertLess(len(about_itself), 5, about_itself)
+
+    def test_a_logging_handler_that_never_returns_costs_one_thread(self):
+        go_on, held = threading.Event(), threading.Event()
+        handler = logging.Handler()
+        handler.emit = lambda record: (held.set(), go_on.wait(T))
+        logging.getLogger("distconc").addHandler(handler)
+        self.addCleanup(logging.getLogger("distconc").removeHandler, handler)
+        self.addCleanup(go_on.set)
+        with RawPeer.dial(self.node) as peer:
+            before = threading.active_count()
+            peer.write(*((("undelivered", number, "why", 1, None), b"") for number in range(3000)))
+            peer.monitor(0, "m")
+            self.assertEqual(peer.read()[:2], ("failed", "m"))
+            self.assertTrue(held.wait(T))
+            self.assertLess(threading.active_count() - before, 5)
+            go_on.set()
+
+    def test_a_logging_handler_that_fails_fails_no_send(self):
+        dead = spawn(echo, 1)
+        self.assertTrue(dead.join(T))
+        handler = logging.Handler()
+        handler.emit = lambda record: fail(KeyError("handler"))
+        logging.getLogger("distconc").addHandler(handler)
+        self.addCleanup(logging.getLogger("distconc").removeHandler, handler)
+        with mock.patch("threading.excepthook") as shown:
+            send("lost", dead)
+        self.assertEqual(shown.call_args.args[0].exc_type, KeyError)
+
+    # Signals, streams, directories
+
+    def test_the_programs_handling_of_signals_makes_no_difference(self):
+        done = self.program("""
+            import signal, socket, threading
+
+            def hang_up():
+                # All that it will say, and an end: who answers writes to nobody.
+                with listener.accept()[0] as stranger:
+                    stranger.sendall(challenge)
+
+            if __name__ == "__main__":
+                signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+                challenge = b"#CHALLENGE#" + bytes(20)
+                challenge = len(challenge).to_bytes(4, "big") + challenge
+                with socket.socket(socket.AF_UNIX) as listener, start_node("./node") as node:
+                    listener.bind("listener")
+                    listener.listen()
+                    threading.Thread(target=hang_up).start()
+                    try:
+                        connect("./listener")
+                    except NodeDown:
+                        print("NodeDown")
+                    for _ in range(50):
+                        with socket.socket(socket.AF_UNIX) as stranger:
+                            stranger.connect("node")
+                    while node.stats()["strangers"] < 50:
+                        receive(0.01, None)
+                    with spawn_node() as child:
+                        held = RemoteThread(child, "nobody")
+                        connect(child)
+                        os.kill(child.pid, signal.SIGKILL)
+                        try:
+                            while True:
+                                send(bytes(100_000), held)
+                        except NodeDown:
+                            print("NodeDown")
+                        while child.is_alive():
+                            receive(0.01, None)
+                        child.stop()
+                    with spawn_node() as child:
+                        print(child.is_alive(), spawn(print, "there", node=child).join(20))
+                    print(child.is_alive())
+                print(signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL,
+                      signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN,
+                      signal.pthread_sigmask(signal.SIG_BLOCK, []))
+            """)
+        self.assertEqual((done.out, done.status), (
+            "NodeDown\nNodeDown\nthere\nTrue True\nFalse\nTrue True set()\n", 0), done.err)
+
+    def test_closed_streams_any_locale_and_another_directory_make_no_difference(self):
+        path = os.path.join(self.dir, "program.py")
+        with open(path, "w") as file:
+            file.write("""if True:
+                from distconc import *
+                import os, sys
+                if __name__ == "__main__":
+                    assert sys.stdin is sys.stdout is sys.stderr is None
+                    os.mkdir("elsewhere")
+                    with start_node("./node") as node:
+                        os.chdir("elsewhere")
+                        spawn(int, "no number").join()  # Its failure finds no stream.
+                        send("lost", RemoteThread(node, "nobody"))
+                        trace("traces")
+                        with spawn_node(b"./n\\xc3\\xa4her", allow="anything") as child:
+                            os.chdir("..")
+                            server = spawn(handle_synchronous, print, node=child)
+                            answers = [send_synchronous("ä", server, 20)]
+                            reached = spawn(os.getcwd, node=str(node)).join(20)
+                            answers += [reached, os.listdir("elsewhere/traces") != []]
+                    with open("answers", "w") as file:
+                        print(answers, file=file)
+                """)
+        subprocess.run(
+            f"exec {sys.executable} program.py 0<&- 1>&- 2>&-", shell=True, timeout=60,
+            cwd=self.dir, env=environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"))
+        with open(os.path.join(self.dir, "answers")) as file:
+            self.assertEqual(file.read(), "[None, True, True]\n")
+
+
+def receive_and_call(server):
+    receive(T)
+    return send_synchronous(1, server, T)
+
+
+class Last:
+    """Sends a number, from wherever the last reference to it goes; is part of a cycle."""
+
+    def __init__(self, count, *targets):
+        self.count, self.targets, self.me = count, targets, self
+
+    def __del__(self):
+        number = next(self.count)
+        for target in self.targets:
+            send((number, bytes(number % 2 * 3000)), target)
+
+
+class SendAtEnd:
+    def __init__(self, *args):
+        self.args = args
+
+    def __del__(self):
+        send(*self.args)
+
+
+class Forward(logging.Handler):
+    """A handler at the root, as programs have, that sends all lines to a thread."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.target, self.sent = target, []
+
+    def emit(self, record):
+        self.sent.append(record.getMessage())
+        with suppress(NodeDown):
+            send(self.sent[-1], self.target)
+
+
+def log_until_told():
+    while receive_if(str, 0, None) is None:
+        logging.getLogger("talker").warning("%s", "x" * 5000)
+
+
 ######## Attackers
 
 
