@@ -4682,7 +4682,7 @@ class _LogThread:
 
     def __init__(self) -> None:
         # Guards these two.  An RLock, because a `__del__` may interrupt its holder.
-        self._lock = threading.RLock()
+        self._lock = _Lock()
         self._lines: deque[tuple[Any, ...]] = deque()
         self._is_running = False
 
