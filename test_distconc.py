@@ -5252,7 +5252,7 @@ class Traces(OneChild):
         self.assertIn(f"contact with {self.node} was lost",
                       {why for process, why in lost if process != here})
         self.assertRegex(chart(self.traces, "text"), r"\n +\d+ [ |]*! .*contact with 127")
-        self.assertRegex(chart(self.traces), '<g class="down')
+        self.assertIn('<g class="event down"', chart(self.traces))
 
     def test_dropped_messages_are_lost_ones(self):
         target = self.collector(self.child())
@@ -5477,31 +5477,28 @@ class Charts(Case):
         with open(os.path.join(self.dir, name), "wb") as file:
             file.writelines(lines)
 
-    def arrows(self, **narrow):
-        """Parse a drawing: (x, y) of the two ends of each arrow, and what it says."""
+    def drawn(self, **narrow):
+        """Parse a drawing: for each row its title, its events' elements, and its arrow's path."""
         root = ElementTree.fromstring(chart(self.dir, **narrow))
-        for group in root.iter(SVG + "g"):
-            title, path = group.find(SVG + "title"), group.find(SVG + "path")
+        for row in root.iterfind(f"{SVG}g[@class='row']"):
+            events = [group for group in row.iter(SVG + "g") if group is not row]
+            yield row.find(SVG + "title").text, events, row.find(f".//{SVG}path[@class='arrow']")
+
+    def arrows(self, **narrow):
+        """(x, y) of the two ends of each arrow, and what it says."""
+        for title, _, path in self.drawn(**narrow):
             if path is not None:
-                x, y, *_, right, down = map(int, re.findall(r"-?\d+", path.get("d")))
-                yield (x, y), (right, down), title.text
+                x, y, right, down = map(int, re.findall(r"\d+", path.get("d")))
+                yield (x, y), (right, down), title
 
     def marks(self, **narrow):
-        """Parse a drawing: each mark, where it is, and the clock of its event."""
-        root = ElementTree.fromstring(chart(self.dir, **narrow))
-        lines = [text.text for text in root.findall(SVG + "text")]
-        columns = [re.match("[ \u2502]*", line).end() for line in lines
-                   if line and line[:7].isspace()]
-        for group in root.iter(SVG + "g"):
-            line = group.find(SVG + "text")
-            marks = [at for at in sorted({*columns}) if line.text[at] not in " \u2502"]
-            ends = re.findall(r"at (.*), clock (\d+)(?:\n|$)", group.find(SVG + "title").text)
-            y = int(line.get("y")) - 5
-            if len(marks) > 1:
-                path = re.findall(r"\d+", group.find(SVG + "path").get("d"))
-                marks = [(int(x) - 4) // 8 for x in path[::2]]
-            for at, (_, clock) in zip(marks, ends[-len(marks):]):
-                yield line.text[at], 8 * at + 4, y, int(clock)
+        """The kind of each event, where it is, and its clock."""
+        for title, events, _ in self.drawn(**narrow):
+            clocks = re.findall(r" at .*, clock (\d+)(?:\n|$)", title)
+            for event, clock in zip(events, clocks[-len(events):]):
+                circle = event.find(SVG + "circle")
+                yield (event.get("class").split()[1], int(circle.get("cx")),
+                       int(circle.get("cy")), int(clock))
 
     @given(STEPS)
     @settings(deadline=None, max_examples=60)
@@ -5516,7 +5513,7 @@ class Charts(Case):
         for start, stop, _ in arrows:
             check(start[1] <= stop[1] and {start, stop} <= places)
         lost = [record for record in joined if record["event"] == "lost"]
-        check(len(re.findall('<g class="[a-z ]*lost"><title>[^<]+</title><path', chart(self.dir))) ==
+        check(len(re.findall('"event lost"[^>]*><path class="arrow"', chart(self.dir))) ==
               len(lost))
         for column in {x for _, x, _, _ in marks}:
             own = sorted((clock, y) for _, x, y, clock in marks if x == column)
@@ -5572,7 +5569,7 @@ class Charts(Case):
         self.lines(*(json.dumps(record).encode() + b"\n" for record in records), rest)
         logging.disable(logging.WARNING)
         try:
-            check("\u25cf" in [mark for mark, *_ in self.marks()])
+            check("send" in [kind for kind, *_ in self.marks()])
             check(all(start[1] <= stop[1] for start, stop, _ in self.arrows()))
             lines = chart(self.dir, "text").splitlines()
             check(all(line.isprintable() and len(line) <= 80 for line in lines))
@@ -5671,7 +5668,7 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
     def test_a_later_run_of_a_node_has_columns_of_its_own(self):
         self.ran([("restart", 1, 0), ("send", 1, 0), ("receive", 2, 0)])
         drawing = chart(self.dir)
-        self.assertRegex(drawing, r">[^<]+ 127.0.0.1:9001/MainThread#2</text>")
+        self.assertIn("<title>127.0.0.1:9001/MainThread#2</title>MainThread#2</text>", drawing)
         (left, _), (right, _), _ = next(self.arrows())
         self.assertLess(left, right)
 
@@ -5712,15 +5709,15 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
         self.assertIn("color-scheme: light dark", drawing)
         self.assertEqual(["http://www.w3.org/2000/svg"], re.findall(r"\w+://[^\"\s]+", drawing))
 
-    def test_a_thousand_messages_of_forty_threads_have_headings_all_the_way(self):
+    def test_of_a_thousand_messages_each_of_forty_threads_is_named_once(self):
         self.ran([("spawn", at, at) for at in range(38)] + [
             (what, at * 7, at) for at in range(1000) for what in ("send", "receive")])
         start = perf_counter()
         drawing, marks = chart(self.dir), list(self.marks())
         self.assertLess(perf_counter() - start, WAIT)
         self.assertEqual(2000 + 38 * 2 + 2, len(marks))
-        headings = re.findall("(?m)^<text [^>]+>[ &#;0-9]{6,} 127.+:900[01]/.+</text>", drawing)
-        self.assertEqual(40 * -(-drawing.count("<g ") // 110), len(headings))
+        names = re.findall('<text class="thread"[^>]*><title>127.0.0.1:900[01]/', drawing)
+        self.assertEqual((40, 2), (len(names), len(re.findall(":900[01]</text>", drawing))))
         for (_, up), (_, down), _ in self.arrows():
             self.assertLessEqual(up, down)
 
