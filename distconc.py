@@ -5442,10 +5442,15 @@ function chooseNone() {
   }
 }
 
-// A click on the words of a row, too, chooses the first event of that row.
+// Arrows may cross a mark, which is meant nevertheless.  A click elsewhere in a row, such as on
+// its words, is for the first event of that row.
 function onClick(click) {
-  const row = click.target.closest(".row");
-  const element = click.target.closest(".event") ?? row?.querySelector(".event");
+  if (click.target.closest("#head")) {
+    return;
+  }
+  const here = document.elementsFromPoint(click.clientX, click.clientY);
+  const circle = here.find(element => element.matches(".event circle"));
+  const element = circle?.parentNode ?? click.target.closest(".row")?.querySelector(".event");
   if (element) {
     choose(events.find(event => event.element === element));
   } else {
@@ -5464,7 +5469,8 @@ function onKey(press) {
   } else if (press.key in neighbours && !press.ctrlKey && !press.metaKey && !press.altKey) {
     press.preventDefault();
     choose(neighbours[press.key] ?? chosen ?? events[0]);
-    chosen.element.scrollIntoView({block: "center", inline: "nearest"});
+    const circle = chosen.element.querySelector("circle");
+    circle.scrollIntoView({block: "center", inline: "nearest"});
   }
 }
 
@@ -5681,7 +5687,7 @@ class _SvgDrawing:
         counts = ""
         for relation in ("past", "future", "concurrent"):
             counts += f'<tspan class="count" data-relation="{relation}"></tspan>'
-        yield f'<text x="10" y="40">{counts}{_HINT}</text></g>'
+        yield f'<text x="10" y="40">{counts}<tspan id="hint">{_HINT}</tspan></text></g>'
 
     def _draw_name(self, number: int, column: _Column) -> str:
         x = self._x(number)
