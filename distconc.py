@@ -4884,7 +4884,7 @@ if __name__ != "__main__" and os.environ.get("DISTCONC_TRACE"):
 
 
 ################ Part four: pictures and shell ################
-######## Charts: chart, the traces it reads, the picture, and its three forms
+######## Charts: chart, the traces it reads, what it shows of them, text, ShiViz's form
 
 _CHART_FORMATS = ("svg", "text", "shiviz")
 
@@ -5246,12 +5246,17 @@ class _TextDrawing:
                 lines.extend(self._draw_headings())
             line = self._draw_row(row) + row.words()
             lines.append(_truncate(line, self._max_width))
-        meanings = {f"{mark.text} {mark.meaning}": None for mark in _MARKS.values()}
-        lines += ["", "  ".join(meanings)]
+        lines.append("")
+        lines.append(self._draw_legend())
         return "".join(line.rstrip() + "\n" for line in lines)
 
     def _position(self, event: _Event) -> int:
         return _CLOCK_WIDTH + self._column_width * self._picture.column_number(event)
+
+    def _draw_legend(self) -> str:
+        # One mark stands for sends and receives.
+        marks = [mark for kind, mark in _MARKS.items() if kind != "receive"]
+        return "  ".join(f"{mark.text} {mark.meaning}" for mark in marks)
 
     def _draw_headings(self) -> Iterator[str]:
         margin = " " * _CLOCK_WIDTH
@@ -5302,6 +5307,8 @@ def _format_shiviz(picture: _Picture) -> str:
         lines.append(f"{event.words or event.kind}\n")
     return "".join(lines)
 
+
+######## Charts for a browser: style, script, drawing, notebooks
 
 _SVG_STYLE = """
 svg { color-scheme: light dark; background: Canvas; color: CanvasText; display: block;
@@ -5498,7 +5505,7 @@ _CHARACTER_WIDTH = 7.23  # pixels, in the font of the style
 _ROW_HEIGHT = 20  # pixels
 _LEFT = 60  # pixels, to the first column
 _FRAMES_TOP = 52  # pixels
-_MAX_NAME = 20  # letters of a thread's name in the head
+_MAX_NAME = 16  # letters of a thread's name in the head
 _MAX_WORDS = 80  # letters of the words beside a row
 _MIN_WIDTH = 860  # pixels, enough for the legend
 
@@ -6028,7 +6035,8 @@ def _watch(directory: str, draw: Callable[[], str]) -> None:
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     path = f"/{os.urandom(16).hex()}/"
-    page = (f"<!DOCTYPE html><title>{_escape(directory)}</title>"
+    name = _printable(directory)
+    page = (f"<!DOCTYPE html><title>{_escape(name)}</title>"
             "<style>body { margin: 0 } :root { color-scheme: light dark }</style>"
             f"<body></body><script>{_SVG_SCRIPT}{_WATCH_SCRIPT}</script>")
 
@@ -6057,14 +6065,16 @@ def _watch(directory: str, draw: Callable[[], str]) -> None:
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("ETag", version)
             self.end_headers()
-            self.wfile.write(text.encode())
+            # The page may have been closed meanwhile.
+            with suppress(ConnectionError):
+                self.wfile.write(text.encode())
 
         def log_message(self, *_: Any) -> None:
             """Say nothing on standard error of each request."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        print(f"http://127.0.0.1:{server.server_port}{path} shows {directory}; "
-              "Ctrl-C ends it", flush=True)
+        address = f"http://127.0.0.1:{server.server_port}{path}"
+        print(f"{address} shows {name}; Ctrl-C ends it", flush=True)
         server.serve_forever()
 
 

@@ -15,6 +15,7 @@ import functools
 import gc
 import hashlib
 import hmac
+import http.client
 import importlib.util
 import inspect
 import io
@@ -5682,6 +5683,18 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
         drawing = chart(self.dir, threads=["127.0.0.1:7/late", "process cdcd/mute"])
         self.assertEqual(3, drawing.count("call timed out</text>"))
 
+    def test_a_cause_that_has_a_cause_itself_leaves_its_effect_a_row_of_its_own(self):
+        execution = Execution(self.dir)
+        one, two, three = ("ab" * 8, "x", 1, "1"), ("ab" * 8, "x", 2, "2"), ("ab" * 8, "x", 3, "3")
+        sent = execution.log(one, "send", message="m", to="2")
+        for _ in range(2):
+            execution.log(two, "timeout", what="receive")
+        ended = execution.log(two, "crash", sent, error="E")
+        execution.log(three, "receive", ended, message="Down")
+        execution.written()
+        self.assertEqual(["E\nsend", "Down\ncrash"],
+                         [told.split(" at ")[0] for _, _, told in self.arrows()])
+
     def test_pointing_at_an_arrow_tells_message_sender_receiver_and_both_clocks(self):
         self.ran([("send", 0, 0), ("receive", 1, 0)])
         (_, _, told), = self.arrows()
@@ -5702,6 +5715,15 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
         execution.written()
         hosts = [host for host, _, _ in SHIVIZ.findall(chart(self.dir, "shiviz"))]
         self.assertEqual(["127.0.0.1:9000/a_b", "127.0.0.1:9000/a_b#2"], hosts[2:])
+
+    def test_a_thread_named_like_the_second_of_others_is_another(self):
+        for names in ("w", "w", "w#2"), ("w#2", "w", "w"):
+            execution = Execution(self.dir)
+            for name in names:
+                execution.begin(execution.runs[0], name)
+            execution.written()
+            hosts = [host for host, _, _ in SHIVIZ.findall(chart(self.dir, "shiviz"))]
+            self.assertEqual(5, len(set(hosts)), hosts)
 
     def test_it_says_which_way_it_is_light_and_dark_and_needs_nothing_else(self):
         self.ran([])
@@ -6171,6 +6193,39 @@ class Shell(Net):
         result = shell("chart", self.dir, "-o", path, "--from", "2", "--to", "6")
         self.assertEqual((result.status, result.out, result.err), (0, "", ""))
         ElementTree.parse(path)
+
+    def test_a_watched_chart_is_served_to_those_who_know_its_path_until_ctrl_c(self):
+        traces = os.path.join(self.dir, "<b>\n")
+        for options in ("-o", "x"), ("--format", "text"):
+            self.assert_one_line(shell("chart", traces, "--watch", *options), "--watch")
+        process = self.start("chart", traces, "--watch")
+        told = process.stdout.readline()
+        self.assertRegex(told, r"^http://127\.0\.0\.1:\d+/[0-9a-f]{32}/ shows .*<b>\\n; Ctrl-C")
+        host, path = re.match(r"http://(.+?)(/\S+)", told).groups()
+
+        def ask(path, **headers):
+            connection = http.client.HTTPConnection(host, timeout=T)
+            with contextlib.closing(connection):
+                connection.request("GET", path, headers=headers)
+                answer = connection.getresponse()
+                return answer.status, answer.read().decode(), answer.headers["ETag"]
+
+        for wrong in "/", "/drawing", path[:-2] + "/", path + "x", path + "../../etc/passwd":
+            self.assertEqual(404, ask(wrong)[0], wrong)
+        status, page, _ = ask(path)
+        self.assertEqual(200, status)
+        self.assertIn("&lt;b&gt;\\n</title>", page)
+        status, drawing, none_yet = ask(path + "drawing")
+        self.assertEqual(200, status)
+        self.assertRegex(drawing, "^<p>there are no traces .*&lt;b&gt;")
+        os.mkdir(traces)
+        Execution(traces).written()
+        status, drawing, version = ask(path + "drawing", **{"If-None-Match": none_yet})
+        self.assertEqual((200, chart(traces)), (status, drawing))
+        self.assertEqual((304, "", ""), ask(path + "drawing", **{"If-None-Match": version}))
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=T)
+        self.assertEqual((process.returncode, out, err), (130, "", ""))
 
     def test_ps_lists_the_threads_of_a_node_and_what_they_do(self):
         enough = []
