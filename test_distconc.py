@@ -7254,6 +7254,17 @@ WRONG["vector_clocks"] = [
     ("one.get(name, 0) >= count", "one.get(name, 0) > count"),
 ]
 
+SOLUTIONS["concurrent"] = "from distconc import *\n\n\n" + (
+    exercises()["concurrent"].skeleton.replace(
+        "raise NotImplementedError", "return {'ac', 'ea', 'bc', 'bd', 'be', 'de', 'ef'}"))
+WRONG["concurrent"] = [
+    ("'be', ", ""),  # by their numbers, b comes before e
+    ("'ef'", "'ef', 'af'"),  # a chain of three messages is one
+    ("'ef'", "'ef', 'ab'"),  # so is the order of a thread
+    ("'ef'", "'ef', 'xy'"),
+    ("{'ac', 'ea', 'bc', 'bd', 'be', 'de', 'ef'}", "'ac'"),
+]
+
 SOLUTIONS["mutex"] = """
 from distconc import *
 
