@@ -5634,7 +5634,7 @@ if __name__ != "__main__" and os.environ.get("DISTCONC_TRACE"):
 
 
 ################ Part four: pictures and shell ################
-######## Charts: chart, the traces it reads, and three ways to draw them
+######## Charts: chart, the traces it reads, what it shows of them, text, ShiViz's form
 
 _CHART_FORMATS = ("svg", "text", "shiviz")
 
@@ -5643,11 +5643,13 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
           last: float = float("inf"), threads: str | Iterable[str] = ()) -> str:
     """Return the traces in `directory` as one space-time diagram.
 
-    A column is a thread; time runs down, so no arrow points up.  `format` is "svg" (a page for
-    any browser: point at an arrow or a mark to read more of it), "text" (for a terminal, 80
-    characters wide for up to 20 threads) or "shiviz" (vector clocks, for the tool of that
-    name).  `first` and `last` narrow it to these Lamport clocks, `threads` to the threads of
-    that name, such as "logger" or "127.0.0.1:9001/MainThread", or of the names in a list.
+    A column is a thread; time runs down, so no arrow points up.  `format` is "svg" (a picture
+    for any browser: click an event, and its past lights up in one colour, its future in
+    another, and what is concurrent to it goes pale; as the last value of a notebook's cell it
+    shows itself), "text" (for a terminal, 80 characters wide for up to 20 threads) or "shiviz"
+    (vector clocks, for the tool of that name).  `first` and `last` narrow it to these Lamport
+    clocks, `threads` to the threads of that name, such as "logger" or
+    "127.0.0.1:9001/MainThread", or of the names in a list.
 
     Damaged lines of a trace are left out, with a warning in the log.  Raises
     FileNotFoundError if there is no trace; ValueError for another format, and if nothing is
@@ -5669,11 +5671,12 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
             events.append(event)
     if not events:
         raise ValueError("nothing is left to draw: no event is of such a clock and thread")
+    picture = _Picture(events, all_events, columns)
     if format == "svg":
-        return _SvgDrawing(events, columns).render()
+        return _SvgDrawing(picture).render()
     if format == "text":
-        return _TextDrawing(events, columns).render()
-    return _format_shiviz(events, all_events, columns)
+        return _TextDrawing(picture).render()
+    return _format_shiviz(picture)
 
 
 def _check_thread_names(threads: Any) -> set[str]:
@@ -5690,27 +5693,36 @@ def _check_thread_names(threads: Any) -> set[str]:
 class _Mark(NamedTuple):
     """How a chart shows one kind of event.
 
-    `text` and `svg` are the character that marks it in a drawing of that format, `meaning`
-    is its explanation in the legend, and `words` is a template for the words beside it,
-    which is filled with the fields of the trace's record.
+    `text` is the character that marks it in a drawing as text, and `shape` its outline in one
+    as SVG, a path that begins in the middle.  `meaning` is its explanation in the legend, and
+    `words` is a template for the words beside it, which is filled with the fields of the
+    trace's record.
     """
 
     text: str
-    svg: str
+    shape: str
     meaning: str
     words: str
 
 
+_CIRCLE = "m-4 0a4 4 0 1 0 8 0 4 4 0 1 0-8 0z"
+_PLUS = "m-5 0h10m-5-5v10"
+_TWO_BARS = "m-5-2h10m-10 4h10"
+_CROSSED_BOX = "m-6-6h12v12h-12zl12 12m0-12-12 12"
+_CROSS = "m-5-5 10 10m0-10-10 10"
+_WARNING_SIGN = "m0-7 7 12h-14zm0 4v4m0 2v1"
+_HOURGLASS = "m-5-6h10l-10 12h10z"
+
 _MARKS = {
-    "start": _Mark("o", "\u25cb", "start", ""),
-    "spawn": _Mark("+", "+", "spawn", "spawns {child}"),
-    "send": _Mark("*", "\u25cf", "message", "{message}"),
-    "receive": _Mark("*", "\u25cf", "message", "{message}"),
-    "end": _Mark("=", "\u2534", "end", ""),
-    "crash": _Mark("X", "X", "crash", "{error}"),
-    "lost": _Mark("x", "x", "lost", "lost: {why}"),
-    "down": _Mark("!", "!", "node lost", "{why}"),
-    "timeout": _Mark("?", "?", "time-out", "{what} timed out"),
+    "start": _Mark("o", _CIRCLE, "start", ""),
+    "spawn": _Mark("+", _PLUS, "spawn", "spawns {child}"),
+    "send": _Mark("*", _CIRCLE, "message", "{message}"),
+    "receive": _Mark("*", _CIRCLE, "message", "{message}"),
+    "end": _Mark("=", _TWO_BARS, "end", ""),
+    "crash": _Mark("X", _CROSSED_BOX, "crash", "{error}"),
+    "lost": _Mark("x", _CROSS, "lost", "lost: {why}"),
+    "down": _Mark("!", _WARNING_SIGN, "node lost", "{why}"),
+    "timeout": _Mark("?", _HOURGLASS, "time-out", "{what} timed out"),
 }
 
 _ThreadKey = tuple[str, int]  # incarnation in hex, thread's id
@@ -5825,6 +5837,10 @@ class _Column(NamedTuple):
     label: str
     node: str
 
+    def thread_name(self) -> str:
+        """Return the label without the node."""
+        return self.label[len(self.node) + 1:]
+
 
 def _assign_columns(events: list[_Event]) -> dict[_ThreadKey, _Column]:
     """Return the column of each thread; nodes stand in the order of their first events."""
@@ -5839,12 +5855,77 @@ def _assign_columns(events: list[_Event]) -> dict[_ThreadKey, _Column]:
         node = addresses.get(process, f"process {process[:4]}")
         label = f"{node}/{name}".replace(" ", "_")
         # Threads with the same label can be of an earlier and a later run of the node.
-        threads_by_label[label] += 1
-        if threads_by_label[label] > 1:
+        while threads_by_label[label] > 0:
+            threads_by_label[label] += 1
             label += f"#{threads_by_label[label]}"
+        threads_by_label[label] = 1
         node_number = node_numbers.setdefault(process, len(node_numbers))
         columns[thread] = _Column(node_number, thread_id, label, node)
     return columns
+
+
+class _Picture:
+    """What a chart shows, whatever its format: events, and a column for each of their threads.
+
+    `events` are in the order of their clocks, `columns` from left to right.
+    """
+
+    def __init__(self, events: list[_Event], all_events: list[_Event],
+                 columns: dict[_ThreadKey, _Column]) -> None:
+        self.events = events
+        self._all_events = all_events
+        self._column_by_thread = columns
+        self.columns = sorted({columns[event.thread] for event in events})
+        self._column_numbers = {column: number for number, column in enumerate(self.columns)}
+
+    def column(self, event: _Event) -> _Column:
+        return self._column_by_thread[event.thread]
+
+    def column_number(self, event: _Event) -> int:
+        return self._column_numbers[self.column(event)]
+
+    def rows(self) -> "list[_Row]":
+        """Put each event into a row below its thread's earlier events, and not above its cause.
+
+        An event shares the row of its cause if its thread does nothing in between.  So mostly
+        a message takes one row.  A row has one arrow, to its last event.
+        """
+        rows: list[_Row] = []
+        shown: dict[_EventId, _Event] = {}
+        row_numbers: dict[_EventId, int] = {}
+        last_row_numbers: dict[_ThreadKey, int] = {}
+        for event in self.events:
+            number = row_numbers.get(event.cause, -1)
+            last_row_number = last_row_numbers.get(event.thread, -1)
+            if number <= last_row_number or not rows[number].has_room():
+                number = len(rows)
+                rows.append(_Row())
+            rows[number].add(event, shown.get(event.cause))
+            shown[event.id] = event
+            row_numbers[event.id] = number
+            last_row_numbers[event.thread] = number
+        return rows
+
+    def vector_clocks(self) -> dict[_EventId, dict[str, int]]:
+        """Return the past of each event: how many events of each thread it may depend on.
+
+        An event may depend on itself, on the earlier events of its thread, on its cause, and
+        on all that these may depend on.  Events that are not shown count for nothing, but hand
+        on the clocks of their causes.  Threads go by their labels.  Fidge 1988, Mattern 1989.
+        """
+        shown = {event.id for event in self.events}
+        clocks: dict[_EventId, dict[str, int]] = {}
+        latest_clocks: dict[_ThreadKey, dict[str, int]] = {}
+        for event in self._all_events:
+            clock = latest_clocks.get(event.thread, {}).copy()
+            for label, count in clocks.get(event.cause, {}).items():
+                clock[label] = max(count, clock.get(label, 0))
+            if event.id in shown:
+                label = self.column(event).label
+                clock[label] = clock.get(label, 0) + 1
+            clocks[event.id] = clock
+            latest_clocks[event.thread] = clock
+        return clocks
 
 
 class _Row:
@@ -5859,6 +5940,10 @@ class _Row:
     def add(self, event: _Event, cause: _Event | None) -> None:
         self.events.append(event)
         self.cause = cause
+
+    def has_room(self) -> bool:
+        """Return True if an effect of the row's event can stand beside it."""
+        return len(self.events) == 1 and self.cause is None
 
     def arrow_ends(self) -> list[_Event]:
         """Return the cause and the last event; only the event, if no cause is shown."""
@@ -5881,143 +5966,79 @@ class _Row:
         return text
 
 
-def _arrange_rows(events: list[_Event]) -> list[_Row]:
-    """Put each event into a row below its thread's earlier events, and not above its cause.
-
-    An event shares the row of its cause if its thread does nothing in between.  So mostly a
-    message takes one row.
-    """
-    rows: list[_Row] = []
-    shown: dict[_EventId, _Event] = {}
-    row_numbers: dict[_EventId, int] = {}
-    last_row_numbers: dict[_ThreadKey, int] = {}
-    for event in events:
-        cause_row = row_numbers.get(event.cause, -1)
-        last_row = last_row_numbers.get(event.thread, -1)
-        if cause_row > last_row and len(rows[cause_row].events) == 1:
-            number = cause_row
-        else:
-            number = len(rows)
-            rows.append(_Row())
-        rows[number].add(event, shown.get(event.cause))
-        shown[event.id] = event
-        row_numbers[event.id] = number
-        last_row_numbers[event.thread] = number
-    return rows
-
-
-_CLOCK_WIDTH = 7  # characters
-_LABEL_WIDTH = 33  # characters
-
-
-class _Drawing:
-    """A chart drawn in characters: the base of the drawings as text and as SVG.
-
-    From left to right, a line has the clock, the lifelines of the threads, and words.
-    """
-
-    # Each format has its own characters and widths.
-    lifeline: str
-    widening: int
-    words_width: int
-
-    def __init__(self, events: list[_Event], columns: dict[_ThreadKey, _Column]) -> None:
-        self._events = events
-        self._columns = columns
-        drawn_columns = {columns[event.thread] for event in events}
-        self._drawn_columns = sorted(drawn_columns)
-
-        # A line of text has 7 characters for the clock, 40 for up to 20 columns, and 33 for
-        # words, which makes 80.
-        count = len(drawn_columns)
-        column_width = max(2, min(6, 40 // count))
-        self._column_width = column_width * self.widening
-        self._picture_width = _CLOCK_WIDTH + self._column_width * count
-        self._max_width = max(80, self._picture_width + self.words_width)
-        self._rows_per_heading = 30 + 2 * count
-
-        # The x of each column, in characters.
-        self._positions: dict[_Column, int] = {}
-        for number, column in enumerate(self._drawn_columns):
-            self._positions[column] = _CLOCK_WIDTH + self._column_width * number
-
-        # The positions of the lifelines that go on below the row that was drawn last.
-        self._lifelines: set[int] = set()
-
-    def _position(self, event: _Event) -> int:
-        column = self._columns[event.thread]
-        return self._positions[column]
-
-    def _symbol(self, mark: _Mark) -> str:
-        raise NotImplementedError
-
-    def _draw_arrow(self, line: list[str], row: _Row) -> None:
-        raise NotImplementedError
-
-    def _draw_lines(self) -> Iterator[tuple[str, _Row | None]]:
-        """Yield the lines of the chart, each with the row that it shows, if it shows one.
-
-        The columns are named again and again, because the first names scroll away.
-        """
-        for number, row in enumerate(_arrange_rows(self._events)):
-            if number % self._rows_per_heading == 0:
-                yield from self._draw_headings()
-            picture = self._draw_row(row)
-            yield _truncate(picture + row.words(), self._max_width), row
-        yield "", None
-        yield self._draw_legend(), None
-
-    def _draw_headings(self) -> Iterator[tuple[str, None]]:
-        margin = " " * _CLOCK_WIDTH
-        lifelines = ""
-        for column in self._drawn_columns:
-            yield margin + lifelines + column.label[-_LABEL_WIDTH:], None
-            lifelines += self.lifeline.ljust(self._column_width)
-
-    def _draw_row(self, row: _Row) -> str:
-        """Return the clock, the lifelines, the arrow and the marks of a row."""
-        clock = f"{row.events[0].clock:>5}"
-        line = list(clock.ljust(self._picture_width))
-        self._lifelines.update(map(self._position, row.events))
-        for position in self._lifelines:
-            line[position] = self.lifeline
-        self._draw_arrow(line, row)
-        for event in row.events:
-            position = self._position(event)
-            line[position] = self._symbol(_MARKS[event.kind])
-            if event.kind in ("end", "crash"):
-                self._lifelines.remove(position)
-        return "".join(line)
-
-    def _draw_legend(self) -> str:
-        entries = []
-        for mark in _MARKS.values():
-            entry = f"{self._symbol(mark)} {mark.meaning}"
-            if entry not in entries:
-                entries.append(entry)
-        return "  ".join(entries)
-
-
 def _truncate(text: str, max_length: int) -> str:
     if len(text) <= max_length:
         return text
     return text[:max_length - 2] + ".."
 
 
-class _TextDrawing(_Drawing):
-    """A chart for a terminal, 80 characters wide; wider, if it has more than 20 columns."""
+_CLOCK_WIDTH = 7  # characters
+_WORDS_WIDTH = 33  # characters
 
-    lifeline = "|"
-    widening = 1
-    words_width = 33
+
+class _TextDrawing:
+    """A chart for a terminal, 80 characters wide; wider, if it has more than 20 columns.
+
+    From left to right, a line has the clock, the lifelines of the threads, and words.
+    """
+
+    def __init__(self, picture: _Picture) -> None:
+        self._picture = picture
+
+        # A line has 7 characters for the clock, 40 for up to 20 columns, and 33 for words,
+        # which makes 80.
+        count = len(picture.columns)
+        self._column_width = max(2, min(6, 40 // count))
+        self._words_position = _CLOCK_WIDTH + self._column_width * count
+        self._max_width = max(80, self._words_position + _WORDS_WIDTH)
+        self._rows_per_heading = 30 + 2 * count
+
+        # The positions of the lifelines that go on below the row that was drawn last.
+        self._lifelines: set[int] = set()
 
     def render(self) -> str:
-        """Return the chart as lines of text."""
-        lines = [line.rstrip() + "\n" for line, _ in self._draw_lines()]
-        return "".join(lines)
+        """Return the chart as lines of text.
 
-    def _symbol(self, mark: _Mark) -> str:
-        return mark.text
+        The columns are named again and again, because the first names scroll away.
+        """
+        lines: list[str] = []
+        for number, row in enumerate(self._picture.rows()):
+            if number % self._rows_per_heading == 0:
+                lines.extend(self._draw_headings())
+            line = self._draw_row(row) + row.words()
+            lines.append(_truncate(line, self._max_width))
+        lines.append("")
+        lines.append(self._draw_legend())
+        return "".join(line.rstrip() + "\n" for line in lines)
+
+    def _position(self, event: _Event) -> int:
+        return _CLOCK_WIDTH + self._column_width * self._picture.column_number(event)
+
+    def _draw_legend(self) -> str:
+        # One mark stands for sends and receives.
+        marks = [mark for kind, mark in _MARKS.items() if kind != "receive"]
+        return "  ".join(f"{mark.text} {mark.meaning}" for mark in marks)
+
+    def _draw_headings(self) -> Iterator[str]:
+        margin = " " * _CLOCK_WIDTH
+        lifeline = "|".ljust(self._column_width)
+        for number, column in enumerate(self._picture.columns):
+            yield margin + lifeline * number + column.label[-_WORDS_WIDTH:]
+
+    def _draw_row(self, row: _Row) -> str:
+        """Return the clock, the lifelines, the arrow and the marks of a row."""
+        clock = f"{row.events[0].clock:>5}"
+        line = list(clock.ljust(self._words_position))
+        self._lifelines.update(map(self._position, row.events))
+        for position in self._lifelines:
+            line[position] = "|"
+        self._draw_arrow(line, row)
+        for event in row.events:
+            position = self._position(event)
+            line[position] = _MARKS[event.kind].text
+            if event.kind in ("end", "crash"):
+                self._lifelines.remove(position)
+        return "".join(line)
 
     def _draw_arrow(self, line: list[str], row: _Row) -> None:
         """Draw dashes from the cause to the last event of the row, with a tip."""
@@ -6027,7 +6048,7 @@ class _TextDrawing(_Drawing):
         if start == stop:
             return
         # The thread of the cause may have ended, and its lifeline with it.
-        line[start] = self.lifeline
+        line[start] = "|"
         length = abs(stop - start) - 1
         if start < stop:
             line[start + 1:stop] = ">".rjust(length, "-")
@@ -6035,82 +6056,424 @@ class _TextDrawing(_Drawing):
             line[stop + 1:start] = "<".ljust(length, "-")
 
 
-_CHARACTER_WIDTH = 8  # pixels
-_LINE_HEIGHT = 16  # pixels
-_SVG_STYLE = """<style>
-svg { color-scheme: light dark; background: Canvas; font: 13.3px ui-monospace, monospace }
-text { fill: CanvasText; white-space: pre }
-path { fill: none; stroke: #2f7de1; stroke-width: 1.3; marker-end: url(#tip) }
-.start path { stroke: #888; stroke-dasharray: 2 3 } .lost path { marker-end: none }
-:is(.crash, .down, .lost) text { fill: #e5484d } :is(.crash, .lost) path { stroke: #e5484d }
-g:hover path { stroke-width: 3 } #tip path { fill: context-stroke; stroke: none }
-</style><marker id="tip" viewBox="0 0 10 10" refX="14" refY="5" markerWidth="9"
+def _format_shiviz(picture: _Picture) -> str:
+    """Return each event with its vector clock, in the form that ShiViz reads."""
+    import json
+
+    vector_clocks = picture.vector_clocks()
+    lines = []
+    for event in picture.events:
+        vector_clock = json.dumps(vector_clocks[event.id])
+        lines.append(f"{picture.column(event).label} {vector_clock}\n")
+        lines.append(f"{event.words or event.kind}\n")
+    return "".join(lines)
+
+
+######## Charts for a browser: style, script, drawing, notebooks
+
+_SVG_STYLE = """
+svg { color-scheme: light dark; background: Canvas; color: CanvasText; display: block;
+      font: 12px ui-monospace, monospace; --past: #0a5cd6; --future: #b34700; --bad: #c3163c }
+@media (prefers-color-scheme: dark) {
+  svg { --past: #7db9ff; --future: #ffb35c; --bad: #ff7a90 }
+}
+text { fill: currentColor; white-space: pre }
+path { fill: none; stroke: currentColor; stroke-width: 1.5 }
+
+/* The drawing gives each node a hue of its own. */
+.node { fill: hsl(var(--hue) 70% 50% / 0.08) }
+#head .node { fill: hsl(var(--hue) 70% 50% / 0.2); stroke: hsl(var(--hue) 60% 50%) }
+#head .sheet { fill: Canvas }
+.lifeline { stroke-opacity: 0.3; stroke-width: 1 }
+.clock { text-anchor: end; opacity: 0.6 }
+
+.arrow { stroke: CanvasText; stroke-width: 1.2; opacity: 0.7; marker-end: url(#tip) }
+#tip path { fill: context-stroke; stroke: none }
+.start .arrow { stroke-dasharray: 3 3 }
+.lost .arrow { stroke: var(--bad); marker-end: none }
+.row:hover .arrow { stroke-width: 3 }
+
+/* Words amid an arrow interrupt it. */
+.middle { text-anchor: middle }
+.amid { paint-order: stroke; stroke: Canvas; stroke-width: 12px; stroke-linejoin: round }
+
+/* Messages are discs, and all else is an outline. */
+.mark { fill: Canvas }
+.send .mark, .receive .mark { fill: currentColor }
+.crash, .lost, .down, .timeout { color: var(--bad) }
+.event { cursor: pointer }
+.event circle { fill: transparent }
+
+/* Past and future differ in shape, too: by a ring, and by a ring of dashes. */
+[data-relation=past] { color: var(--past) }
+[data-relation=future] { color: var(--future) }
+.event[data-relation=past] circle { stroke: currentColor }
+.event[data-relation=future] circle { stroke: currentColor; stroke-dasharray: 3 2.65 }
+.event[data-relation=chosen] { color: black }
+.event[data-relation=chosen] circle { fill: gold; stroke: CanvasText; stroke-width: 2 }
+.event[data-relation=concurrent] .mark { opacity: 0.25 }
+.arrow[data-relation=past] { stroke: var(--past); stroke-width: 2.5; opacity: 1 }
+.arrow[data-relation=future] { stroke: var(--future); stroke-width: 2.5; opacity: 1 }
+.arrow[data-relation=concurrent] { opacity: 0.2 }
+.row:not(:has(.event:not([data-relation=concurrent]))) .words { fill-opacity: 0.4 }
+"""
+
+_SVG_SCRIPT = """
+"use strict";
+
+let events = [];
+let chosen = null;
+
+// An event's clock says of how many events of each thread it may know: a vector clock.  The
+// attribute data-news has only the counts that the thread's event before did not know.
+function readEvents() {
+  const latest = {};  // number of a column -> the latest event in that column
+  const byName = {};  // "3:7" -> the seventh event in column 3
+  events = [];
+  for (const element of document.querySelectorAll(".event")) {
+    const {thread, news, cause} = element.dataset;
+    const before = latest[thread];
+    const event = {element, thread, before, clock: {...before?.clock}};
+    for (const name of news.split(" ")) {
+      const [other, count] = name.split(":");
+      event.clock[other] = Number(count);
+    }
+    event.number = event.clock[thread];
+    event.cause = byName[cause];
+    if (before) {
+      before.after = event;
+    }
+    if (event.cause) {
+      event.cause.effect ??= event;
+    }
+    latest[thread] = event;
+    byName[thread + ":" + event.number] = event;
+    events.push(event);
+  }
+}
+
+function isKnownTo(event, other) {
+  return other.clock[event.thread] >= event.number;
+}
+
+function relationToChosen(event) {
+  if (event === chosen) {
+    return "chosen";
+  }
+  if (isKnownTo(event, chosen)) {
+    return "past";
+  }
+  if (isKnownTo(chosen, event)) {
+    return "future";
+  }
+  return "concurrent";
+}
+
+// An arrow can be a step towards the chosen event, or a step from there, or neither.
+function arrowRelation(event) {
+  const cause = relationToChosen(event.cause);
+  const effect = relationToChosen(event);
+  if (effect === "past" || effect === "chosen") {
+    return "past";
+  }
+  if (cause === "future" || cause === "chosen") {
+    return "future";
+  }
+  return "concurrent";
+}
+
+function choose(one) {
+  chosen = one;
+  const counts = {chosen: 0, past: 0, future: 0, concurrent: 0};
+  for (const event of events) {
+    const relation = relationToChosen(event);
+    const arrow = event.element.querySelector(".arrow");
+    event.element.dataset.relation = relation;
+    if (arrow) {
+      arrow.dataset.relation = arrowRelation(event);
+    }
+    counts[relation] += 1;
+  }
+  for (const element of document.querySelectorAll(".count")) {
+    const relation = element.dataset.relation;
+    element.textContent = `${counts[relation]} ${relation}   `;
+  }
+}
+
+function chooseNone() {
+  chosen = null;
+  for (const element of document.querySelectorAll(".event, .arrow")) {
+    delete element.dataset.relation;
+  }
+  for (const element of document.querySelectorAll(".count")) {
+    element.textContent = "";
+  }
+}
+
+// Arrows may cross a mark, which is meant nevertheless.  A click elsewhere in a row, such as on
+// its words, is for the first event of that row.
+function onClick(click) {
+  if (click.target.closest("#head")) {
+    return;
+  }
+  const here = document.elementsFromPoint(click.clientX, click.clientY);
+  const circle = here.find(element => element.matches(".event circle"));
+  const element = circle?.parentNode ?? click.target.closest(".row")?.querySelector(".event");
+  if (element) {
+    choose(events.find(event => event.element === element));
+  } else {
+    chooseNone();
+  }
+}
+
+function onKey(press) {
+  const neighbours = {
+    ArrowUp: chosen?.before,
+    ArrowDown: chosen?.after,
+    Enter: chosen?.effect ?? chosen?.cause,
+  };
+  if (press.key === "Escape") {
+    chooseNone();
+  } else if (press.key in neighbours && !press.ctrlKey && !press.metaKey && !press.altKey) {
+    press.preventDefault();
+    choose(neighbours[press.key] ?? chosen ?? events[0]);
+    const circle = chosen.element.querySelector("circle");
+    circle.scrollIntoView({block: "center", inline: "nearest"});
+  }
+}
+
+// The head stays in view, and its words stay at the left.
+function moveHead() {
+  const head = document.querySelector("#head");
+  const legend = document.querySelector("#legend");
+  head?.setAttribute("transform", `translate(0 ${scrollY})`);
+  legend?.setAttribute("transform", `translate(${scrollX} 0)`);
+}
+
+addEventListener("click", onClick);
+addEventListener("keydown", onKey);
+addEventListener("scroll", moveHead);
+readEvents();
+moveHead();
+"""
+
+_SVG_TIP = """<marker id="tip" viewBox="0 0 10 10" refX="14" refY="5" markerWidth="9"
 markerHeight="9" markerUnits="userSpaceOnUse" orient="auto"><path d="M0 1 10 5 0 9z"/>
 </marker>"""
 
+_HINT = "Click an event, or walk with the arrow keys and Enter; Escape clears."
+_CHARACTER_WIDTH = 7.23  # pixels, in the font of the style
+_ROW_HEIGHT = 20  # pixels
+_LEFT = 60  # pixels, to the first column
+_FRAMES_TOP = 52  # pixels
+_MAX_NAME = 16  # letters of a thread's name in the head
+_MAX_WORDS = 80  # letters of the words beside a row
+_MIN_WIDTH = 860  # pixels, enough for the legend
 
-class _SvgDrawing(_Drawing):
-    """A chart for a browser: lines of characters, with arrows that are drawn across them."""
 
-    lifeline = "\u2502"
-    widening = 2
-    words_width = 80
+class _SvgDrawing:
+    """A chart for a browser, where its script answers clicks and keys.
 
-    def render(self) -> str:
+    From left to right, it has the clocks, the threads in a frame for each node, and words.
+    From top to bottom, it has the head, which stays in view, and the rows.
+    """
+
+    def __init__(self, picture: _Picture) -> None:
+        self._picture = picture
+        self._rows = picture.rows()
+        self._clocks = picture.vector_clocks()
+        self._last_clocks: dict[_ThreadKey, dict[str, int]] = {}
+        self._column_numbers: dict[str, int] = {}
+        self._names: list[str] = []
+        for number, column in enumerate(picture.columns):
+            self._column_numbers[column.label] = number
+            self._names.append(_truncate(column.thread_name(), _MAX_NAME))
+
+        # Names that are wider than a column stand upright.  Up to six columns are so wide
+        # that none is, and that most words have room amid their arrows.
+        count = len(picture.columns)
+        self._column_width = max(28, min(166, 720 // count))
+        self._names_height = 24
+        widest = 16 + max(map(_text_width, self._names))
+        self._names_are_upright = widest > self._column_width
+        if self._names_are_upright:
+            self._names_height = widest
+
+        self._top = _FRAMES_TOP + 24 + self._names_height + 10
+        self._bottom = self._top + _ROW_HEIGHT * len(self._rows)
+        self._right = _LEFT + self._column_width * count
+        self._width = max(self._right, _MIN_WIDTH)
+        self._heights: dict[_EventId, int] = {}
+
+    def render(self) -> "_SvgText":
         """Return the chart as the text of an SVG file."""
-        elements = []
-        heights: dict[_EventId, int] = {}
-        width = 0
-        y = 0
-        for line, row in self._draw_lines():
-            y += _LINE_HEIGHT
-            line_width = _CHARACTER_WIDTH * len(line)
-            width = max(width, line_width)
-            element = self._format_text(line, y, line_width)
-            if row is not None:
-                for event in row.events:
-                    heights[event.id] = y
-                element = self._format_row(row, element, heights)
-            elements.append(element)
-        size = f'width="{width + 20}" height="{y + 20}"'
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{_SVG_STYLE}'
-        svg = "\n".join([head, *elements, "</svg>\n"])
+        # Drawing the rows tells how wide the chart is, and where the lifelines begin and end.
+        rows = [self._draw_row(number, row) for number, row in enumerate(self._rows)]
+        elements = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{self._width}" '
+            f'height="{self._bottom + 20}">',
+            # Without a title here, browsers look for one through all the rows, at each row.
+            f"<title>chart</title><style>{_SVG_STYLE}</style>{_SVG_TIP}",
+            *self._draw_frames(0, self._bottom),
+            *self._draw_lifelines(),
+            *rows,
+            '<g id="head">',
+            *self._draw_head(),
+            f"</g><script><![CDATA[{_SVG_SCRIPT}]]></script></svg>\n",
+        ]
         # With all but ASCII escaped, the file can be saved in any encoding.
-        return svg.encode("ascii", "xmlcharrefreplace").decode()
+        text = "\n".join(elements).encode("ascii", "xmlcharrefreplace").decode()
+        return _SvgText(text)
 
-    def _symbol(self, mark: _Mark) -> str:
-        return mark.svg
+    def _x(self, column_number: int) -> int:
+        """Return the middle of a column."""
+        return _LEFT + self._column_width * column_number + self._column_width // 2
 
-    def _draw_arrow(self, line: list[str], row: _Row) -> None:
-        """Leave the line as it is: `_format_row` makes the arrow a path, which may slope."""
+    def _event_x(self, event: _Event) -> int:
+        return self._x(self._picture.column_number(event))
 
-    def _format_text(self, line: str, y: int, width: int) -> str:
-        # A text is placed by its base line, five pixels below the middle of its characters.
-        return f'<text y="{y + 5}" textLength="{width}">{_escape(line)}</text>'
-
-    def _format_row(self, row: _Row, element: str, heights: dict[_EventId, int]) -> str:
-        """Return a row's text with its arrow, in a group that has a title to point at."""
-        ends = row.arrow_ends()
-        arrow = ""
-        if len(ends) > 1:
-            points = []
-            for event in ends:
-                # An arrow goes from the middle of one character to the middle of another.
-                x = _CHARACTER_WIDTH * self._position(event) + 4
-                points.append(f"{x} {heights[event.id]}")
-            arrow = f'<path d="M{"L".join(points)}"/>'
-        kinds = " ".join(event.kind for event in row.events)
-        title = self._format_title(row)
-        return f'<g class="{kinds}">{title}{arrow}{element}</g>'
+    def _draw_row(self, number: int, row: _Row) -> str:
+        """Return a row, with a title to point at."""
+        y = self._top + _ROW_HEIGHT * number + _ROW_HEIGHT // 2
+        events = []
+        for event in row.events:
+            self._heights[event.id] = y
+            events.append(self._draw_event(event, row, y))
+        return (f'<g class="row"><title>{self._format_title(row)}</title>'
+                f'<text class="clock" x="44" y="{y + 4}">{row.events[0].clock}</text>'
+                f'{"".join(events)}{self._draw_words(row, y)}</g>')
 
     def _format_title(self, row: _Row) -> str:
         """Return the row's words and where both ends of its arrow are."""
         lines = [row.words()]
         for event in row.arrow_ends():
-            label = self._columns[event.thread].label
+            label = self._picture.column(event).label
             lines.append(f"{event.kind} at {label}, clock {event.clock}")
-        title = "\n".join(lines).lstrip("\n")
-        return f"<title>{_escape(title)}</title>"
+        return _escape("\n".join(lines).lstrip("\n"))
+
+    def _draw_event(self, event: _Event, row: _Row, y: int) -> str:
+        """Return an event's mark, in a circle that can be clicked, with the arrow to it."""
+        column_number = self._picture.column_number(event)
+        x = self._x(column_number)
+        arrow = ""
+        cause = ""
+        if row.cause is not None and event is row.events[-1]:
+            start = f"{self._event_x(row.cause)} {self._heights[row.cause.id]}"
+            arrow = f'<path class="arrow" d="M{start}L{x} {y}"/>'
+            cause = f' data-cause="{self._format_name(row.cause)}"'
+        return (f'<g class="event {event.kind}" data-thread="{column_number}" '
+                f'data-news="{self._format_news(event)}"{cause}>{arrow}'
+                f'<circle cx="{x}" cy="{y}" r="9"/>'
+                f'<path class="mark" d="M{x} {y}{_MARKS[event.kind].shape}"/></g>')
+
+    def _format_name(self, event: _Event) -> str:
+        """Return what the script calls an event: its column and its number there."""
+        label = self._picture.column(event).label
+        number = self._clocks[event.id][label]
+        return f"{self._column_numbers[label]}:{number}"
+
+    def _format_news(self, event: _Event) -> str:
+        """Return an event's vector clock, without what its thread knew before."""
+        clock = self._clocks[event.id]
+        last_clock = self._last_clocks.get(event.thread, {})
+        self._last_clocks[event.thread] = clock
+        news = []
+        for label, count in clock.items():
+            if count != last_clock.get(label, 0):
+                news.append(f"{self._column_numbers[label]}:{count}")
+        return " ".join(news)
+
+    def _draw_words(self, row: _Row, y: int) -> str:
+        """Return the words of a row: amid its arrow, if there is room, or at the right."""
+        words = _truncate(row.words(), _MAX_WORDS)
+        width = _text_width(words)
+        name = "words"
+        x = self._right + 12
+        if len(row.events) == 2:
+            start, stop = map(self._event_x, row.events)
+            if abs(stop - start) > width + 36:
+                name = "words middle amid"
+                x = (start + stop) // 2
+        self._width = max(self._width, x + width + 12)
+        return f'<text class="{name}" x="{x}" y="{y + 4}">{_escape(words)}</text>'
+
+    def _draw_lifelines(self) -> Iterator[str]:
+        """Yield a line for each thread, from its first event to its end or to the bottom."""
+        tops: dict[int, int] = {}
+        bottoms: dict[int, int] = {}
+        for event in self._picture.events:
+            x = self._event_x(event)
+            y = self._heights[event.id]
+            tops.setdefault(x, y)
+            bottoms[x] = self._bottom
+            if event.kind in ("end", "crash"):
+                bottoms[x] = y
+        for x, top in tops.items():
+            yield f'<path class="lifeline" d="M{x} {top}V{bottoms[x]}"/>'
+
+    def _draw_frames(self, top: int, bottom: int) -> Iterator[str]:
+        """Yield a frame around the columns of each node, in the node's own hue."""
+        for columns, x, width in self._nodes():
+            # This angle keeps the hues of any number of nodes apart.
+            hue = (210 + 137 * columns[0].node_number) % 360
+            yield (f'<rect class="node" style="--hue: {hue}" x="{x + 2}" y="{top}" '
+                   f'width="{width - 4}" height="{bottom - top}" rx="6"/>')
+
+    def _nodes(self) -> Iterator[tuple[list[_Column], int, int]]:
+        """Yield the columns of each node, where they begin, and how wide they are together."""
+        x = _LEFT
+        columns = self._picture.columns
+        for _, group in itertools.groupby(columns, lambda column: column.node_number):
+            columns_of_node = list(group)
+            width = self._column_width * len(columns_of_node)
+            yield columns_of_node, x, width
+            x += width
+
+    def _draw_head(self) -> Iterator[str]:
+        """Yield the legend, the nodes with their addresses, and the names of the threads."""
+        yield f'<rect class="sheet" width="100%" height="{self._top - 6}"/>'
+        yield from self._draw_legend()
+        yield from self._draw_frames(_FRAMES_TOP, self._top - 10)
+        for columns, x, width in self._nodes():
+            address = columns[0].node
+            # The end of an address, with the port, tells nodes apart.
+            end = address[-int(width / _CHARACTER_WIDTH):]
+            yield (f'<text class="middle" x="{x + width // 2}" y="{_FRAMES_TOP + 16}">'
+                   f'<title>{_escape(address)}</title>{_escape(end)}</text>')
+        for number, column in enumerate(self._picture.columns):
+            yield self._draw_name(number, column)
+
+    def _draw_legend(self) -> Iterator[str]:
+        yield '<g id="legend">'
+        x = 16
+        for kind, mark in _MARKS.items():
+            # One mark stands for sends and receives.
+            if kind != "receive":
+                yield (f'<g class="{kind}"><path class="mark" d="M{x} 14{mark.shape}"/></g>'
+                       f'<text x="{x + 12}" y="18">{mark.meaning}</text>')
+                x += 36 + _text_width(mark.meaning)
+        counts = ""
+        for relation in ("past", "future", "concurrent"):
+            counts += f'<tspan class="count" data-relation="{relation}"></tspan>'
+        yield f'<text x="10" y="40">{counts}<tspan id="hint">{_HINT}</tspan></text></g>'
+
+    def _draw_name(self, number: int, column: _Column) -> str:
+        x = self._x(number)
+        y = self._top - 18
+        place = f'class="thread middle" x="{x}" y="{y}"'
+        if self._names_are_upright:
+            place = f'class="thread" transform="translate({x + 4} {y}) rotate(-90)"'
+        title = _escape(column.label)
+        return f"<text {place}><title>{title}</title>{_escape(self._names[number])}</text>"
+
+
+def _text_width(text: str) -> int:
+    """Return how many pixels wide a text is in a drawing as SVG."""
+    from unicodedata import east_asian_width
+
+    # Chinese characters, and others, are as wide as two.
+    wide = sum(east_asian_width(character) in "WF" for character in text)
+    return int(_CHARACTER_WIDTH * (len(text) + wide)) + 1
 
 
 def _escape(text: str) -> str:
@@ -6119,31 +6482,14 @@ def _escape(text: str) -> str:
     return escape(text)
 
 
-def _format_shiviz(events: list[_Event], all_events: list[_Event],
-                   columns: dict[_ThreadKey, _Column]) -> str:
-    """Return each of `events` with its vector clock, in the form that ShiViz reads.
+class _SvgText(str):
+    """The text of an SVG file, which shows itself as the last value of a notebook's cell."""
 
-    A vector clock says, for each thread, how many of its events this one may depend on.
-    Events that are not shown count for nothing, but hand on the clocks of their causes.
-    """
-    import json
-
-    shown = {event.id for event in events}
-    clock_by_event: dict[_EventId, Counter[str]] = {}
-    clock_by_thread: dict[_ThreadKey, Counter[str]] = {}
-    lines = []
-    for event in all_events:
-        thread_clock = clock_by_thread.get(event.thread, Counter())
-        cause_clock = clock_by_event.get(event.cause, Counter())
-        vector_clock = thread_clock | cause_clock
-        if event.id in shown:
-            label = columns[event.thread].label
-            vector_clock[label] += 1
-            lines.append(f"{label} {json.dumps(vector_clock)}\n")
-            lines.append(f"{event.words or event.kind}\n")
-        clock_by_event[event.id] = vector_clock
-        clock_by_thread[event.thread] = vector_clock
-    return "".join(lines)
+    def _repr_html_(self) -> str:
+        # In a page of its own its script runs, and meets nobody else's.
+        page = _escape(f"<!DOCTYPE html><style>body {{ margin: 0 }}</style>{self}")
+        style = "width: 100%; height: 30em; border: 0; resize: vertical"
+        return f'<iframe srcdoc="{page}" style="{style}"></iframe>'
 
 
 ######## At the shell: main, and its commands demo, node, send, call, ps, chart, key
@@ -6394,6 +6740,9 @@ def _add_chart(commands: Any) -> None:
     parser.add_argument("-o", dest="output", default="", metavar="FILE",
                         help="write to this file, not to standard output")
     parser.add_argument("--format", default="svg", help="svg (the default), text or shiviz")
+    parser.add_argument("--watch", action="store_true",
+                        help="serve a page to this machine's browsers, which draws the traces "
+                             "again while they grow, until Ctrl-C")
     parser.add_argument("--from", dest="first", type=int, default=0, metavar="CLOCK",
                         help="leave out events of lower Lamport clocks")
     parser.add_argument("--to", dest="last", type=float, default=float("inf"),
@@ -6404,14 +6753,115 @@ def _add_chart(commands: Any) -> None:
                              "127.0.0.1:9000/logger; may be repeated")
 
 
-def _run_chart(directory: str, output: str, format: str, first: int, last: float,
+def _run_chart(directory: str, output: str, format: str, watch: bool, first: int, last: float,
                threads: list[str]) -> None:
-    drawing = chart(directory, format, first=first, last=last, threads=threads)
-    if output:
+    draw = partial(chart, directory, format, first=first, last=last, threads=threads)
+    if watch:
+        if output or format != "svg":
+            raise ValueError("--watch shows a page, so it takes no -o and no other --format")
+        _watch(directory, draw)
+    elif output:
         with open(output, "w", encoding="utf-8") as file:
-            file.write(drawing)
+            file.write(draw())
     else:
-        sys.stdout.write(drawing)
+        sys.stdout.write(draw())
+
+
+_WATCH_SCRIPT = """
+let version = "";
+
+// A name that an event keeps while the traces grow.
+function nameOf(event) {
+  const label = document.querySelectorAll(".thread title")[event.thread].textContent;
+  return label + " " + event.number;
+}
+
+// Draw the traces again if they have grown.  Whoever sees the end goes on seeing the end.
+async function redraw() {
+  const answer = await fetch("drawing", {headers: {"If-None-Match": version}});
+  if (answer.status === 200) {
+    const page = document.documentElement;
+    const seesEnd = scrollY + innerHeight > page.scrollHeight - 60;
+    const name = chosen ? nameOf(chosen) : "";
+    version = answer.headers.get("ETag");
+    document.body.innerHTML = await answer.text();
+    chosen = null;
+    readEvents();
+    const again = events.find(event => nameOf(event) === name);
+    if (again) {
+      choose(again);
+    }
+    if (seesEnd) {
+      scrollTo(scrollX, page.scrollHeight);
+    }
+    moveHead();
+  }
+  setTimeout(redraw, 1000);
+}
+
+redraw();
+"""
+
+
+def _watch(directory: str, draw: Callable[[], str]) -> None:
+    """Serve a page that shows the drawing, and shows it again whenever the traces change.
+
+    Only browsers on this machine reach it, and only those that know its random path.
+    """
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    path = f"/{os.urandom(16).hex()}/"
+    name = _printable(directory)
+    page = (f"<!DOCTYPE html><title>{_escape(name)}</title>"
+            "<style>body { margin: 0 } :root { color-scheme: light dark }</style>"
+            f"<body></body><script>{_SVG_SCRIPT}{_WATCH_SCRIPT}</script>")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == path:
+                self.answer(200, page)
+            elif self.path == path + "drawing":
+                self.answer_drawing()
+            else:
+                self.send_error(404)
+
+        def answer_drawing(self) -> None:
+            version = _traces_version(directory)
+            if self.headers["If-None-Match"] == version:
+                self.answer(304)
+                return
+            try:
+                drawing = draw()
+            except (OSError, ValueError) as error:
+                drawing = f"<p>{_escape(_printable(str(error)))}</p>"
+            self.answer(200, drawing, version)
+
+        def answer(self, status: int, text: str = "", version: str = "") -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("ETag", version)
+            self.end_headers()
+            # The page may have been closed meanwhile.
+            with suppress(ConnectionError):
+                self.wfile.write(text.encode())
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing on standard error of each request."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        address = f"http://127.0.0.1:{server.server_port}{path}"
+        print(f"{address} shows {name}; Ctrl-C ends it", flush=True)
+        server.serve_forever()
+
+
+def _traces_version(directory: str) -> str:
+    """Return a text that is another one whenever the traces in a directory have changed."""
+    files = []
+    with suppress(OSError):
+        for entry in os.scandir(directory):
+            status = entry.stat()
+            files.append((entry.name, status.st_size, status.st_mtime_ns))
+    return f'"{hashlib.sha256(repr(sorted(files)).encode()).hexdigest()}"'
 
 
 def _add_key(commands: Any) -> None:

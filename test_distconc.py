@@ -17,6 +17,7 @@ import functools
 import gc
 import hashlib
 import hmac
+import http.client
 import importlib.util
 import inspect
 import io
@@ -7184,7 +7185,7 @@ class Traces(OneChild):
         self.assertIn(f"contact with {self.node} was lost",
                       {why for process, why in lost if process != here})
         self.assertRegex(chart(self.traces, "text"), r"\n +\d+ [ |]*! .*contact with 127")
-        self.assertRegex(chart(self.traces), '<g class="down')
+        self.assertIn('<g class="event down"', chart(self.traces))
 
     def test_dropped_messages_are_lost_ones(self):
         target = self.collector(self.child())
@@ -7410,31 +7411,28 @@ class Charts(Case):
         with open(os.path.join(self.dir, name), "wb") as file:
             file.writelines(lines)
 
-    def arrows(self, **narrow):
-        """Parse a drawing: (x, y) of the two ends of each arrow, and what it says."""
+    def drawn(self, **narrow):
+        """Parse a drawing: for each row its title, its events' elements, and its arrow's path."""
         root = ElementTree.fromstring(chart(self.dir, **narrow))
-        for group in root.iter(SVG + "g"):
-            title, path = group.find(SVG + "title"), group.find(SVG + "path")
+        for row in root.iterfind(f"{SVG}g[@class='row']"):
+            events = [group for group in row.iter(SVG + "g") if group is not row]
+            yield row.find(SVG + "title").text, events, row.find(f".//{SVG}path[@class='arrow']")
+
+    def arrows(self, **narrow):
+        """(x, y) of the two ends of each arrow, and what it says."""
+        for title, _, path in self.drawn(**narrow):
             if path is not None:
-                x, y, *_, right, down = map(int, re.findall(r"-?\d+", path.get("d")))
-                yield (x, y), (right, down), title.text
+                x, y, right, down = map(int, re.findall(r"\d+", path.get("d")))
+                yield (x, y), (right, down), title
 
     def marks(self, **narrow):
-        """Parse a drawing: each mark, where it is, and the clock of its event."""
-        root = ElementTree.fromstring(chart(self.dir, **narrow))
-        lines = [text.text for text in root.findall(SVG + "text")]
-        columns = [re.match("[ \u2502]*", line).end() for line in lines
-                   if line and line[:7].isspace()]
-        for group in root.iter(SVG + "g"):
-            line = group.find(SVG + "text")
-            marks = [at for at in sorted({*columns}) if line.text[at] not in " \u2502"]
-            ends = re.findall(r"at (.*), clock (\d+)(?:\n|$)", group.find(SVG + "title").text)
-            y = int(line.get("y")) - 5
-            if len(marks) > 1:
-                path = re.findall(r"\d+", group.find(SVG + "path").get("d"))
-                marks = [(int(x) - 4) // 8 for x in path[::2]]
-            for at, (_, clock) in zip(marks, ends[-len(marks):]):
-                yield line.text[at], 8 * at + 4, y, int(clock)
+        """The kind of each event, where it is, and its clock."""
+        for title, events, _ in self.drawn(**narrow):
+            clocks = re.findall(r" at .*, clock (\d+)(?:\n|$)", title)
+            for event, clock in zip(events, clocks[-len(events):]):
+                circle = event.find(SVG + "circle")
+                yield (event.get("class").split()[1], int(circle.get("cx")),
+                       int(circle.get("cy")), int(clock))
 
     @given(STEPS)
     @settings(deadline=None, max_examples=60)
@@ -7449,7 +7447,7 @@ class Charts(Case):
         for start, stop, _ in arrows:
             check(start[1] <= stop[1] and {start, stop} <= places)
         lost = [record for record in joined if record["event"] == "lost"]
-        check(len(re.findall('<g class="[a-z ]*lost"><title>[^<]+</title><path', chart(self.dir))) ==
+        check(len(re.findall('"event lost"[^>]*><path class="arrow"', chart(self.dir))) ==
               len(lost))
         for column in {x for _, x, _, _ in marks}:
             own = sorted((clock, y) for _, x, y, clock in marks if x == column)
@@ -7505,7 +7503,7 @@ class Charts(Case):
         self.lines(*(json.dumps(record).encode() + b"\n" for record in records), rest)
         logging.disable(logging.WARNING)
         try:
-            check("\u25cf" in [mark for mark, *_ in self.marks()])
+            check("send" in [kind for kind, *_ in self.marks()])
             check(all(start[1] <= stop[1] for start, stop, _ in self.arrows()))
             lines = chart(self.dir, "text").splitlines()
             check(all(line.isprintable() and len(line) <= 80 for line in lines))
@@ -7604,7 +7602,7 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
     def test_a_later_run_of_a_node_has_columns_of_its_own(self):
         self.ran([("restart", 1, 0), ("send", 1, 0), ("receive", 2, 0)])
         drawing = chart(self.dir)
-        self.assertRegex(drawing, r">[^<]+ 127.0.0.1:9001/MainThread#2</text>")
+        self.assertIn("<title>127.0.0.1:9001/MainThread#2</title>MainThread#2</text>", drawing)
         (left, _), (right, _), _ = next(self.arrows())
         self.assertLess(left, right)
 
@@ -7617,6 +7615,18 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
         execution.written()
         drawing = chart(self.dir, threads=["127.0.0.1:7/late", "process cdcd/mute"])
         self.assertEqual(3, drawing.count("call timed out</text>"))
+
+    def test_a_cause_that_has_a_cause_itself_leaves_its_effect_a_row_of_its_own(self):
+        execution = Execution(self.dir)
+        one, two, three = ("ab" * 8, "x", 1, "1"), ("ab" * 8, "x", 2, "2"), ("ab" * 8, "x", 3, "3")
+        sent = execution.log(one, "send", message="m", to="2")
+        for _ in range(2):
+            execution.log(two, "timeout", what="receive")
+        ended = execution.log(two, "crash", sent, error="E")
+        execution.log(three, "receive", ended, message="Down")
+        execution.written()
+        self.assertEqual(["E\nsend", "Down\ncrash"],
+                         [told.split(" at ")[0] for _, _, told in self.arrows()])
 
     def test_pointing_at_an_arrow_tells_message_sender_receiver_and_both_clocks(self):
         self.ran([("send", 0, 0), ("receive", 1, 0)])
@@ -7639,23 +7649,441 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
         hosts = [host for host, _, _ in SHIVIZ.findall(chart(self.dir, "shiviz"))]
         self.assertEqual(["127.0.0.1:9000/a_b", "127.0.0.1:9000/a_b#2"], hosts[2:])
 
+    def test_a_thread_named_like_the_second_of_others_is_another(self):
+        for names in ("w", "w", "w#2"), ("w#2", "w", "w"):
+            execution = Execution(self.dir)
+            for name in names:
+                execution.begin(execution.runs[0], name)
+            execution.written()
+            hosts = [host for host, _, _ in SHIVIZ.findall(chart(self.dir, "shiviz"))]
+            self.assertEqual(5, len(set(hosts)), hosts)
+
     def test_it_says_which_way_it_is_light_and_dark_and_needs_nothing_else(self):
         self.ran([])
         drawing = chart(self.dir)
         self.assertIn("color-scheme: light dark", drawing)
         self.assertEqual(["http://www.w3.org/2000/svg"], re.findall(r"\w+://[^\"\s]+", drawing))
 
-    def test_a_thousand_messages_of_forty_threads_have_headings_all_the_way(self):
+    def test_of_a_thousand_messages_each_of_forty_threads_is_named_once(self):
         self.ran([("spawn", at, at) for at in range(38)] + [
             (what, at * 7, at) for at in range(1000) for what in ("send", "receive")])
         start = perf_counter()
         drawing, marks = chart(self.dir), list(self.marks())
         self.assertLess(perf_counter() - start, WAIT)
         self.assertEqual(2000 + 38 * 2 + 2, len(marks))
-        headings = re.findall("(?m)^<text [^>]+>[ &#;0-9]{6,} 127.+:900[01]/.+</text>", drawing)
-        self.assertEqual(40 * -(-drawing.count("<g ") // 110), len(headings))
+        names = re.findall('<text class="thread"[^>]*><title>127.0.0.1:900[01]/', drawing)
+        self.assertEqual((40, 2), (len(names), len(re.findall(":900[01]</text>", drawing))))
         for (_, up), (_, down), _ in self.arrows():
             self.assertLessEqual(up, down)
+
+
+######## Charts in a browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+class Browser:
+    """A headless Chromium, which is told what to do by its DevTools protocol, in pipes."""
+
+    def __init__(self):
+        self.directory = tempfile.mkdtemp(prefix="dc")
+        orders, self.orders = os.pipe()
+        self.answers, answers = os.pipe()
+        self.process = subprocess.Popen(
+            ["sh", "-c", f'exec "$@" 3<&{orders} 4>&{answers}', "sh", CHROMIUM, "--headless",
+             "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run",
+             "--disable-background-networking", "--disable-dev-shm-usage", "--mute-audio",
+             f"--user-data-dir={self.directory}"],
+            pass_fds=(orders, answers), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, start_new_session=True)
+        os.close(orders)
+        os.close(answers)
+        self.numbers, self.unread, self.events, self.session = itertools.count(1), b"", [], {}
+        target = self.do("Target.createTarget", url="about:blank")["targetId"]
+        session = self.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = {"sessionId": session}
+        self.do("Page.enable")
+        self.do("Network.enable")
+        self.size(1000, 700)
+
+    def close(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self.orders)
+        os.close(self.answers)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def do(self, method, **params):
+        """Have a command carried out; return its result."""
+        number = next(self.numbers)
+        order = {"id": number, "method": method, "params": params, **self.session}
+        data = json.dumps(order).encode() + b"\0"
+        while data:
+            data = data[os.write(self.orders, data):]
+        while (message := self.read()).get("id") != number:
+            self.events.append(message)
+        check("result" in message, method, params, message)
+        return message["result"]
+
+    def read(self):
+        while b"\0" not in self.unread:
+            check(select.select([self.answers], [], [], 3 * WAIT)[0], "the browser is silent")
+            data = os.read(self.answers, 1 << 20)
+            check(data, "the browser has ended")
+            self.unread += data
+        message, self.unread = self.unread.split(b"\0", 1)
+        return json.loads(message)
+
+    def size(self, width, height, scale=1):
+        self.do("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                deviceScaleFactor=scale, mobile=False)
+
+    def open(self, url):
+        self.events.clear()
+        self.do("Page.navigate", url=url)
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self.read())
+
+    def asked(self):
+        """The addresses that were asked for since the page was opened."""
+        self.ask("0")
+        return [event["params"]["request"]["url"] for event in self.events
+                if event.get("method") == "Network.requestWillBeSent"]
+
+    def ask(self, expression):
+        """The value of an expression in the script's language."""
+        answer = self.do("Runtime.evaluate", expression=expression, returnByValue=True,
+                         awaitPromise=True)
+        check("exceptionDetails" not in answer, expression, answer)
+        return answer["result"].get("value")
+
+    def click(self, x, y):
+        for kind in "mousePressed", "mouseReleased":
+            self.do("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def press(self, key):
+        text = {"text": "\r"} if key == "Enter" else {}
+        code = {"Enter": 13, "Escape": 27, "ArrowUp": 38, "ArrowDown": 40}[key]
+        for kind in "keyDown", "keyUp":
+            self.do("Input.dispatchKeyEvent", type=kind, key=key, code=key,
+                    windowsVirtualKeyCode=code, **(text if kind == "keyDown" else {}))
+
+
+ELECTION = """
+sys.path.insert(0, sys.argv[1])
+from election import member
+with start_node(), spawn_node() as one, spawn_node() as two:
+    numbers = [4, 1, 6, 2, 5, 3]
+    ring = [spawn(member, number, current_thread(), name=f"member {number}", node=node)
+            for number, node in zip(numbers, [None, one, two] * 2)]
+    for at, thread in enumerate(ring):
+        send(("next", ring[(at + 1) % len(ring)]), thread)
+    for thread in ring:
+        send("elect", thread)
+    for _ in ring:
+        receive(20)
+"""
+SNAPSHOT = """
+sys.path.insert(0, sys.argv[1])
+from snapshot import account
+with start_node(), spawn_node() as one, spawn_node() as two:
+    accounts = [spawn(account, 100, name=f"account {number}", node=node)
+                for number, node in enumerate([None, one, two])]
+    for thread in accounts:
+        send(("peers", [peer for peer in accounts if peer != thread]), thread)
+        send_synchronous("are you ready?", thread, 20)
+    for at in range(12):
+        send(("pay", at, accounts[(at + 1) % 3]), accounts[at % 3])
+    send(("snapshot", 1, current_thread()), accounts[0])
+    for at in range(6):
+        send(("pay", at, accounts[(at + 2) % 3]), accounts[at % 3])
+    for _ in accounts:
+        receive(20)
+    for thread in accounts:
+        send("stop", thread)
+        thread.join(20)
+"""
+NAMES = """[...document.querySelectorAll(".event")].map(element => {
+    const lines = element.parentNode.querySelector("title").textContent.split("\\n");
+    const events = [...element.parentNode.querySelectorAll(".event")];
+    const place = lines[lines.length - events.length + events.indexOf(element)];
+    const {x, y, width, height} = element.querySelector("circle").getBoundingClientRect();
+    return [place, element.dataset.relation ?? "", x + width / 2, y + height / 2];
+})"""
+
+
+class InABrowser(Case):
+    """Charts in Chromium, where it is installed."""
+
+    @classmethod
+    def setUpClass(cls):
+        if not CHROMIUM:
+            raise unittest.SkipTest("no Chromium is installed: charts are tried in no browser")
+        cls.browser = Browser()
+        cls.addClassCleanup(cls.browser.close)
+
+    def setUp(self):
+        super().setUp()
+        self.dir = tempfile.mkdtemp(prefix="dc")
+        self.addCleanup(shutil.rmtree, self.dir)
+        self.browser.size(1000, 700)
+
+    def open(self, directory, **narrow):
+        """Save a chart as a file, and open it; return the file's address."""
+        path = os.path.join(self.dir, "chart.svg")
+        with open(path, "w", encoding="ascii") as file:
+            file.write(chart(directory, **narrow))
+        self.browser.open("file://" + path)
+        return "file://" + path
+
+    def ran(self, steps):
+        execution = Execution(os.path.join(self.dir, "traces"))
+        os.makedirs(execution.dir, exist_ok=True)
+        for step in steps:
+            execution.do(*step)
+        return execution.written().records
+
+    def relations(self):
+        """What each event is to the chosen one, by "kind at label, clock": as shown."""
+        return {place: relation for place, relation, _, _ in self.browser.ask(NAMES)}
+
+    def place(self, name):
+        """Where an event is in the window, scrolled so that it is in the window."""
+        at = [place for place, *_ in self.browser.ask(NAMES)].index(name)
+        self.browser.ask(f"document.querySelectorAll('.event circle')[{at}].scrollIntoView("
+                         "{block: 'center', inline: 'center'})")
+        self.browser.ask("new Promise(requestAnimationFrame)")  # the head has moved, too
+        return self.browser.ask(NAMES)[at][2:]
+
+    def assert_pasts_and_futures(self, records, step, **narrow):
+        """Click every `step`th event, and compare with what the causes say."""
+        self.open(os.path.join(self.dir, "traces"), **narrow)
+        shown = self.relations()
+        labels = {key(record)[:2]: label for record, label in self.labelled(records)}
+        names = {key(record): f"{record['event']} at {labels[key(record)[:2]]}, "
+                              f"clock {record['clock']}" for record in records}
+        pasts = {names[event]: {names[other] for other in past}
+                 for event, past in happened_before(records).items()}
+        self.assertLessEqual(set(shown), set(pasts))
+        for chosen in list(shown)[::step]:
+            self.browser.click(*self.place(chosen))
+            found = self.relations()
+            for other in shown:
+                expected = "concurrent"
+                if other == chosen:
+                    expected = "chosen"
+                elif other in pasts[chosen]:
+                    expected = "past"
+                elif chosen in pasts[other]:
+                    expected = "future"
+                self.assertEqual(expected, found[other], (chosen, other))
+
+    def labelled(self, records):
+        """Each record with the label of its thread, as ShiViz's form has it."""
+        text = chart(os.path.join(self.dir, "traces"), "shiviz")
+        return zip(in_lamport_order(records), (host for host, _, _ in SHIVIZ.findall(text)))
+
+    def traced(self, program, name):
+        """Run a program with the solution of an exercise; return what was recorded."""
+        with open(os.path.join(self.dir, name + ".py"), "w") as file:
+            file.write(SOLUTIONS[name])
+        traces = os.path.join(self.dir, "traces")
+        done = script(program, self.dir, DISTCONC_TRACE=traces)
+        self.assertEqual((done.status, done.err), (0, ""))
+        return records(traces)
+
+    def test_past_future_and_the_concurrent_of_an_election_are_those_of_its_messages(self):
+        self.assert_pasts_and_futures(self.traced(ELECTION, "election"), 4)
+
+    def test_past_future_and_the_concurrent_of_a_snapshot_are_those_of_its_messages(self):
+        self.assert_pasts_and_futures(self.traced(SNAPSHOT, "snapshot"), 7)
+
+    def test_they_are_so_where_events_are_left_out_and_causes_are_strange(self):
+        for seed in range(4):
+            choose = random.Random(seed)
+            steps = [(choose.choice(WHAT), choose.randrange(10), choose.randrange(10))
+                     for _ in range(40)]
+            for narrow in {}, {"first": 3, "last": 9}, {"threads": "MainThread"}:
+                with self.subTest(seed=seed, **narrow):
+                    self.assert_pasts_and_futures(self.ran(steps), 5, **narrow)
+
+    def chosen(self):
+        found = [place for place, relation in self.relations().items() if relation == "chosen"]
+        return found[0] if found else None
+
+    def test_keys_walk_along_a_thread_and_a_message_and_escape_clears(self):
+        self.ran([("send", 0, 0), ("receive", 1, 0), ("send", 1, 0), ("timeout", 0, 0)])
+        self.open(os.path.join(self.dir, "traces"))
+        left, right = (f"127.0.0.1:900{run}/MainThread, clock " for run in (0, 1))
+        for name, keys in ((f"start at {left}1", "ArrowDown"),
+                           (f"send at {left}2", "ArrowDown"),
+                           (f"receive at {right}3", "Enter"), (f"send at {left}2", "Enter"),
+                           (f"timeout at {left}3", "ArrowDown"),
+                           (f"timeout at {left}3", "ArrowDown"),
+                           (f"timeout at {left}3", "Enter"), (f"send at {left}2", "ArrowUp"),
+                           (f"send at {right}4", "Enter ArrowDown"), (None, "Escape")):
+            with self.subTest(keys=keys, to=name):
+                for key_ in keys.split():
+                    self.browser.press(key_)
+                self.assertEqual(name, self.chosen())
+        self.assertEqual({""}, set(self.relations().values()))
+
+    def test_a_click_beside_clears_and_one_on_the_words_chooses(self):
+        self.ran([("send", 0, 0), ("receive", 1, 0)])
+        self.open(os.path.join(self.dir, "traces"))
+        self.browser.click(*self.browser.ask("""(() => {
+            const {x, y} = document.querySelector(".row:has(.receive) .words").
+                getBoundingClientRect();
+            return [x + 4, y + 4];
+        })()"""))
+        self.assertEqual("send at 127.0.0.1:9000/MainThread, clock 2", self.chosen())
+        told = self.browser.ask("document.querySelector('#legend').textContent")
+        self.assertIn("1 past   1 future   1 concurrent", told)
+        self.browser.click(800, 600)
+        self.assertIsNone(self.chosen())
+        self.assertEqual({""}, set(self.relations().values()))
+        told = self.browser.ask("document.querySelector('#legend').textContent")
+        self.assertNotIn("past", told)
+
+    def test_arrows_lead_to_the_chosen_event_and_from_there_in_two_colors(self):
+        self.ran([("send", 0, 0), ("receive", 1, 0), ("send", 1, 0), ("receive", 0, 1),
+                  ("spawn", 0, 0), ("spawn", 1, 1)])
+        self.open(os.path.join(self.dir, "traces"))
+        self.browser.click(*self.place("receive at 127.0.0.1:9001/MainThread, clock 3"))
+        look = """[...document.querySelectorAll(".arrow")].map(arrow =>
+            [arrow.dataset.relation, getComputedStyle(arrow).stroke])"""
+        arrows = self.browser.ask(look)
+        self.assertEqual(["future"] * 3 + ["past"], sorted(relation for relation, _ in arrows))
+        self.assertEqual(2, len(set(color for _, color in arrows)))
+        self.browser.press("ArrowUp")
+        self.assertEqual(["concurrent"] + ["future"] * 3,
+                         [relation for relation, _ in self.browser.ask(look)])
+
+    def test_the_head_stays_in_view_and_a_key_shows_where_it_leads(self):
+        self.ran([("send", at % 2, 0) for at in range(400)] + [("receive", 1, 0)])
+        self.open(os.path.join(self.dir, "traces"))
+        head = "(({top, bottom}) => [top, bottom])(document.querySelector('#head')." \
+               "getBoundingClientRect())"
+        top, bottom = self.browser.ask(head)
+        self.browser.click(*self.place("send at 127.0.0.1:9000/MainThread, clock 2"))
+        self.browser.press("Enter")
+        self.browser.ask("new Promise(requestAnimationFrame)")
+        self.assertGreater(self.browser.ask("scrollY"), 7000)
+        self.assertEqual([top, bottom], self.browser.ask(head))
+        [at] = [y for _, relation, _, y in self.browser.ask(NAMES) if relation == "chosen"]
+        self.assertTrue(bottom < at < 690, at)
+
+    def test_nothing_is_asked_of_the_network_and_markup_stays_text(self):
+        markup = "<script>window.ran = 1</script><img src=http://127.0.0.1:9/x onerror='ran=1'>"
+        path = os.path.join(self.dir, "traces")
+        os.mkdir(path)
+        for name in markup, f'"/>{markup}', f"]]>{markup}", f"&lt;{markup}</style></title></svg>":
+            record = {"process": name, "node": name, "thread": 1, "name": name, "clock": 1,
+                      "time": 1, "event": "send", "message": name, "to": name}
+            with open(os.path.join(path, "00.jsonl"), "ab") as file:
+                file.write(json.dumps(record).encode() + b"\n")
+        address = self.open(path)
+        self.assertEqual([address], self.browser.asked())
+        self.assertEqual(4, self.browser.ask("events.length"))
+        for at in range(4):
+            self.browser.press("ArrowDown")
+        self.assertIsNone(self.browser.ask("window.ran ?? null"))
+        self.assertEqual([0, 1, 1], self.browser.ask(
+            "['img', 'script', 'style'].map(name => document.getElementsByTagName(name).length)"))
+        words = self.browser.ask("[...document.querySelectorAll('.words')].map(words => "
+                                 "words.textContent)")
+        self.assertEqual(4, sum(markup[:60] in word for word in words), words)
+
+    def test_it_is_readable_in_light_and_dark(self):
+        self.ran([("send", 0, 0), ("receive", 1, 0), ("crash", 1, 0), ("down", 0, 0)])
+        self.open(os.path.join(self.dir, "traces"))
+        self.browser.click(*self.place("receive at 127.0.0.1:9001/MainThread, clock 3"))
+        for theme in "light", "dark":
+            self.browser.do("Emulation.setEmulatedMedia", features=[
+                {"name": "prefers-color-scheme", "value": theme}])
+            paper, ink, *others = self.browser.ask("""["#head .sheet fill", "#hint fill",
+                "[data-relation=past] color", "[data-relation=future] color",
+                ".down color"].map(name => {
+                    const [element, property] = name.split(/ (?=\\w+$)/);
+                    const color = getComputedStyle(document.querySelector(element))[property];
+                    return color.match(/[0-9.]+/g).map(Number);
+                })""")
+            for color in ink, *others:
+                self.assertGreaterEqual(contrast(paper, color), 4.5, (theme, paper, color))
+        self.browser.do("Emulation.setEmulatedMedia", features=[])
+
+    def test_a_notebook_shows_each_picture_in_a_frame_of_its_own(self):
+        self.ran([("send", 0, 0), ("receive", 1, 0)])
+        picture = chart(os.path.join(self.dir, "traces"))
+        self.assertIsInstance(picture, str)
+        self.assertFalse(hasattr(chart(os.path.join(self.dir, "traces"), "text"), "_repr_html_"))
+        path = os.path.join(self.dir, "notebook.html")
+        with open(path, "w") as file:
+            file.write("<!DOCTYPE html>" + 2 * picture._repr_html_())
+        self.browser.open("file://" + path)
+        self.assertEqual([4, 4], self.browser.ask(
+            "[frames[0], frames[1]].map(frame => frame.document.querySelectorAll('.event').length)"))
+        self.browser.click(*self.browser.ask("""(() => {
+            const frame = document.querySelector("iframe").getBoundingClientRect();
+            const mark = frames[0].document.querySelector(".send").getBoundingClientRect();
+            return [frame.x + mark.x + 9, frame.y + mark.y + 9];
+        })()"""))
+        chosen = "[frames[0], frames[1]].map(frame => frame.document.querySelectorAll(" \
+                 "'[data-relation=chosen]').length)"
+        self.assertEqual([1, 0], self.browser.ask(chosen))
+
+    def test_ten_thousand_events_are_drawn_in_5_seconds_and_10_megabytes(self):
+        self.ran([("spawn", at, at) for at in range(38)] + [
+            (what, at * 7, at) for at in range(5000) for what in ("send", "receive")])
+        start = process_time()
+        picture = chart(os.path.join(self.dir, "traces"))
+        self.assertLess(process_time() - start, 5)
+        self.assertLess(len(picture), 10_000_000)
+        self.open(os.path.join(self.dir, "traces"))
+        self.assertEqual(10_078, self.browser.ask("events.length"))
+        self.browser.press("ArrowDown")
+        self.assertEqual(1, list(self.relations().values()).count("chosen"))
+
+    def test_a_page_watches_the_traces_grow(self):
+        traces = os.path.join(self.dir, "traces")
+        process = subprocess.Popen([sys.executable, MODULE, "chart", traces, "--watch"],
+                                   text=True, env=environment(), stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        self.browser.open(process.stdout.readline().split()[0])
+        self.until("document.body.textContent.includes('no traces')")
+        self.ran([("send", 0, 0)])
+        self.until("events.length === 3")
+        self.browser.press("ArrowDown")
+        self.browser.press("ArrowDown")
+        chosen = self.chosen()
+        self.ran([("send", 0, 0), ("receive", 1, 0), ("send", 0, 0), ("spawn", 0, 1)])
+        self.until("events.length === 7")
+        self.assertEqual(chosen, self.chosen())
+        self.ran([("send", 0, 0)] * 300)
+        self.until("events.length === 302")
+        self.assertGreater(self.browser.ask("scrollY"), 5000)  # it was seen to its end
+        self.browser.ask("scrollTo(0, 1000)")
+        self.ran([("send", 0, 0)] * 600)
+        self.until("events.length === 602")
+        self.assertEqual(1000, self.browser.ask("scrollY"))
+        asked = {address.split(":")[1] for address in self.browser.asked()}
+        self.assertEqual({"//127.0.0.1"}, asked)
+
+    def until(self, condition):
+        """Wait until the page says so."""
+        self.browser.ask("new Promise(done => { const wait = () => " + condition +
+                         " ? done() : setTimeout(wait, 20); wait() })")
+
+
+def contrast(one, other):
+    """The contrast of two colors, by WCAG: 1 to 21."""
+    def light(color):
+        return sum(weight * ((value / 255 + 0.055) / 1.055) ** 2.4
+                   for weight, value in zip((0.2126, 0.7152, 0.0722), color))
+    dark, bright = sorted((light(one), light(other)))
+    return (bright + 0.05) / (dark + 0.05)
 
 
 ######## Wrong arguments
@@ -7880,6 +8308,39 @@ class Shell(Net):
         result = shell("chart", self.dir, "-o", path, "--from", "2", "--to", "6")
         self.assertEqual((result.status, result.out, result.err), (0, "", ""))
         ElementTree.parse(path)
+
+    def test_a_watched_chart_is_served_to_those_who_know_its_path_until_ctrl_c(self):
+        traces = os.path.join(self.dir, "<b>\n")
+        for options in ("-o", "x"), ("--format", "text"):
+            self.assert_one_line(shell("chart", traces, "--watch", *options), "--watch")
+        process = self.start("chart", traces, "--watch")
+        told = process.stdout.readline()
+        self.assertRegex(told, r"^http://127\.0\.0\.1:\d+/[0-9a-f]{32}/ shows .*<b>\\n; Ctrl-C")
+        host, path = re.match(r"http://(.+?)(/\S+)", told).groups()
+
+        def ask(path, **headers):
+            connection = http.client.HTTPConnection(host, timeout=T)
+            with contextlib.closing(connection):
+                connection.request("GET", path, headers=headers)
+                answer = connection.getresponse()
+                return answer.status, answer.read().decode(), answer.headers["ETag"]
+
+        for wrong in "/", "/drawing", path[:-2] + "/", path + "x", path + "../../etc/passwd":
+            self.assertEqual(404, ask(wrong)[0], wrong)
+        status, page, _ = ask(path)
+        self.assertEqual(200, status)
+        self.assertIn("&lt;b&gt;\\n</title>", page)
+        status, drawing, none_yet = ask(path + "drawing")
+        self.assertEqual(200, status)
+        self.assertRegex(drawing, "^<p>there are no traces .*&lt;b&gt;")
+        os.mkdir(traces)
+        Execution(traces).written()
+        status, drawing, version = ask(path + "drawing", **{"If-None-Match": none_yet})
+        self.assertEqual((200, chart(traces)), (status, drawing))
+        self.assertEqual((304, "", ""), ask(path + "drawing", **{"If-None-Match": version}))
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=T)
+        self.assertEqual((process.returncode, out, err), (130, "", ""))
 
     def test_ps_lists_the_threads_of_a_node_and_what_they_do(self):
         enough = []
@@ -8918,6 +9379,17 @@ WRONG["vector_clocks"] = [
     (" else \"concurrent\"", " else \"after\""),
     ("one.get(name, 0) >= count", "one[name] >= count"),  # what is missing is 0
     ("one.get(name, 0) >= count", "one.get(name, 0) > count"),
+]
+
+SOLUTIONS["concurrent"] = "from distconc import *\n\n\n" + (
+    exercises()["concurrent"].skeleton.replace(
+        "raise NotImplementedError", "return {'ac', 'ea', 'bc', 'bd', 'be', 'de', 'ef'}"))
+WRONG["concurrent"] = [
+    ("'be', ", ""),  # by their numbers, b comes before e
+    ("'ef'", "'ef', 'af'"),  # a chain of three messages is one
+    ("'ef'", "'ef', 'ab'"),  # so is the order of a thread
+    ("'ef'", "'ef', 'xy'"),
+    ("{'ac', 'ea', 'bc', 'bd', 'be', 'de', 'ef'}", "'ac'"),
 ]
 
 SOLUTIONS["mutex"] = """
