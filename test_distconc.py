@@ -6032,8 +6032,7 @@ class Terminal:
 
     def screen(self):
         written = {real: written for written, real in self.ports.items()}
-        return re.sub(r"(?:(?<=127\.0\.0\.1:)|(?<=127\.0\.0\.1', ))\d+",
-                      lambda port: written.get(port[0], port[0]),
+        return re.sub(r"\b9\d\d\d\b", lambda port: written.get(port[0], port[0]),
                       self.got.decode(errors="replace"))
 
     def type(self, prompt, text):
@@ -6116,6 +6115,8 @@ class Documents(unittest.TestCase):
         ports = quiet_ports(10)
         self.ports = {str(9000 + at): str(port) for at, port in enumerate(ports)}
         shutil.copy(MODULE, self.directory)
+        for name in "README.md", TUTORIAL, "Makefile", os.path.basename(__file__):  # for `make check`
+            shutil.copy(os.path.join(HERE, name), self.directory)
         self.save("bin/python3", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         self.save("lib/sitecustomize.py", "import sys\nsys.stdout.reconfigure("
                                           "line_buffering=True)  # as on a terminal\n")
@@ -6144,6 +6145,19 @@ class Documents(unittest.TestCase):
         self.assertIn("Mailbox._put", names)
         for name in names:
             self.assertTrue(operator.attrgetter(name)(distconc), name)
+
+    def test_every_break_tells_where_its_answer_stands_in_the_file(self):
+        with open(DOCUMENTS[1], encoding="utf-8") as file:
+            text = file.read()
+        breaks = re.split(r"(?m)^### Break \d+: ", text)[1:]
+        self.assertGreaterEqual(len(breaks), 12)
+        for text in breaks:
+            stands = re.search(r"\*\*In\s+the\s+file:\*\*\s+`([\w.]+)`", text)
+            self.assertTrue(operator.attrgetter(stands[1])(distconc), text)
+            # It is run on both: what the miniature says is not what the real file says.
+            ran = re.search(r"\$ python3 (\w+\.py) mini\n(.*?)\n\$ python3 \1 distconc\n(.*?)\n```",
+                            text, re.S)
+            self.assertNotEqual(ran[2], ran[3])
 
     def test_the_tutorial_has_every_public_name_and_an_exercise_in_each_chapter(self):
         with open(DOCUMENTS[1]) as file:
