@@ -8619,8 +8619,7 @@ class Terminal:
 
     def screen(self):
         written = {real: written for written, real in self.ports.items()}
-        return re.sub(r"(?:(?<=127\.0\.0\.1:)|(?<=127\.0\.0\.1', ))\d+",
-                      lambda port: written.get(port[0], port[0]),
+        return re.sub(r"\b9\d\d\d\b", lambda port: written.get(port[0], port[0]),
                       self.got.decode(errors="replace"))
 
     def type(self, prompt, text):
@@ -8703,6 +8702,8 @@ class Documents(unittest.TestCase):
         ports = quiet_ports(10)
         self.ports = {str(9000 + at): str(port) for at, port in enumerate(ports)}
         shutil.copy(MODULE, self.directory)
+        for name in "README.md", TUTORIAL, "Makefile", os.path.basename(__file__):  # for `make check`
+            shutil.copy(os.path.join(HERE, name), self.directory)
         self.save("bin/python3", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         self.save("lib/sitecustomize.py", "import sys\nsys.stdout.reconfigure("
                                           "line_buffering=True)  # as on a terminal\n")
@@ -8731,6 +8732,19 @@ class Documents(unittest.TestCase):
         self.assertIn("Mailbox._put", names)
         for name in names:
             self.assertTrue(operator.attrgetter(name)(distconc), name)
+
+    def test_every_break_tells_where_its_answer_stands_in_the_file(self):
+        with open(DOCUMENTS[1], encoding="utf-8") as file:
+            text = file.read()
+        breaks = re.split(r"(?m)^### Break \d+: ", text)[1:]
+        self.assertGreaterEqual(len(breaks), 12)
+        for text in breaks:
+            stands = re.search(r"\*\*In\s+the\s+file:\*\*\s+`([\w.]+)`", text)
+            self.assertTrue(operator.attrgetter(stands[1])(distconc), text)
+            # It is run on both: what the miniature says is not what the real file says.
+            ran = re.search(r"\$ python3 (\w+\.py) mini\n(.*?)\n\$ python3 \1 distconc\n(.*?)\n```",
+                            text, re.S)
+            self.assertNotEqual(ran[2], ran[3])
 
     def test_the_tutorial_has_every_public_name_and_an_exercise_in_each_chapter(self):
         with open(DOCUMENTS[1], encoding="utf-8") as file:
@@ -8860,8 +8874,9 @@ def call_back():
 # from, and "python check ring", which defines check().  That runs in a fresh process, in a
 # module check_ring of its own, with the names of distconc and those that the skeleton defines;
 # its functions, and the student's, can run on other nodes.  It says what is wrong by `assert`.
+# A lab's file stands for distconc: its check has the names of that file, and those of LAB_TOOLS.
 
-EXERCISE = re.compile(r"^### Exercise: (?P<name>\w+)\n\s*(?P<statement>.*?)\n\s*"
+EXERCISE = re.compile(r"^### Exercise: (?P<name>[\w-]+)\n\s*(?P<statement>.*?)\n\s*"
                       r"^```python skeleton (?P=name)\n(?P<skeleton>.*?)^```\n.*?"
                       r"^```python check (?P=name)\n(?P<check>.*?)^```\n", re.M | re.S)
 TUTORIAL = "tutorial.md"
@@ -8884,6 +8899,118 @@ class Exercise:
     def wanted(self):
         """The names that a student is to define."""
         return [part.name for part in ast.parse(self.skeleton).body if hasattr(part, "name")]
+
+    @property
+    def is_lab(self):
+        return self.name.startswith("lab-")
+
+    @property
+    def module(self):
+        """The name of the module that its check becomes."""
+        return "check_" + self.name.replace("-", "_")
+
+    @property
+    def suggested(self):
+        """What a student might call the file."""
+        return "mini.py" if self.is_lab else f"my_{self.name}.py"
+
+    @property
+    def beginning(self):
+        """A file to begin with."""
+        if self.is_lab:
+            return self.skeleton
+        return "from distconc import *\n\n\n" + self.skeleton
+
+    def check_module(self, student):
+        """The check as the source of a module; each line has its number in the tutorial."""
+        names = f"from distconc import *; from {student} import {', '.join(self.wanted)}"
+        if self.is_lab:
+            names = f"from lab_tools import *; from {student} import *"
+        return names + "\n" * (self.line - 1) + self.check
+
+
+# What the checks of the labs share: a module beside each of them.
+LAB_TOOLS = '''
+"""What the checks of the labs share: a time limit, free ports, other nodes."""
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack
+
+KEY = b"the key of this check"
+
+
+def within(seconds, what, func, *args):
+    """Return func(*args), but fail if that takes longer."""
+    outcome = []
+
+    def run():
+        try:
+            outcome.append((func(*args), None))
+        except BaseException as error:
+            outcome.append((None, error))
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert outcome, f"{what} did not end within {seconds} seconds"
+    result, error = outcome[0]
+    if error:
+        raise error
+    return result
+
+
+def free_ports(count):
+    with ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+                   for _ in range(count)]
+        return [server.getsockname()[1] for server in servers]
+
+
+class OtherNode:
+    """A process that has imported the student's file, started a node and run a program."""
+
+    def __init__(self, known, port, program):
+        words = (f"import sys; sys.path[:0] = {sys.path!r}\\nfrom {known.__module__} import *\\n"
+                 f"start_node({port}, {KEY!r})\\n{program}\\nprint('ready', flush=True)\\n"
+                 "sys.stdin.read()")
+        self.process = subprocess.Popen([sys.executable, "-c", words], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.lines = queue.Queue()
+        threading.Thread(target=self.read, daemon=True).start()
+        line = self.line(15)
+        assert line == "ready", (
+            f"a second process was to call start_node({port}, key) and run a few lines; within "
+            f"15 seconds it was not ready, but printed {line!r}")
+
+    def read(self):
+        for line in self.process.stdout:
+            self.lines.put(line.rstrip())
+
+    def line(self, seconds):
+        """The next line that it prints, or None."""
+        try:
+            return self.lines.get(timeout=seconds)
+        except queue.Empty:
+            return None
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def freeze(self):
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+'''.lstrip()
 
 
 def exercises():
@@ -8914,7 +9041,7 @@ def check_exercise(arguments):
         print(f"there is no exercise {options.exercise}; there is", ", ".join(near))
         sys.exit(1)
     elif not options.file:
-        print("from distconc import *\n\n\n" + all_[options.exercise].skeleton, end="")
+        print(all_[options.exercise].beginning, end="")
     else:
         try:
             passed, report = examined(all_[options.exercise], options.file)
@@ -8931,14 +9058,13 @@ def examined(exercise, file, limit=LIMIT, stdout=None):
         return False, f"{exercise.name}: {fault}"
     with tempfile.TemporaryDirectory(prefix="dc") as directory:
         module = os.path.splitext(os.path.basename(file))[0]
-        names = ", ".join(exercise.wanted)
-        with open(os.path.join(directory, f"check_{exercise.name}.py"), "w",
+        with open(os.path.join(directory, exercise.module + ".py"), "w",
                   encoding="utf-8") as check_file:
-            # Lines in between, so that each line has the number that it has in the tutorial.
-            check_file.write(f"from distconc import *; from {module} import {names}"
-                             + "\n" * (exercise.line - 1) + exercise.check)
+            check_file.write(exercise.check_module(module))
+        with open(os.path.join(directory, "lab_tools.py"), "w", encoding="utf-8") as tools_file:
+            tools_file.write(LAB_TOOLS)
         verdict = os.path.join(directory, "verdict")
-        about = (exercise.name, exercise.wanted, TUTORIAL, os.path.abspath(file),
+        about = (exercise.module, exercise.wanted, TUTORIAL, os.path.abspath(file),
                  HERE, directory, limit)
         env = {name: value for name, value in os.environ.items()
                if not name.startswith(("DISTCONC_", "PYTHONOPTIMIZE"))}
@@ -8946,13 +9072,16 @@ def examined(exercise, file, limit=LIMIT, stdout=None):
         with open(os.path.join(directory, "stderr"), "w+", errors="replace") as stderr:
             process = subprocess.Popen(
                 [sys.executable, "-c", f"{inspect.getsource(judge)}\njudge(*{about!r})"],
-                env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+                env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+                start_new_session=True)
             try:
                 process.wait(limit + WAIT)
             except subprocess.TimeoutExpired:
                 pass  # it cannot even give up; what can be said is said below
             finally:
-                process.kill()
+                # What it has started, and frozen, belongs to its group, and ends with it.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             stderr.seek(0)
             noise = without_ours(stderr.read()).splitlines()[-12:]
@@ -8979,10 +9108,11 @@ def fault_of(exercise, file):
     if not os.path.isfile(file):
         return f"there is no file {file}"
     if extension != ".py" or not module.isidentifier() or keyword.iskeyword(module):
-        return f"other nodes cannot import {file}; name it like {exercise.name}.py"
-    taken = {*sys.stdlib_module_names, "distconc", "test_distconc", f"check_{exercise.name}"}
+        return f"other nodes cannot import {file}; name it like {exercise.suggested}"
+    taken = {*sys.stdlib_module_names, "distconc", "test_distconc", "lab_tools",
+             exercise.module}
     if module in taken:
-        return f"there is a module {module} already; name it like my_{exercise.name}.py"
+        return f"there is a module {module} already; name it like {exercise.suggested}"
     try:
         with open(file, "rb") as source:
             tree = ast.parse(source.read())
@@ -8990,6 +9120,8 @@ def fault_of(exercise, file):
         return f"{file}, line {error.lineno}, is no Python: {error.msg}"
     except ValueError as error:
         return f"{file} is no Python: {error}"
+    if exercise.is_lab and re.search(r"(?m)^\s*(from|import) +distconc\b", ast.unparse(tree)):
+        return f"{file} imports distconc; a lab's file is to do without"
     names = {part.name for part in ast.walk(ast.parse(exercise.skeleton))
              if isinstance(part, ast.FunctionDef)}
     unwritten = [part.name for part in ast.walk(tree)
@@ -9005,7 +9137,8 @@ def judge(name, wanted, tutorial, file, home, directory, limit):
     import importlib, json, os, sys, threading, traceback  # noqa: E401
 
     sys.path[:1] = [home, directory, os.path.dirname(file)]
-    short, path = os.path.basename(file), os.path.join(directory, f"check_{name}.py")
+    short, path = os.path.basename(file), os.path.join(directory, name + ".py")
+    ours = path, os.path.join(directory, "lab_tools.py")
     deciding = threading.Lock()
 
     def places(stack, where):
@@ -9061,11 +9194,11 @@ def judge(name, wanted, tutorial, file, home, directory, limit):
         for want in wanted:
             if not hasattr(module, want):
                 end(f"{short} does not define {want}")
-        importlib.import_module(f"check_{name}").check()
+        importlib.import_module(name).check()
     except KeyboardInterrupt:
         os._exit(130)
     except BaseException as error:
-        told = traceback.extract_tb(error.__traceback__)[-1].filename == path
+        told = traceback.extract_tb(error.__traceback__)[-1].filename in ours
         if isinstance(error, AssertionError) and told and error.args:
             end(str(error))
         end(*explain(error))
@@ -9082,7 +9215,7 @@ SOLUTIONS, WRONG = {}, {}
 
 def answers(name):
     """(a label, the text, whether it is right) for all that we have to hand in."""
-    yield "skeleton", "from distconc import *\n\n\n" + exercises()[name].skeleton, False
+    yield "skeleton", exercises()[name].beginning, False
     yield "solution", SOLUTIONS[name], True
     for number, (what, by) in enumerate(WRONG[name], 1):
         yield f"wrong {number}", SOLUTIONS[name].replace(what, by), False
@@ -9091,7 +9224,7 @@ def answers(name):
 def handed_in(exercise, label, text, right):
     """What is amiss with the verdict on this answer, or None."""
     with tempfile.TemporaryDirectory(prefix="dc") as directory:
-        file = os.path.join(directory, f"my_{exercise.name}.py")
+        file = os.path.join(directory, exercise.module.replace("check_", "my_") + ".py")
         with open(file, "w") as mine:
             mine.write(text)
         passed, report = examined(exercise, file, stdout=subprocess.DEVNULL)
@@ -9101,7 +9234,7 @@ def handed_in(exercise, label, text, right):
     elif right:
         well = passed and said == "passed"
     else:
-        unsaid = r"not written|did not finish|Python|.* is no Python|line \d+ of \w+\.md"
+        unsaid = r"not written|other nodes cannot|there is|did not finish|Python|.* is no Python|line \d+ of \w+\.md"
         well = not passed and not re.match(unsaid, said)
     return None if well else f"{exercise.name}, {label}: {report}"
 
@@ -9986,6 +10119,159 @@ WRONG["raft"] = [
     # A node that is gone ends all others.
     ("            with suppress(NodeDown):\n                send(message, peer)",
      "            send(message, peer)"),
+]
+
+
+######## Exercises: the labs; their solution is the mini.py that the tutorial shows
+
+
+def file_of_the_tutorial(name):
+    for _, blocks in chapters(DOCUMENTS[1]):
+        for block in blocks:
+            if block.how == name:
+                return "\n".join(block.lines) + "\n"
+    raise LookupError(f"the tutorial has no file {name}")
+
+
+SOLUTIONS.update(dict.fromkeys(
+    (name for name, exercise in exercises().items() if exercise.is_lab),
+    file_of_the_tutorial("mini.py")))
+WRONG["lab-mailbox"] = [
+    # It wakes one of those who wait, who may want another message.
+    ("self.changed.notify_all()", "self.changed.notify()"),
+    # The newest message that fits.
+    ("self.messages.pop(places[0])", "self.messages.pop(places[-1])"),
+    # It takes what is equal to the message that fits.
+    ("return self.messages.pop(places[0])",
+     "message = self.messages[places[0]]\n            self.messages.remove(message)\n"
+     "            return message"),
+    # None, as if that had been a message.
+    ('raise TimeoutError(f"no message came within {timeout} seconds")', "return None"),
+    # It does not wait.
+    ("self.changed.wait_for(lambda: self.places(pred), timeout)", "self.places(pred)"),
+    # It waits anew after each message.
+    ("            places = self.changed.wait_for(lambda: self.places(pred), timeout)\n"
+     "            if not places:\n"
+     '                raise TimeoutError(f"no message came within {timeout} seconds")\n',
+     "            while not (places := self.places(pred)):\n"
+     "                if not self.changed.wait(timeout):\n"
+     "                    raise TimeoutError\n"),
+    # What is false is no message.
+    ("if pred(message)]", "if message and pred(message)]"),
+    # Who gets first finds it empty, and never looks again.
+    ("            self.changed.notify_all()\n", ""),
+    # No lock: two threads take the same message.
+    ("        with self.changed:\n            places = self.changed.wait_for("
+     "lambda: self.places(pred), timeout)",
+     "        if True:\n            import time\n            end = time.monotonic() + (timeout or 0)\n"
+     "            while not (places := self.places(pred)) and time.monotonic() < end:\n"
+     "                time.sleep(0.0001)"),
+]
+WRONG["lab-threads"] = [
+    # Each time another handle.
+    ('if not hasattr(_running, "handle"):', "if True:"),
+    # One handle for all threads.
+    ("_running = threading.local()", "_running = SimpleNamespace()"),
+    # One mailbox for all threads.
+    ("self.mailbox = Mailbox()", 'self.mailbox = _here.__dict__.setdefault("box", Mailbox())'),
+    # It runs the function at once, and waits for it.
+    ("    threading.Thread(target=thread.run, args=(func, args), name=thread.name,\n"
+     "                     daemon=True).start()\n", "    thread.run(func, args)\n"),
+    # A failure is not shown.
+    ("            raise  # so that it is printed\n", ""),
+    # A server serves once.
+    ("        while func(*args):\n            pass", "        func(*args)"),
+    # A server never ends.
+    ("        while func(*args):\n            pass", "        while True:\n            func(*args)"),
+    # The name is forgotten.
+    ("thread = Thread(name or func.__name__)", "thread = Thread(func.__name__)"),
+    # So are the arguments.
+    ("args=(func, args)", "args=(func, ())"),
+]
+WRONG["lab-handles"] = [
+    # A handle is pickled with all that is in it.
+    ("    def __reduce__(self):\n        return RemoteThread, (self.node, self.id)\n\n", ""),
+    # The node is forgotten on the way.
+    ("return RemoteThread, (self.node, self.id)", "return RemoteThread, (_here.port, self.id)"),
+    # What comes back is another thread.
+    ("return RemoteThread, (self.node, self.id)", "return Thread, (self.id,)"),
+    # Two copies are two things.
+    ("    def __eq__(self, other):\n        return isinstance(other, Handle) and "
+     "(self.node, self.id) == (other.node, other.id)\n\n", ""),
+    # The same number on another node is the same thread.
+    ("(self.node, self.id) == (other.node, other.id)", "self.id == other.id"),
+    # To compare it with anything else is an error.
+    ("isinstance(other, Handle) and (self", "(self"),
+    # No two have the same hash.
+    ("return hash(self.id)", "return id(self)"),
+    # It cannot be hashed.
+    ("    def __hash__(self):\n        return hash(self.id)\n\n", ""),
+    # What comes home is dropped.
+    ("        if self.node == _here.port:\n            _deliver(self.id, message)",
+     "        if self.node == _here.port:\n            self.mailbox.put(message)"),
+]
+WRONG["lab-nodes"] = [
+    # No key is asked for.
+    ("Listener((HOST, port), authkey=authkey)", "Listener((HOST, port))"),
+    # The accepter reads as well: one connection is served, and no other.
+    ("        threading.Thread(target=self.read, daemon=True).start()", "        self.read()"),
+    # Two threads write at the same time.
+    ("        with self.writing:\n            self.wire", "        if True:\n            self.wire"),
+    # A thread keeps the node that it had when it was made: none.
+    ("    @property\n    def node(self):\n        return _here.port",
+     "    node = None"),
+    # An unknown name ends the reader.
+    ("_threads.get(_names.get(id, id))", "_threads[_names.get(id, id)]"),
+    # Names are not known.
+    ("        _names[thread.name] = thread.id", "        pass"),
+    # A connection for each message: they overtake each other.
+    ("connection = _connections.get(port)", "connection = None"),
+    # start_node does not return.
+    ("    threading.Thread(target=_accept, args=(listener,), daemon=True).start()",
+     "    _accept(listener)"),
+]
+WRONG["lab-calls"] = [
+    # Any reply will do.
+    ('getattr(m, "tag", None) == request.tag', "isinstance(m, (Reply, Down))"),
+    # Any message will do.
+    ("receive_if(lambda m: getattr(m, \"tag\", None) == request.tag, timeout)",
+     "receive(timeout)"),
+    # All calls have the same tag.
+    ("current_thread(), uuid4().hex)\n    _awaited[request", "current_thread(), 1)\n    _awaited[request"),
+    # Nobody is told of an end.
+    ("            _tell(watcher, Down(self, reason, tag))", "            pass"),
+    # Only of a failure.
+    ("for tag, watcher in self.watchers.items():",
+     "for tag, watcher in self.watchers.items() if reason else ():"),
+    # Whoever asks for a thread that has ended is not told.
+    ("    if not thread and is_question:", "    if False:"),
+    # Only who is there can be told, for a watcher is noted when the request is received.
+    ("        if thread and is_question:", "        if False:"),
+    # It serves once.
+    ("    reply_synchronous(func(request.data), request)\n    return True",
+     "    reply_synchronous(func(request.data), request)"),
+    # A message that is no call ends the server.
+    ("request = receive_if(lambda m: isinstance(m, Synchronous))", "request = receive()"),
+]
+WRONG["lab-monitors"] = [
+    # What has ended already is never heard of.
+    ("    if not thread and is_question:", "    if not thread and isinstance(message, Synchronous):"),
+    # Nor is the loss of a node.
+    ("            if target.node == self.port:", "            if False:"),
+    # A frozen node is waited for.
+    ("self.wire.poll(PATIENCE)", "self.wire.poll(None)"),
+    # Who has nothing to say is taken for dead.
+    ('connection.send(None, "I am alive")', "pass"),
+    # A node that cannot be reached is an error of the one who asked.
+    ("    except OSError as error:\n        watch", "    except ZeroDivisionError as error:\n        watch"),
+    # Every end is a natural death.
+    ("            reason = error\n", ""),
+    # The loss of its node ends a thread a second time.
+    ("        _awaited.pop(message.tag, None)\n    if thread and", "        pass\n    if thread and"),
+    # All that a watcher learns is that something has ended.
+    ("_awaited[watch.tag] = watch.sender, thread", "_awaited[1] = watch.sender, thread"),
+    # The monitor arrives as a message.
+    ("    if thread and not isinstance(message, Monitor):", "    if thread:"),
 ]
 
 
