@@ -415,7 +415,7 @@ class Mailbox:
                     return entry
             except BaseException:
                 # Ctrl-C: nothing has happened yet.
-                self._put_back(entry)
+                self._put_back([entry])
                 raise
 
     def _pop_examined(self) -> _Entry | None:
@@ -424,11 +424,12 @@ class Mailbox:
                 return self._examined.popleft()
             return None
 
-    def _put_back(self, entry: _Entry) -> None:
-        """Make an entry that was taken the oldest again."""
+    def _put_back(self, entries: list[_Entry]) -> None:
+        """Make entries that were taken the oldest again."""
         with self._lock:
-            entry.serial = -1
-            self._examined.appendleft(entry)
+            for entry in reversed(entries):
+                entry.serial = -1
+                self._examined.appendleft(entry)
         self._arrival.wake_all()
 
     def get_if(self, pred: Predicate, timeout: float | None = None) -> Any:
@@ -530,7 +531,12 @@ class Mailbox:
                 with suppress(IndexError):
                     for _ in range(len(self._arrived)):
                         entries.append(self._arrived.popleft())
-            messages = [entry.message for entry in entries if entry.load()]
+            try:
+                messages = [entry.message for entry in entries if entry.load()]
+            except BaseException:
+                # Ctrl-C: nothing has happened yet.
+                self._put_back(entries)
+                raise
             if messages:
                 return messages
             if not self._arrival.wait_until(self._has_entries, deadline):
@@ -723,8 +729,9 @@ class _PendingTable:
     def resolve(self, tag: str, reply: _Entry, replier: Any = None) -> bool:
         """Give what is pending its reply, which came from `replier` (None: this process).
 
-        Returns False if nothing is pending.  If `replier` is another than the one that is watched, that one still has a watcher: the
-        call was passed on, or answered here.
+        Returns False if nothing is pending.  The watched node has removed its watcher if it is
+        the replier.  If it is not, the call was passed on, or answered here; then the watched
+        one is told to stop watching.
         """
         with self._lock:
             pending = self._by_tag.pop(tag, None)
@@ -3890,23 +3897,27 @@ class Node(AbstractContextManager["Node"]):
         with self._lock:
             if connection not in self._connections:
                 return
-            self._connections.remove(connection)
-            self._counts.update(sent=connection.sent, received=connection.received)
-            others = [c for c in self._connections if c.peer == connection.peer]
+            same_peer = [c for c in self._connections if c.peer == connection.peer]
             if connection in self._established:
                 self._established.remove(connection)
-                for other in others:
+                for other in same_peer:
                     other.abort()
+            # One whose peer has proved nothing only claims to be of that node.
+            is_last = [c for c in same_peer if c.peer_serial] == [connection]
+            if is_last:
+                # The peer's next connection waits until this one is out of the table; only then
+                # may there be new watchers, and new calls.
+                waiting = _pending.watching(connection.peer)
+                _registry.remove_watchers_of(connection.peer)
+            self._connections.remove(connection)
+            self._counts.update(sent=connection.sent, received=connection.received)
         self._connections_changed.wake_all()
-        # One whose peer has proved nothing only claims to be of that node.
-        proved = [each for each in (connection, *others) if each.peer_serial]
-        if proved == [connection]:
-            self._contact_lost(connection)
+        if is_last:
+            self._contact_lost(connection, waiting)
 
-    def _contact_lost(self, connection: _Connection) -> None:
-        """Fail all that waits for that node, and forget its watchers of threads here."""
+    def _contact_lost(self, connection: _Connection, waiting: list[_Pending]) -> None:
+        """Fail all that waited for that node."""
         text = f"contact with {connection.name} was lost"
-        waiting = _pending.watching(connection.peer)
         event = None
         if not self._stopped:
             event = _observer.record(None, "down", why=text)
@@ -3915,7 +3926,6 @@ class Node(AbstractContextManager["Node"]):
         if connection.broken_by and not waiting and not self._stopped:
             # Nobody else hears of it, and messages may have been lost.
             _log("INFO", "%s: %s; what was sent last may be lost", text, connection.broken_by)
-        _registry.remove_watchers_of(connection.peer)
 
     # Letting others in
 

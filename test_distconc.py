@@ -3069,6 +3069,28 @@ class TheWire(Net):
         self.assertTrue(old.is_cut() and old.has_read_end)
         self.assertEqual(late.call(2, "echo"), 2)
 
+    def test_who_watches_over_a_new_connection_is_not_forgotten_with_the_old_one(self):
+        doomed = spawn(receive)
+        contact_lost, may_go_on, has_told = Node._contact_lost, *map(
+            threading.Semaphore, (0, 0))
+
+        def wait_and_lose(*args):
+            may_go_on.acquire(timeout=T)
+            contact_lost(*args)
+            has_told.release()
+        with mock.patch.object(Node, "_contact_lost", wait_and_lose):
+            old = self.dial()
+            old.end()
+            again = self.knock()
+            again.fields[3] = old.fields[3]
+            again.challenge().greet().introduce()
+            again.write((("monitor", None, doomed.id, "tag", None), b""))
+            self.assertEqual(again.call(1, "echo"), 1)
+            may_go_on.release()
+            self.assertTrue(has_told.acquire(timeout=T))
+        send("end", doomed)
+        self.assertEqual(again.read()[:3], ("failed", "tag", "returned"))
+
     def test_a_connection_that_lives_is_not_replaced_on_a_claim(self):
         true = self.dial(address="127.0.0.1:7")
         self.assertEqual(true.call(1, "echo"), 1)
