@@ -1035,7 +1035,7 @@ class _Local(threading.local):
 
     thread: Thread | None = None  # its handle
     exit_hook: _ExitHook | None = None  # of an adopted thread
-    is_loading = False  # while a message from another node is being unpickled
+    loading_from: Any = None  # the connection whose message is being unpickled (part two)
     must_not_wait = False  # in threads of this module's, and within a write: others wait
     is_logging = False  # while a logging handler of the user's runs
 
@@ -1388,7 +1388,7 @@ class _Call(_Pending):
     """A thread waits in `send_synchronous`."""
 
     def __init__(self, caller: Thread) -> None:
-        if _local.is_loading:
+        if _local.loading_from is not None:
             raise RuntimeError(
                 "a message that is being loaded cannot call, nor wait for another thread: its "
                 "receiver waits for it; send instead, or call once it has been received")
@@ -1656,13 +1656,47 @@ def _check_allow(allow: Any) -> "str | tuple[Any, ...]":
     return items
 
 
-def _make_loader(allow: "str | Sequence[Any]") -> Callable[[Any], Any]:
-    """Return the function that unpickles messages: anything, or what `allow` lets in."""
+def _make_loader(allow: "str | Sequence[Any]",
+                 module: str = __name__) -> Callable[[Any], Any]:
+    """Return the function that unpickles messages: anything, or what `allow` lets in.
+
+    `module` is the name of this file at the sender.
+    """
     if allow == "anything":
-        return pickle.loads
+        if module == __name__:
+            return pickle.loads
+        return partial(_load_from_copy, module)
     listed = (*_plain_types(), *allow)
     allowed = {(item.__module__, item.__qualname__): item for item in listed}
-    return partial(_load_restricted, allowed, frozenset(allow))
+    return partial(_load_restricted, _named_as_in(module, allowed), frozenset(allow))
+
+
+def _named_as_in(module: str, names: dict[tuple[str, str], Any]) -> dict[tuple[str, str], Any]:
+    """Return a table of names, where this file's own are as pickles of that copy have them."""
+    renamed = {}
+    for (own, name), item in names.items():
+        if own == __name__:
+            own = module
+        renamed[own, name] = item
+    return renamed
+
+
+def _load_from_copy(module: str, data: Any) -> Any:
+    """Unpickle what a node has sent on which this file has the name `module`."""
+    return _CopyUnpickler(module, data).load()
+
+
+class _CopyUnpickler(pickle.Unpickler):
+    """Takes names of another copy of this file for those of this one."""
+
+    def __init__(self, module: str, data: Any) -> None:
+        super().__init__(io.BytesIO(data))
+        self._module = module
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == self._module:
+            module = __name__
+        return super().find_class(module, name)
 
 
 def _plain_types() -> list[Any]:
@@ -1926,7 +1960,7 @@ def _make_cookie(path: str) -> None:
 #
 # A hello is these fields, as text, joined by NUL:
 #
-#   protocol       "distconc 4"
+#   protocol       "distconc 5"
 #   role           "dialler" or "acceptor"
 #   nonce          16 random bytes, in hex
 #   incarnation    of the sender, in hex
@@ -1935,6 +1969,7 @@ def _make_cookie(path: str) -> None:
 #   address        where the sender listens: "host:port", a path, or "" if it does not
 #   dialled        from the dialler alone: the address that it wanted to reach
 #   reached        from the dialler alone: the address that its socket is connected to
+#   module         the name by which the sender imports this file; its pickles say so, too
 #
 # A frame has no meaning until its MACs are right, and no memory is taken for it before:
 #
@@ -1982,7 +2017,7 @@ def _make_cookie(path: str) -> None:
 # A request is ("ps",), ("is alive", id), or ("spawn", func, args, name, register, is_server,
 # link): link is a tag, for which a failure of the new thread is reported, or None.
 
-PROTOCOL = "distconc 4"
+PROTOCOL = "distconc 5"
 MAX_HELLO = 4096  # bytes
 FRAME_LENGTHS = struct.Struct(">IQ")
 MAC_SIZE = 16  # bytes
@@ -2007,12 +2042,14 @@ class _Hello(NamedTuple):
     max_message: int
     address: Address | None
     dialled: tuple[str, ...]  # of the dialler: the address it dialled, the one it reached
+    module: str
     line: bytes  # all of it, as it is sent
 
     @classmethod
     def make(cls, role: str, node: "Node", dialled: Sequence[str]) -> "_Hello":
         fields = [PROTOCOL, role, os.urandom(16).hex(), f"{_incarnation:x}",
-                  repr(node._heartbeat), str(node._max_message), str(node), *dialled]
+                  repr(node._heartbeat), str(node._max_message), str(node), *dialled,
+                  __name__]
         return cls.decode(os.fsencode("\0".join(fields)))
 
     @classmethod
@@ -2023,11 +2060,11 @@ class _Hello(NamedTuple):
         if fields[0] != PROTOCOL:
             raise AuthenticationError(
                 f"the other side speaks {fields[0][:100]!r}, this {PROTOCOL!r}")
-        _, role, _, incarnation, heartbeat, max_message, address, *dialled = fields
+        _, role, _, incarnation, heartbeat, max_message, address, *dialled, module = fields
         hello = cls(
             role=role, incarnation=int(incarnation, 16), heartbeat=float(heartbeat),
             max_message=int(max_message), address=_parse_address(address) if address else None,
-            dialled=tuple(dialled), line=line)
+            dialled=tuple(dialled), module=module, line=line)
         hello._check_ranges()
         return hello
 
@@ -2224,35 +2261,34 @@ class _RemoteFailure(_Failure):
         reason: BaseException | None = self._traceback
         if self._payload:
             with suppress(BaseException):
-                loaded = _load(self._connection.load, self._payload)
+                loaded = _load(self._connection, self._payload)
                 if isinstance(loaded, BaseException):
                     reason = loaded
         return ThreadDied(reason, self._traceback, self._text)
 
 
-def _load(load: Callable[[Any], Any], payload: "bytes | memoryview | None") -> Any:
-    """Load what another node has sent.
+def _load(connection: "_Connection", payload: "bytes | memoryview | None") -> Any:
+    """Load what came over a connection.
 
     Code of the user's that runs meanwhile can make no call: it would wait for a thread that
     may wait for this one.  See `_Call`.
     """
-    was_loading = _local.is_loading
+    loading_before = _local.loading_from
     try:
-        _local.is_loading = True
-        return load(payload)
+        _local.loading_from = connection
+        return connection.load(payload)
     finally:
-        _local.is_loading = was_loading
+        _local.loading_from = loading_before
 
 
 class _Origin:
     """Where messages in a mailbox came from: one for all that share a header and a frame."""
 
-    __slots__ = ("connection", "load", "target", "cause")
+    __slots__ = ("connection", "target", "cause")
 
     def __init__(self, connection: "_Connection", target: "int | str",
                  cause: _EventId | None) -> None:
         self.connection = connection
-        self.load = connection.load
         self.target = target
         self.cause = cause
 
@@ -2275,7 +2311,7 @@ class _RemoteEntry(_Entry):
         if self.payload is None:
             return self.message is not _UNREADABLE
         try:
-            self.message = _load(self.origin.load, self.payload)
+            self.message = _load(self.origin.connection, self.payload)
         except (Exception, SystemExit) as error:
             self.message = _UNREADABLE
             self._tell_sender(error)
@@ -2329,7 +2365,7 @@ class _RemoteReply(_RemoteEntry):
 
     def load(self) -> bool:
         try:
-            self.message = _load(self.origin.load, self.payload)
+            self.message = _load(self.origin.connection, self.payload)
         except (Exception, SystemExit) as error:
             text = f"the reply cannot be read here: {_last_line(error)}"
             raise RemoteError(type(error).__name__, text) from None
@@ -2377,7 +2413,7 @@ class _Connection:
         self._outgoing = _Seal(key, mine, dialler, acceptor)
         self._incoming = _Seal(key, peer, dialler, acceptor)
         self.is_local = _is_same_host(sock)
-        self.load = node._loader_for(self.is_local)
+        self.load = node._loader_for(self.is_local, peer.module)
 
         # Each side's number for this connection, and 0 before it is known; see
         # `_Handshake._exchange_serials`.
@@ -2842,7 +2878,8 @@ class _Connection:
         self._node._count("undelivered")
         text = f"the other node cannot read it: {_last_line(error)}"
         if "__main__" in text:
-            text += "; put that into a file of its own, which both can import"
+            text += ("; put that into a file of its own, which both can import (in a notebook: "
+                     "begin its cell with %%writefile mymodule.py, then import mymodule)")
         return RemoteError(type(error).__name__, text)
 
     def _fail_call(self, tag: str, error: BaseException, cause: _EventId | None) -> None:
@@ -3160,11 +3197,16 @@ class Node(AbstractContextManager["Node"]):
         """
         return self._loader_for(_is_loopback(self._listen_address))(data)
 
-    def _loader_for(self, is_local: bool) -> Callable[[Any], Any]:
-        """Return the function that loads messages of a node on this machine, or of another."""
+    def _loader_for(self, is_local: bool, module: str = __name__) -> Callable[[Any], Any]:
+        """Return the function that loads messages of a node on this machine, or of another.
+
+        `module` is the name that this file has there.
+        """
         if self._allow is None and is_local:
-            return pickle.loads
-        return self._load_restricted
+            return _make_loader("anything", module)
+        if module == __name__:
+            return self._load_restricted
+        return _make_loader(self._allow or (), module)
 
     def _may_call(self, function: Any, is_local: bool) -> bool:
         """Return whether a node may have `function` called here by `spawn`."""
@@ -3955,7 +3997,7 @@ def _serve_requests(connection: _Connection, requests: Mailbox) -> None:
             return
         tag, cause, payload = request
         try:
-            wanted = _load(connection.load, payload)
+            wanted = _load(connection, payload)
         except (Exception, SystemExit) as error:
             connection._fail_call(tag, error, None)
             continue
@@ -4428,9 +4470,10 @@ def _boot_program(number: int) -> str:
             entry = _start_directory
         if isinstance(entry, str):
             search_path.append(entry)
+    # The name of a copy need not be one that an import statement takes.
     return (
-        f"import sys; sys.path[:] = {ascii(search_path)}; "
-        f"from {__name__} import _child_main; _child_main({number})"
+        f"import sys; sys.path[:] = {ascii(search_path)}; from importlib import import_module; "
+        f"import_module({ascii(__name__)})._child_main({number})"
     )
 
 
@@ -5759,13 +5802,23 @@ def _run_chart(directory: str, output: str, format: str, first: int, last: float
 
 
 def _own_name() -> str:
-    """Return the name by which other programs import this file."""
-    # Only `python3 -m` knows the name within a package.
+    """Return the name by which other programs import this file.
+
+    In a package that is the full name.  Then `sys.path` has the package's directory no more,
+    but the one above it, as with `python3 -m`: else a program that runs on this node could
+    import this file a second time, by its other name, with threads and mailboxes of its own.
+    """
     if __spec__:
         return __spec__.name
     # Where the file is run through a symbolic link, it is imported from its real place.
-    file_name = os.path.basename(os.path.realpath(__file__))
-    return os.path.splitext(file_name)[0]
+    path, file_name = os.path.split(os.path.realpath(__file__))
+    own_directory = path
+    name = os.path.splitext(file_name)[0]
+    while os.path.exists(os.path.join(path, "__init__.py")):
+        path, package = os.path.split(path)
+        name = f"{package}.{name}"
+    sys.path[:] = [path if entry == own_directory else entry for entry in sys.path]
+    return name
 
 
 if __name__ == "__main__":
