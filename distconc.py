@@ -1413,6 +1413,11 @@ class _Call(_Pending):
 
     def wait(self, deadline: float | None) -> bool:
         """Wait for the outcome; return False at the deadline."""
+        patience = monotonic() + IMPORT_PATIENCE
+        if deadline is None or deadline > patience:
+            if self._is_pending.acquire(timeout=_remaining(patience)):
+                return True
+            _check_imports()
         return self._is_pending.acquire(timeout=_remaining(deadline))
 
     def result(self) -> Any:
@@ -1431,6 +1436,41 @@ class _Call(_Pending):
             _observer.record_receive(outcome, cause)
 
 
+IMPORT_PATIENCE = 1.0  # seconds that a call waits before it looks for a reason
+
+
+def _check_imports() -> None:
+    """Raise RuntimeError if another thread waits for an import that this thread is within.
+
+    Likely it is the thread that was called, or one that loads a message for it: then both
+    would wait for ever.
+    """
+    own_imports = set(_imported_names(sys._getframe()))
+    if not own_imports:
+        return
+    for ident, frame in sys._current_frames().items():
+        if ident == threading.get_ident() or not _is_of_importlib(frame):
+            continue
+        for name in _imported_names(frame):
+            if name in own_imports:
+                raise RuntimeError(
+                    f"a call from within the import of {name!r} cannot be answered: another "
+                    "thread waits for the end of that import; call once it is imported")
+
+
+def _is_of_importlib(frame: types.FrameType) -> bool:
+    return frame.f_code.co_filename == "<frozen importlib._bootstrap>"
+
+
+def _imported_names(frame: types.FrameType | None) -> Iterator[str]:
+    """Yield the names of the modules whose imports have led to a frame."""
+    while frame:
+        # This is where CPython's import has the name; another Python finds none.
+        if _is_of_importlib(frame) and "name" in frame.f_locals:
+            yield str(frame.f_locals["name"])
+        frame = frame.f_back
+
+
 def send_synchronous(message: Any, thread: Handle, timeout: float | None = None) -> Any:
     """Send `message`, wait for its reply, return that.  Factor: send-synchronous.
 
@@ -1438,8 +1478,9 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     does.  Leaves the mailbox alone.  Raises SerializationError, NodeUnreachable, NoSuchThread,
     AuthenticationError: nothing was delivered; RemoteError: the other node could not read it;
     ThreadDied, NodeDown, TimeoutError: it may have run, and a reply that still comes is
-    dropped.  From a thread to itself: SynchronousToSelfError.  While a message is being loaded
-    (from a `__setstate__`, say): RuntimeError.
+    dropped.  From a thread to itself: SynchronousToSelfError.  RuntimeError: while a message is
+    being loaded (from a `__setstate__`, say); and while this thread imports a module for which
+    another one waits, that would have to answer.
     """
     if not isinstance(thread, _Handle):
         raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")

@@ -4730,6 +4730,39 @@ class OtherPrograms(Net):
             send("lost", dead)
         self.assertEqual(shown.call_args.args[0].exc_type, KeyError)
 
+    # Imports
+
+    def test_a_call_from_within_an_import_works_or_says_why_not(self):
+        sys.path.append(self.dir)
+        self.addCleanup(sys.path.remove, self.dir)
+        child = self.child()
+        spawn(answer_importing, node=child, name="server", register=True)
+        self.here(collect, name="loader")
+        call = "from distconc import *\nanswer = send_synchronous(%s, RemoteThread(%r, 'server'))"
+        modules = {
+            # The other node answers.
+            "asks": call % ("'an answer'", child.address),
+            # The other node needs the module to load the call, and would call as well.
+            "both": "class Kind: pass\n" + call % ("Kind()", child.address),
+            # A thread of the same process needs it.
+            "local": "from distconc import *\ndef work():\n    receive()\n    import local\n"
+                     "send_synchronous(1, spawn(work))",
+            # The other node calls back, and a thread here needs it to load that.
+            "back": call % ("get_remote_thread('loader')", child.address)}
+        for name, text in modules.items():
+            with open(os.path.join(self.dir, name + ".py"), "w") as file:
+                file.write(text)
+            self.addCleanup(sys.modules.pop, name, None)
+        importlib.invalidate_caches()
+        self.assertEqual(importlib.import_module("asks").answer, "an answer")
+        with mock.patch("threading.excepthook", lambda info: None):
+            for name, error, words in (
+                    ("both", RemoteError, "being loaded cannot call"),
+                    ("local", RuntimeError, "from within the import of 'local'"),
+                    ("back", RuntimeError, "from within the import of 'back'")):
+                with self.subTest(name), self.assertRaisesRegex(error, words):
+                    importlib.import_module(name)
+
     # Signals, streams, directories
 
     def test_the_programs_handling_of_signals_makes_no_difference(self):
@@ -4905,6 +4938,17 @@ class OtherPrograms(Net):
                 self.assertEqual((called.out, sent.status), ("'ABC'\n", 0), called.err)
                 self.assertIn("handle_synchronous", shown.out)
                 node.kill()
+
+
+def answer_importing():
+    """Answer with what comes; or, if it is a handle, call that with what imports "back"."""
+    threading.excepthook = lambda *_: None
+    while True:
+        request = receive_if(Synchronous, T)
+        answer = request.data
+        if isinstance(answer, RemoteThread):
+            answer = send_synchronous(Does(importlib.import_module, "back"), answer, T)
+        reply_synchronous(answer, request)
 
 
 def serve_copies():
