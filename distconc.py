@@ -1546,8 +1546,9 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     does.  Leaves the mailbox alone.  Raises SerializationError, NodeUnreachable, NoSuchThread,
     AuthenticationError: nothing was delivered; RemoteError: the other node could not read it;
     ThreadDied, NodeDown, TimeoutError: it may have run, and a reply that still comes is
-    dropped.  From a thread to itself: SynchronousToSelfError.  While a message is being loaded
-    (from a `__setstate__`, say): RuntimeError.
+    dropped.  From a thread to itself: SynchronousToSelfError.  RuntimeError: while a message is
+    being loaded (from a `__setstate__`, say); and while this thread imports a module for which
+    another one waits, that would have to answer.
     """
     if not isinstance(thread, _Handle):
         raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")
@@ -1815,11 +1816,16 @@ def _is_function(item: Any) -> bool:
     return False
 
 
-def _make_loader(allow: Any) -> Callable[[Any], Any]:
-    """Return the function that unpickles messages: anything, or what `allow` lets in."""
+def _make_loader(allow: Any, module: str = __name__) -> Callable[[Any], Any]:
+    """Return the function that unpickles messages: anything, or what `allow` lets in.
+
+    `module` is the name of this file at the sender.
+    """
     allow = _check_allow(allow)
     if allow == "anything":
-        return pickle.loads
+        if module == __name__:
+            return pickle.loads
+        return partial(_load_from_copy, module)
     import copyreg
     import uuid
 
@@ -1829,7 +1835,9 @@ def _make_loader(allow: Any) -> Callable[[Any], Any]:
     # A listed class stands before the constructor of the same name.
     simple = _without_listed(_simple_constructors(), as_listed)
     exceptions = _without_listed(_exception_constructors(), as_listed)
-    all_constructors = {**simple, **exceptions}
+    simple = _named_as_in(module, simple)
+    all_constructors = {**simple, **_named_as_in(module, exceptions)}
+    as_listed = _named_as_in(module, as_listed)
     # The table has no public name, but each pickle module imports it by this one.
     extension_codes: dict[int, Any] = copyreg._inverted_registry  # type: ignore[attr-defined]
 
@@ -1843,6 +1851,34 @@ def _make_loader(allow: Any) -> Callable[[Any], Any]:
         return _unpickle(_CarefulUnpickler, data, all_constructors, as_listed)
 
     return load
+
+
+def _named_as_in(module: str, names: _Names) -> _Names:
+    """Return a table of names, where this file's own are as pickles of that copy have them."""
+    renamed = {}
+    for (own, name), item in names.items():
+        if own == __name__:
+            own = module
+        renamed[own, name] = item
+    return renamed
+
+
+def _load_from_copy(module: str, data: Any) -> Any:
+    """Unpickle what a node has sent on which this file has the name `module`."""
+    return _CopyUnpickler(module, data).load()
+
+
+class _CopyUnpickler(pickle.Unpickler):
+    """Takes names of another copy of this file for those of this one."""
+
+    def __init__(self, module: str, data: Any) -> None:
+        super().__init__(io.BytesIO(data))
+        self._module = module
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == self._module:
+            module = __name__
+        return super().find_class(module, name)
 
 
 def _pickled_name(item: Any) -> tuple[str, str]:
@@ -2415,6 +2451,7 @@ def _read_when_written(file: Any) -> bytes:
 #   address        where the sender listens: "host:port", a path, or "" if it does not
 #   dialled        from the dialler alone: the address that it wanted to reach
 #   reached        from the dialler alone: the address that its socket is connected to
+#   module         the name by which the sender imports this file; its pickles say so, too
 #
 # A frame is two pieces, its lengths and its body, each with a MAC behind it.  A piece has no
 # meaning until its MAC is right, so no memory is taken for lengths that a stranger altered:
@@ -2491,12 +2528,14 @@ class _Hello(NamedTuple):
     max_message: int
     address: Address | None
     dialled: tuple[str, ...]  # of the dialler: the address it dialled, the one it reached
+    module: str
     line: bytes  # all of it, as it is sent
 
     @classmethod
     def make(cls, role: str, node: "Node", dialled: Sequence[str]) -> "_Hello":
         fields = [PROTOCOL, role, os.urandom(16).hex(), f"{_incarnation:x}",
-                  repr(node._heartbeat), str(node._max_message), str(node), *dialled]
+                  repr(node._heartbeat), str(node._max_message), str(node), *dialled,
+                  __name__]
         return cls.decode(os.fsencode("\0".join(fields)))
 
     @classmethod
@@ -2507,11 +2546,11 @@ class _Hello(NamedTuple):
         if fields[0] != PROTOCOL:
             raise AuthenticationError(
                 f"the other side speaks {fields[0][:100]!r}, this {PROTOCOL!r}")
-        _, role, _, incarnation, heartbeat, max_message, address, *dialled = fields
+        _, role, _, incarnation, heartbeat, max_message, address, *dialled, module = fields
         hello = cls(
             role=role, incarnation=int(incarnation, 16), heartbeat=float(heartbeat),
             max_message=int(max_message), address=_parse_address(address) if address else None,
-            dialled=tuple(dialled), line=line)
+            dialled=tuple(dialled), module=module, line=line)
         hello._check_ranges()
         return hello
 
@@ -2719,7 +2758,7 @@ class _RemoteFailure(_Failure):
 
 
 def _load(connection: "_Connection", payload: "bytes | memoryview | None") -> Any:
-    """Load what another node has sent.
+    """Load what came over a connection.
 
     Code of the user's that runs meanwhile can make no call: it would wait for a thread that
     may wait for this one.  See `_Call`.
@@ -2864,7 +2903,7 @@ class _Connection:
         self._outgoing = _Seal(key, mine, dialler, acceptor)
         self._incoming = _Seal(key, peer, dialler, acceptor)
         self.is_local = _is_same_host(sock)
-        self.load = node._loader_for(self.is_local)
+        self.load = node._loader_for(self.is_local, peer.module)
 
         # Each side's number for this connection, and 0 before it is known; see
         # `_Handshake._exchange_serials`.
@@ -3339,7 +3378,8 @@ class _Connection:
         self._node._count("undelivered")
         text = f"the other node cannot read it: {_last_line(error)}"
         if "__main__" in text:
-            text += "; put that into a file of its own, which both can import"
+            text += ("; put that into a file of its own, which both can import (in a notebook: "
+                     "begin its cell with %%writefile mymodule.py, then import mymodule)")
         return RemoteError(type(error).__name__, text)
 
     def _fail_call(self, tag: str, error: BaseException, cause: _EventId | None) -> None:
@@ -3717,11 +3757,16 @@ class Node(AbstractContextManager["Node"]):
         """
         return self._loader_for(not self._is_exposed)(data)
 
-    def _loader_for(self, is_local: bool) -> Callable[[Any], Any]:
-        """Return the function that loads messages of a node on this machine, or of another."""
+    def _loader_for(self, is_local: bool, module: str = __name__) -> Callable[[Any], Any]:
+        """Return the function that loads messages of a node on this machine, or of another.
+
+        `module` is the name that this file has there.
+        """
         if self._allow is None and is_local:
-            return pickle.loads
-        return self._load_restricted
+            return _make_loader("anything", module)
+        if module == __name__:
+            return self._load_restricted
+        return _make_loader(self._allow or (), module)
 
     def _may_call(self, function: Any, is_local: bool) -> bool:
         """Return whether a node may have `function` called here by `spawn`."""
@@ -5132,9 +5177,10 @@ def _boot_program(number: int) -> str:
             entry = _start_directory
         if isinstance(entry, str):
             search_path.append(entry)
+    # The name of a copy need not be one that an import statement takes.
     return (
-        f"import sys; sys.path[:] = {ascii(search_path)}; "
-        f"from {__name__} import _child_main; _child_main({number})"
+        f"import sys; sys.path[:] = {ascii(search_path)}; from importlib import import_module; "
+        f"import_module({ascii(__name__)})._child_main({number})"
     )
 
 
@@ -6885,13 +6931,23 @@ def _run_key() -> None:
 
 
 def _own_name() -> str:
-    """Return the name by which other programs import this file."""
-    # Only `python3 -m` knows the name within a package.
+    """Return the name by which other programs import this file.
+
+    In a package that is the full name.  Then `sys.path` has the package's directory no more,
+    but the one above it, as with `python3 -m`: else a program that runs on this node could
+    import this file a second time, by its other name, with threads and mailboxes of its own.
+    """
     if __spec__:
         return __spec__.name
     # Where the file is run through a symbolic link, it is imported from its real place.
-    file_name = os.path.basename(os.path.realpath(__file__))
-    return os.path.splitext(file_name)[0]
+    path, file_name = os.path.split(os.path.realpath(__file__))
+    own_directory = path
+    name = os.path.splitext(file_name)[0]
+    while os.path.exists(os.path.join(path, "__init__.py")):
+        path, package = os.path.split(path)
+        name = f"{package}.{name}"
+    sys.path[:] = [path if entry == own_directory else entry for entry in sys.path]
+    return name
 
 
 if __name__ == "__main__":

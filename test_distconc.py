@@ -2444,7 +2444,7 @@ class RawPeer:
         self.conn, self.role, self.key = conn, role, key.encode()
         self.incarnation = int.from_bytes(os.urandom(8), "big")
         self.fields = ["distconc 5", role, os.urandom(16).hex(), f"{self.incarnation:x}",
-                       str(heartbeat), str(1 << 28), address, *meant]
+                       str(heartbeat), str(1 << 28), address, *meant, "distconc"]
         self.inbox, self.has_read_end = [], False
 
     @classmethod
@@ -3214,7 +3214,7 @@ class TheWire(Net):
     def test_a_sealed_lie_about_role_or_address_is_not_let_in(self):
         good = RawPeer.knock(self.node)
         self.addCleanup(good.close)
-        name = good.fields[-1]
+        name = good.fields[8]
         for change in ({1: "acceptor"}, {1: ""}, {0: "distconc 3"}, {0: "distconc 1"}, {0: ""},
                        {7: "127.0.0.1:1", 8: "127.0.0.1:1"}, {7: "", 8: ""},
                        {7: name + "0", 8: name[:-1]}, {3: "xyz"}, {4: "soon"}, {5: ""}):
@@ -6187,6 +6187,27 @@ class OtherPrograms(Net):
             send("lost", dead)
         self.assertEqual(shown.call_args.args[0].exc_type, KeyError)
 
+    # Imports
+
+    def test_a_call_from_within_an_import_is_answered_by_another_node(self):
+        sys.path.append(self.dir)
+        self.addCleanup(sys.path.remove, self.dir)
+        child = self.child()
+        spawn_server(handle_synchronous, echo, node=child, name="server", register=True)
+        call = "from distconc import *\nanswer = send_synchronous(%s, RemoteThread(%r, 'server'))"
+        modules = {
+            "asks": call % ("'an answer'", child.address),
+            # The other node needs the module to load the call, and would call as well.
+            "both": "class Kind: pass\n" + call % ("Kind()", child.address)}
+        for name, text in modules.items():
+            with open(os.path.join(self.dir, name + ".py"), "w") as file:
+                file.write(text)
+            self.addCleanup(sys.modules.pop, name, None)
+        importlib.invalidate_caches()
+        self.assertEqual(importlib.import_module("asks").answer, "an answer")
+        with self.assertRaisesRegex(RemoteError, "being loaded cannot call"):
+            importlib.import_module("both")
+
     # Signals, streams, directories
 
     def test_the_programs_handling_of_signals_makes_no_difference(self):
@@ -6267,6 +6288,112 @@ class OtherPrograms(Net):
         with open(os.path.join(self.dir, "answers")) as file:
             self.assertEqual(file.read(), "[None, True, True]\n")
 
+    # Copies under other names
+
+    def copy_to(self, path):
+        """Copy the file into the test's directory, and the directories into packages."""
+        path = os.path.join(self.dir, path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        shutil.copy(MODULE, path)
+        directory = os.path.dirname(path)
+        while directory != self.dir:
+            with open(os.path.join(directory, "__init__.py"), "a"):
+                directory = os.path.dirname(directory)
+
+    def run_copy(self, *command, **env):
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], env=environment(PYTHONPATH=self.dir, **env),
+            text=True, timeout=60, cwd=self.dir, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return types.SimpleNamespace(out=done.stdout, err=done.stderr, status=done.returncode)
+
+    def test_what_a_copy_of_another_name_sends_arrives_as_ours_and_ours_as_its(self):
+        self.copy_to("mypkg/vendored/messages.py")
+        with open(os.path.join(self.dir, "program.py"), "w") as file:
+            file.write("""if True:
+                import sys
+                sys.path.append(sys.argv[3])
+                if len(sys.argv) > 4:
+                    import distconc as beside  # another copy, in use in the same process
+                    beside.spawn(beside.receive)
+                from mypkg.vendored.messages import *
+                from mypkg.vendored import messages
+                def check_own(items):
+                    for item in items:
+                        assert type(item).__module__ == "mypkg.vendored.messages", type(item)
+                me = current_thread()
+                items = [
+                    me, RemoteThread(1, "x"), Synchronous(1, me, "t"), Reply(1, "t"),
+                    Monitor(me, "t"), Down(Monitor(me, "t"), me, NodeDown("lost")),
+                    NodeUnreachable("n"), NoSuchThread("n"), RemoteError("a", "b"),
+                    ThreadDied(NodeDown("d"), RemoteError("a", "b"), "t"),
+                    LinkedError(NodeDown("d"), me), SerializationError("s")]
+                node = sys.argv[1]
+                for each in node, sys.argv[2]:
+                    door = RemoteThread(each, "door")
+                    back = send_synchronous(items, door, 20)
+                    check_own(back[1:])
+                    assert back[:2] == [me, items[1]] and back[2:5] == items[2:5], back
+                    try:
+                        send_synchronous("fail", door, 20)
+                    except ThreadDied as died:
+                        check_own([died.reason])
+                        print(type(died.reason).__name__)
+                with spawn_node() as child:
+                    server = spawn(handle_synchronous, str.upper, node=child)
+                    print(send_synchronous("a child", server, 20))
+                    server = spawn(handle_synchronous, str.upper, node=node)
+                    print(send_synchronous("ours", server, 20))
+                    spawn_linked(send_synchronous, 1, me, 0.1, node=node)
+                    try:
+                        receive_if(int, 20)
+                    except LinkedError as failed:
+                        print(type(failed.error).__name__)
+                """)
+        narrow = self.child(allow=[serve_copies])
+        for beside in [], ["beside"]:
+            doors = [spawn(serve_copies, node=node, name="door", register=True)
+                     for node in (None, narrow)]
+            with mock.patch("threading.excepthook", lambda info: None):
+                done = self.run_copy("program.py", self.node, narrow, HERE, *beside)
+                self.assertEqual(done.out, "NodeDown\nNodeDown\nA CHILD\nOURS\nTimeoutError\n",
+                                 done.err)
+                for door in doors:
+                    self.assertTrue(door.join(T))
+
+    def test_the_commands_work_under_another_name_and_in_a_package(self):
+        self.copy_to("mypkg/vendored/messages.py")
+        self.copy_to("my-messages.py")
+        self.assertIn("CAN YOU HEAR ME?", self.run_copy("my-messages.py", "demo").out)
+        with open(os.path.join(self.dir, "serve.py"), "w") as file:
+            file.write("from mypkg.vendored.messages import *\n"
+                       "spawn_server(handle_synchronous, str.upper, name='up', register=True)\n"
+                       "print('ready', flush=True)\n")
+        as_module, as_file = ["-m", "mypkg.vendored.messages"], ["mypkg/vendored/messages.py"]
+        for start, asker in (as_module, as_file), (as_file, as_module), (as_file, [MODULE]):
+            with self.subTest(start), subprocess.Popen(
+                    [sys.executable, *start, "node", "0", "serve.py"], cwd=self.dir, text=True,
+                    stdout=subprocess.PIPE, env=environment(PYTHONPATH=None)) as node:
+                self.addCleanup(node.kill)
+                address = re.match(r"node (\S+),", node.stdout.readline())[1]
+                self.assertEqual(node.stdout.readline(), "ready\n")
+                called, shown, sent = [self.run_copy(*asker, *command) for command in (
+                    ["call", f"{address}/up", "'abc'"], ["ps", address],
+                    ["send", f"{address}/up", "'abc'"])]
+                self.assertEqual((called.out, sent.status), ("'ABC'\n", 0), called.err)
+                self.assertIn("handle_synchronous", shown.out)
+                node.kill()
+
+
+def serve_copies():
+    """Answer with what comes, if it is of this copy's kinds; then fail with such an error."""
+    request = receive_if(Synchronous, T)
+    for item in request.data:
+        check(type(item).__module__ == "distconc", type(item))
+    reply_synchronous(request.data, request)
+    receive_if(Synchronous, T)
+    raise NodeDown("ours")
+
 
 def receive_and_call(server):
     receive(T)
@@ -6309,6 +6436,59 @@ class Forward(logging.Handler):
 def log_until_told():
     while receive_if(str, 0, None) is None:
         logging.getLogger("talker").warning("%s", "x" * 5000)
+
+
+class Notebooks(unittest.TestCase):
+    """Cells of a notebook, run by a kernel."""
+
+    @unittest.skipUnless(importlib.util.find_spec("ipykernel")
+                         and importlib.util.find_spec("jupyter_client"),
+                         "needs ipykernel and jupyter_client")
+    def test_in_a_notebook_a_cells_own_names_are_refused_with_a_cure_that_helps(self):
+        from jupyter_client.manager import start_new_kernel
+
+        directory = tempfile.mkdtemp(prefix="dc")
+        self.addCleanup(shutil.rmtree, directory)
+        manager, kernel = start_new_kernel(cwd=directory, env=environment())
+        self.addCleanup(manager.shutdown_kernel, now=True)
+        self.addCleanup(kernel.stop_channels)
+
+        def run(cell):
+            shown = []
+
+            def note(message):
+                content = message["content"]
+                shown.append(content.get("text") or content.get("data", {}).get("text/plain")
+                             or "\n".join(content.get("traceback", [])))
+            kernel.execute_interactive(textwrap.dedent(cell), timeout=T, output_hook=note)
+            return "".join(filter(None, shown))
+
+        for _, blocks in chapters(DOCUMENTS[0]):
+            for block in blocks:
+                if block.language == "ipython":
+                    cells = "\n".join(block.lines).split("# The next cell\n")
+        self.assertEqual([run(cell) for cell in cells], ["Writing mymodule.py\n", "42"])
+        refused = run("""
+            class Mine:
+                pass
+            def work(whom):
+                send(1, whom)
+            for each in Mine(), work:
+                server = spawn(handle_synchronous, repr, node=child)
+                try:
+                    send_synchronous(each, server)
+                except RemoteError as error:
+                    print(error)
+            try:
+                spawn(work, current_thread(), node=child)
+            except RemoteError as error:
+                print(error)
+            """)
+        self.assertEqual(refused.count("begin its cell with %%writefile mymodule.py"), 3, refused)
+        self.assertEqual(run("""
+            spawn(print, "from the child", node=child).join(20)
+            child.stop()
+            """), "from the child\n")
 
 
 ######## Attackers
