@@ -5121,7 +5121,8 @@ def _start_interpreter(child_end: Connection) -> "subprocess.Popen[bytes]":
         "stdin": subprocess.DEVNULL,
         "bufsize": 0,
     }
-    if not _has_standard_error():
+    if sys.__stderr__ is None:
+        # Its number may be that of a socket by now.
         settings["stderr"] = subprocess.DEVNULL
     # Ctrl-C at the terminal is for the parent, which may catch it and go on: the child is in a
     # session, or on Windows in a process group, of its own.
@@ -5182,17 +5183,6 @@ def _boot_program(number: int) -> str:
         f"import sys; sys.path[:] = {ascii(search_path)}; from importlib import import_module; "
         f"import_module({ascii(__name__)})._child_main({number})"
     )
-
-
-def _has_standard_error() -> bool:
-    """Return whether the standard error that this process was given is still open."""
-    if sys.__stderr__ is None:
-        return False
-    try:
-        os.fstat(sys.__stderr__.fileno())
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _tell_process(control: Connection, message: bytes) -> None:
