@@ -3256,6 +3256,7 @@ class TheWire(Net):
     def test_whom_we_dial_and_who_has_no_key_disturbs_nobody_by_a_hello(self):
         """Such a one has the challenges answered by somebody else, but can make no MAC."""
         honest, results = self.dial(), queue.Queue()
+        self.assertEqual(honest.call(1, "echo"), 1)
         watch = monitor(RemoteThread(("127.0.0.1", 7), 5, honest.incarnation))
         tag = honest.read()[3]
 
