@@ -1589,6 +1589,8 @@ def census():
 
 
 def memory():
+    if not os.path.exists("/proc/self/status") or ON_WINDOWS:
+        return 0  # nobody says it there
     with open("/proc/self/status") as file:
         return int(re.search(r"VmRSS:\s+(\d+)", file.read())[1]) << 10
 
@@ -6444,6 +6446,175 @@ def call_back():
     request = receive_if(Synchronous, T)
     whole = request.data["m"] == [Down(Monitor(1, "t"), 1, None), 1 << 99]
     reply_synchronous((send_synchronous(7, request.data["serve"], 20), whole), request)
+
+
+######## A classroom: three hosts, each with its own address, and no names
+
+TEACHER = """
+handles = {}
+
+def keep(request):
+    name, handle = request
+    handles.setdefault(name, handle)
+    return handles[name]
+
+spawn_server(handle_synchronous, keep, name="board", register=True)
+"""
+STUDENT = """
+start_node(*sys.argv[1:], heartbeat=1.0, connect_timeout=2.0)
+board = RemoteThread("192.168.77.1:9000", "board")
+print(local_node(), flush=True)
+for line in sys.stdin:
+    try:
+        print(repr(eval(line)), flush=True)
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+"""
+
+
+class Host:
+    """A host: a process that holds a network, a name and a /etc/hosts of its own."""
+
+    def __init__(self, test, name, number):
+        self.test, self.dir = test, os.path.join(test.dir, name)
+        os.mkdir(self.dir)
+        with open(os.path.join(self.dir, "hosts"), "w") as file:  # as Debian writes it
+            file.write(f"127.0.0.1 localhost\n127.0.1.1 {name}-laptop\n")
+        self.process = subprocess.Popen(
+            ["unshare", "--net", "--mount", "--uts", "sh", "-ec",
+             f"hostname {name}-laptop; ip link set lo up; "
+             f"mount --bind {self.dir}/hosts /etc/hosts; echo ready; exec sleep 1000"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        test.addCleanup(self.end)
+        if self.process.stdout.readline() != "ready\n":
+            test.skipTest(f"no namespaces can be made here: {self.process.stderr.read()}")
+        if number:
+            test.ip(f"link add port{number} type veth peer name e0 netns {self.process.pid}")
+            test.ip(f"link set port{number} master switch up")
+            self.ip(f"addr add 192.168.77.{number}/24 dev e0")
+            self.ip("link set e0 up")
+
+    def end(self):
+        self.process.kill()
+        self.process.communicate()
+
+    def inside(self, *command):
+        return ["nsenter", "-t", str(self.process.pid), "-n", "-m", "-u", *command]
+
+    def ip(self, words):
+        subprocess.run(self.inside("ip", *words.split()), check=True)
+
+    def python(self, *args):
+        """Start a Python, which reads lines and prints others; return the function for that."""
+        process = subprocess.Popen(
+            self.inside(sys.executable, *args), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=environment(HOME=self.dir), bufsize=1)
+        self.test.addCleanup(process.communicate)
+        self.test.addCleanup(process.kill)
+
+        def answer(line=None):
+            if line:
+                process.stdin.write(line + "\n")
+            return process.stdout.readline().rstrip()
+        return answer
+
+    def student(self, *args):
+        """Start a student's program; return the function that has it evaluate a line."""
+        text = "from distconc import *\nimport sys\n" + STUDENT
+        return self.python("-c", text, *args)
+
+
+@unittest.skipUnless(shutil.which("ip") and shutil.which("nsenter") and not os.geteuid(),
+                     "hosts are made by root, with ip, unshare and nsenter")
+class Classroom(unittest.TestCase):
+    """A teacher and two students on a switch, which leads nowhere else."""
+
+    def setUp(self):
+        self.dir = tempfile.mkdtemp(prefix="dc")
+        self.addCleanup(shutil.rmtree, self.dir)
+        self.switch = None
+        self.switch = Host(self, "switch", 0)
+        self.ip("link add switch type bridge")
+        self.ip("link set switch up")
+        self.teacher, self.anna, self.ben = (
+            Host(self, name, number) for number, name in enumerate(("teacher", "anna", "ben"), 1))
+        self.lesson = os.path.join(self.dir, "lesson.py")
+        with open(self.lesson, "w") as file:
+            file.write("from distconc import *\n" + TEACHER)
+
+    def ip(self, words):
+        self.switch.ip(words)
+
+    def teach(self):
+        shown = self.teacher.python(MODULE, "node", "0.0.0.0:9000", self.lesson)
+        self.assertRegex(shown(), r"^node 192\.168\.77\.1:9000, pid \d+$")
+
+    def test_students_send_to_each_others_handles_which_they_have_from_the_teacher(self):
+        self.teach()
+        anna, ben = self.anna.student("0.0.0.0:0"), self.ben.student("0.0.0.0:9001")
+        self.assertRegex(anna(), r"^192\.168\.77\.2:\d+$")
+        self.assertEqual(ben(), "192.168.77.3:9001")
+        anna("send_synchronous(('anna', current_thread()), board, 9)")
+        handle = ben("send_synchronous(('anna', None), board, 9)")
+        self.assertRegex(handle, r"^RemoteThread\('192\.168\.77\.2:\d+', 1\)$")
+        ben("send(('hello', current_thread()), send_synchronous(('anna', None), board, 9))")
+        self.assertEqual(anna("receive(9)"), "('hello', RemoteThread('192.168.77.3:9001', 1))")
+
+    def test_a_cable_out_is_noticed_and_a_cable_in_needs_nothing(self):
+        self.teach()
+        ben = self.ben.student("0.0.0.0:0")
+        ben()
+        self.assertEqual(ben("send_synchronous(('one', 1), board, 9)"), "1")
+        self.ip("link set port1 down")
+        begin = monotonic()
+        self.assertIn("NodeDown", ben("send_synchronous(('two', 2), board)"))
+        self.assertLess(monotonic() - begin, 5)
+        self.assertIn("its firewall", ben("connect('192.168.77.1:9000')"))
+        self.ip("link set port1 up")
+        self.assertEqual(ben("send_synchronous(('three', 3), board, 9)"), "3")
+
+    def test_behind_a_door_of_another_host_a_node_needs_advertise_and_is_told_so(self):
+        self.assertEqual(self.ben.python("-c", DOOR)(), "open")
+        inside = "192.168.77.2", 9000
+        anna = self.anna.student("0.0.0.0:9000")
+        self.assertEqual(anna(), "%s:%d" % inside)
+        teacher = self.teacher.student()
+        teacher()
+        said = teacher("connect('192.168.77.3:7000')")
+        self.assertIn("its start_node needs advertise='192.168.77.3:7000'", said)
+        anna("stop_node()")
+        anna("start_node('0.0.0.0:9000', advertise='192.168.77.3:7000')")
+        self.assertEqual(teacher("connect('192.168.77.3:7000')"), "None")
+        self.assertEqual(teacher("nodes()"), "[('192.168.77.3', 7000)]")
+
+    def test_a_node_that_does_not_listen_is_told_of_as_such(self):
+        self.teach()
+        anna, ben = self.anna.student("0.0.0.0:0"), self.ben.student()
+        anna(), ben()
+        ben("stop_node()")
+        ben("start_node(None)")
+        ben("send_synchronous(('ben', current_thread()), board, 9)")
+        said = anna("send(1, send_synchronous(('ben', None), board, 9))")
+        self.assertIn("start_node() there lets others dial it", said)
+
+
+DOOR = """
+import contextlib, socket, threading
+
+def pump(source, sink):
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+door = socket.create_server(("192.168.77.3", 7000))
+print("open", flush=True)
+while True:
+    client, _ = door.accept()
+    inner = socket.create_connection(("192.168.77.2", 9000))
+    for ends in (client, inner), (inner, client):
+        threading.Thread(target=pump, args=ends, daemon=True).start()
+"""
 
 
 ######## Exercises: check, how one is judged, solutions, wrong ones
