@@ -1921,7 +1921,7 @@ def _find_own_host() -> str:
             probe.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface)
             probe.connect(("224.0.0.1", 9))
             host: str = probe.getsockname()[0]
-            if not host.startswith("127."):
+            if not host.startswith(("127.", "0.")):
                 return host
     return "127.0.0.1"
 
@@ -5669,7 +5669,10 @@ def _run_prompt(main_module: types.ModuleType) -> None:
     namespace = main_module.__dict__
     for name in __all__:
         namespace[name] = globals()[name]
-    banner = "All names of distconc are here; Ctrl-D ends the node."
+    end_of_input = "Ctrl-D"
+    if sys.platform == "win32":
+        end_of_input = "Ctrl-Z and Enter"
+    banner = f"All names of distconc are here; {end_of_input} ends the node."
     code.interact(banner, local=namespace, exitmsg="")
 
 
@@ -5702,7 +5705,7 @@ def _add_send(commands: Any) -> None:
 
 def _add_message_arguments(parser: Any) -> None:
     parser.add_argument("target", help="a thread, such as 127.0.0.1:9000/logger")
-    parser.add_argument("message", help="a Python literal, such as '(\"hello\", 1)'")
+    parser.add_argument("message", help="a Python literal, such as \"('hello', 1)\"")
     parser.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS",
                         help="fail after so many seconds (10)")
 
@@ -5732,7 +5735,8 @@ def _parse_literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        examples = "such as 7, '(\"hello\", 1)' or '\"hello\"'"
+        # No shell changes these: double quotes outside, single ones inside.
+        examples = "such as 7, \"('hello', 1)\" or \"'hello'\""
         start = _truncate(text, 60)
         raise ValueError(f"{start} is no Python literal, {examples}") from None
 

@@ -8,6 +8,7 @@ import copy
 import ctypes
 import difflib
 import dis
+import errno
 import enum
 import faulthandler
 import fractions
@@ -3806,6 +3807,47 @@ class Plain(Net):
                 inside and os.rmdir(mark)
                 self.assertEqual(deserialize(serialize([1])), [1])
 
+    def test_what_cannot_be_listened_at_or_advertised_says_its_cure(self):
+        stop_node()
+        key = "sixteen or more!"
+        for address, advertise, error, cure in (
+                ("192.0.2.77:0", None, OSError, "does not have that address.*0.0.0.0"),
+                ("no-such-host.invalid:0", None, OSError, "say a number"),
+                ("[::1]:9000", None, ValueError, "IPv6.*IPv4"),
+                (("fe80::1", 9000), None, ValueError, "IPv6.*IPv4"),
+                (0, "127.0.0.1:0", ValueError, "port 0; leave the port out"),
+                (0, "0.0.0.0:9000", ValueError, "address on the network")):
+            with self.subTest(address, advertise=advertise):
+                with self.assertRaisesRegex(error, cure):
+                    start_node(address, advertise=advertise, authkey=key)
+        with start_node(0, advertise="127.0.0.1") as node:
+            self.assertEqual(node.address, ("127.0.0.1", node._listen_address[1]))
+
+    def test_what_cannot_be_dialled_says_its_cure(self):
+        for error, cure in (
+                (socket.gaierror(-3, "Temporary failure in name resolution"),
+                 "cannot be looked up.*the number.*advertise="),
+                (OSError(errno.EHOSTUNREACH, "No route to host"), "its firewall let port 9000"),
+                (OSError(errno.ETIMEDOUT, "timed out"), "its firewall let port 9000"),
+                (ConnectionRefusedError(), "told 0.0.0.0:PORT there")):
+            with mock.patch.object(distconc, "Client", side_effect=error):
+                with self.assertRaisesRegex(NodeUnreachable, cure):
+                    connect("teacher-laptop:9000")
+        hung = threading.Event()
+        self.addCleanup(hung.set)
+        with mock.patch.object(distconc, "Client", side_effect=lambda *_: hung.wait(T) and fail(
+                OSError())), mock.patch.object(self.node, "_connect_timeout", 0.1):
+            with self.assertRaisesRegex(NodeUnreachable, "in time|within.*its firewall"):
+                connect("192.0.2.1:9000")
+            hung.set()
+
+    def test_behind_a_door_the_one_who_dials_reads_that_advertise_is_needed(self):
+        inside = self.child()
+        with Proxy(inside.address, lambda inward, count, frame: [frame]) as door:
+            name = "%s:%d" % door.address
+            with self.assertRaisesRegex(NodeUnreachable, f"needs advertise='{name}'"):
+                connect(door.address)
+
     def test_a_wildcard_bind_is_reached_by_every_name_and_advertises_none_of_zeros(self):
         child = self.child(("0.0.0.0", 0), allow="anything", advertise=None)
         self.assertNotEqual(child.address[0], "0.0.0.0")
@@ -5995,7 +6037,7 @@ class Shell(Net):
                 (["key"], shell("call", target, "1", DISTCONC_AUTHKEY="wrong")),
                 (["literal"], shell("send", target, "hello")),
                 (["literal"], shell("call", target, "open('x')")),
-                (["literal", "'\"hello\"'"], shell("send", target, "it's")),
+                (["literal", "\"'hello'\""], shell("send", target, "it's")),
                 (["literal"], shell("send", target, "{[]: 1}")),
                 (["literal"], shell("send", target, "1+" * 5_000 + "1")),
                 (["x\\ny"], shell("send", f"{self.node}/x\ny", "1")),
