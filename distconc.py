@@ -2608,7 +2608,7 @@ class _Connection:
             self._frame_maker = 0
 
     def _make_frame(self, groups: list[tuple[_Header, list[int]]],
-                    payloads: list[bytes]) -> list[bytes]:
+                    payloads: list[bytes]) -> "Sequence[bytes | memoryview]":
         """Return the bytes of a frame: in one piece, unless joining would cost too much."""
         if not groups:
             lengths = FRAME_LENGTHS.pack(0, 0)
@@ -2621,7 +2621,7 @@ class _Connection:
         start = lengths + self._outgoing.mac_of_lengths(lengths) + envelope
         end = self._outgoing.mac_of_body(envelope, body)
         if len(body) > READ_BUFFER:
-            return [start, body, end]
+            return [start, *_cut(body), end]
         return [start + body + end]
 
     # The writer
@@ -2919,6 +2919,11 @@ def _open_for_reading(sock: socket.socket) -> Any:
     return sock.makefile("rb", READ_BUFFER)
 
 
+# Whether `shutdown` wakes a thread that is blocked in a read or a write of that socket.  On
+# Windows it does not: there both have a time-out, in handshakes as well.
+SHUTDOWN_WAKES = sys.platform != "win32"
+
+
 def _limit_silence(sock: socket.socket, seconds: float) -> None:
     """Have a read end after so many seconds without a byte.
 
@@ -2945,9 +2950,12 @@ def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, option, value)
 
 
-# Whether `shutdown` wakes a thread that is blocked in a read or a write of that socket.  On
-# Windows it does not: there such a read or write ends by a time-out.
-SHUTDOWN_WAKES = sys.platform != "win32"
+def _cut(body: bytes) -> "Sequence[bytes | memoryview]":
+    """Return what is to be written at a time: where writes have a time-out, not all at once."""
+    if SHUTDOWN_WAKES:
+        return [body]
+    view = memoryview(body)
+    return [view[start:start + READ_BUFFER] for start in range(0, len(body), READ_BUFFER)]
 
 
 def _shut_down(sock: socket.socket) -> None:
