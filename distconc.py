@@ -3082,7 +3082,7 @@ class _Connection:
             self._is_writing = False
 
     def _make_frame(self, groups: list[tuple[_Header, list[int]]],
-                    payloads: list[bytes]) -> list[bytes]:
+                    payloads: list[bytes]) -> "Sequence[bytes | memoryview]":
         """Return the bytes of a frame: in one piece, unless joining would cost too much."""
         seal = self._outgoing
         if not groups:
@@ -3095,7 +3095,7 @@ class _Connection:
         lengths = FRAME_LENGTHS.pack(len(envelope), len(payload))
         start = lengths + seal.mac(lengths)
         if len(payload) > READ_BUFFER:
-            return [start + envelope, payload, seal.mac(envelope, payload)]
+            return [start + envelope, *_cut(payload), seal.mac(envelope, payload)]
         body = envelope + payload
         return [start + body + seal.mac(body)]
 
@@ -3395,6 +3395,11 @@ def _open_for_reading(sock: socket.socket) -> Any:
     return sock.makefile("rb", READ_BUFFER)
 
 
+# Whether `shutdown` wakes a thread that is blocked in a read or a write of that socket.  On
+# Windows it does not: there both have a time-out, in handshakes as well.
+SHUTDOWN_WAKES = sys.platform != "win32"
+
+
 def _limit_silence(sock: socket.socket, seconds: float) -> None:
     """Have a read end after so many seconds without a byte.
 
@@ -3421,9 +3426,12 @@ def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, option, value)
 
 
-# Whether `shutdown` wakes a thread that is blocked in a read or a write of that socket.  On
-# Windows it does not: there such a read or write ends by a time-out.
-SHUTDOWN_WAKES = sys.platform != "win32"
+def _cut(body: bytes) -> "Sequence[bytes | memoryview]":
+    """Return what is to be written at a time: where writes have a time-out, not all at once."""
+    if SHUTDOWN_WAKES:
+        return [body]
+    view = memoryview(body)
+    return [view[start:start + READ_BUFFER] for start in range(0, len(body), READ_BUFFER)]
 
 
 def _shut_down(sock: socket.socket) -> None:
@@ -6678,7 +6686,10 @@ def _run_prompt(main_module: types.ModuleType) -> None:
     namespace = main_module.__dict__
     for name in __all__:
         namespace[name] = globals()[name]
-    banner = "All names of distconc are here; Ctrl-D ends the node."
+    end_of_input = "Ctrl-D"
+    if sys.platform == "win32":
+        end_of_input = "Ctrl-Z and Enter"
+    banner = f"All names of distconc are here; {end_of_input} ends the node."
     code.interact(banner, local=namespace, exitmsg="")
 
 
@@ -6711,7 +6722,7 @@ def _add_send(commands: Any) -> None:
 
 def _add_message_arguments(parser: Any) -> None:
     parser.add_argument("target", help="a thread, such as 127.0.0.1:9000/logger")
-    parser.add_argument("message", help="a Python literal, such as '(\"hello\", 1)'")
+    parser.add_argument("message", help="a Python literal, such as \"('hello', 1)\"")
     parser.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS",
                         help="fail after so many seconds (10)")
 
@@ -6741,7 +6752,8 @@ def _parse_literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        examples = "such as 7, '(\"hello\", 1)' or '\"hello\"'"
+        # No shell changes these: double quotes outside, single ones inside.
+        examples = "such as 7, \"('hello', 1)\" or \"'hello'\""
         start = _truncate(text, 60)
         raise ValueError(f"{start} is no Python literal, {examples}") from None
 

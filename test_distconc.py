@@ -10,6 +10,7 @@ import ctypes
 import datetime
 import difflib
 import dis
+import errno
 import enum
 import faulthandler
 import fractions
@@ -2154,6 +2155,8 @@ def census():
 
 
 def memory():
+    if not os.path.exists("/proc/self/status") or ON_WINDOWS:
+        return 0  # nobody says it there
     with open("/proc/self/status") as file:
         return int(re.search(r"VmRSS:\s+(\d+)", file.read())[1]) << 10
 
@@ -4645,6 +4648,50 @@ os.wait()""")
                 self.assertEqual(os.path.exists(mark), inside)
                 inside and os.rmdir(mark)
                 self.assertEqual(deserialize(serialize([1])), [1])
+
+    def test_what_cannot_be_listened_at_or_advertised_says_its_cure(self):
+        stop_node()
+        key = "sixteen or more!"
+        for address, advertise, error, cure in (
+                ("192.0.2.77:0", None, OSError, "does not have that address.*0.0.0.0"),
+                ("[::1]:9000", None, ValueError, "IPv6.*IPv4"),
+                (("fe80::1", 9000), None, ValueError, "IPv6.*IPv4"),
+                (0, "127.0.0.1:0", ValueError, "port 0; leave the port out"),
+                (0, "0.0.0.0:9000", ValueError, "address on the network")):
+            with self.subTest(address, advertise=advertise):
+                with self.assertRaisesRegex(error, cure):
+                    start_node(address, advertise=advertise, authkey=key)
+        no_name = socket.gaierror(-3, "Temporary failure in name resolution")
+        with mock.patch.object(distconc, "Listener", side_effect=no_name):
+            with self.assertRaisesRegex(OSError, "say a number"):
+                start_node("teacher-laptop:9000", authkey=key)
+        with start_node(0, advertise="127.0.0.1") as node:
+            self.assertEqual(node.address, ("127.0.0.1", node._listen_address[1]))
+
+    def test_what_cannot_be_dialled_says_its_cure(self):
+        for error, cure in (
+                (socket.gaierror(-3, "Temporary failure in name resolution"),
+                 "cannot be looked up.*the number.*advertise="),
+                (OSError(errno.EHOSTUNREACH, "No route to host"), "its firewall let port 9000"),
+                (OSError(errno.ETIMEDOUT, "timed out"), "its firewall let port 9000"),
+                (ConnectionRefusedError(), "told 0.0.0.0:PORT there")):
+            with mock.patch.object(distconc, "Client", side_effect=error):
+                with self.assertRaisesRegex(NodeUnreachable, cure):
+                    connect("teacher-laptop:9000")
+        hung = threading.Event()
+        self.addCleanup(hung.set)
+        with mock.patch.object(distconc, "Client", side_effect=lambda *_: hung.wait(T) and fail(
+                OSError())), mock.patch.object(self.node, "_connect_timeout", 0.1):
+            with self.assertRaisesRegex(NodeUnreachable, "in time|within.*its firewall"):
+                connect("192.0.2.1:9000")
+            hung.set()
+
+    def test_behind_a_door_the_one_who_dials_reads_that_advertise_is_needed(self):
+        inside = self.child()
+        with Proxy(inside.address, lambda inward, count, frame: [frame]) as door:
+            name = "%s:%d" % door.address
+            with self.assertRaisesRegex(NodeUnreachable, f"needs advertise='{name}'"):
+                connect(door.address)
 
     def test_a_wildcard_bind_is_reached_by_every_name_and_advertises_none_of_zeros(self):
         child = self.child(("0.0.0.0", 0), allow="anything", advertise=None)
@@ -8601,7 +8648,7 @@ class Shell(Net):
                 (["key"], shell("call", target, "1", DISTCONC_AUTHKEY="wrong")),
                 (["literal"], shell("send", target, "hello")),
                 (["literal"], shell("call", target, "open('x')")),
-                (["literal", "'\"hello\"'"], shell("send", target, "it's")),
+                (["literal", "\"'hello'\""], shell("send", target, "it's")),
                 (["literal"], shell("send", target, "{[]: 1}")),
                 (["literal"], shell("send", target, "1+" * 5_000 + "1")),
                 (["x\\ny"], shell("send", f"{self.node}/x\ny", "1")),
@@ -9066,6 +9113,175 @@ def call_back():
     request = receive_if(Synchronous, T)
     whole = request.data["m"] == [Down(Monitor(1, "t"), 1, None), 1 << 99]
     reply_synchronous((send_synchronous(7, request.data["serve"], 20), whole), request)
+
+
+######## A classroom: three hosts, each with its own address, and no names
+
+TEACHER = """
+handles = {}
+
+def keep(request):
+    name, handle = request
+    handles.setdefault(name, handle)
+    return handles[name]
+
+spawn_server(handle_synchronous, keep, name="board", register=True)
+"""
+STUDENT = """
+start_node(*sys.argv[1:], heartbeat=1.0, connect_timeout=2.0)
+board = RemoteThread("192.168.77.1:9000", "board")
+print(local_node(), flush=True)
+for line in sys.stdin:
+    try:
+        print(repr(eval(line)), flush=True)
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+"""
+
+
+class Host:
+    """A host: a process that holds a network, a name and a /etc/hosts of its own."""
+
+    def __init__(self, test, name, number):
+        self.test, self.dir = test, os.path.join(test.dir, name)
+        os.mkdir(self.dir)
+        with open(os.path.join(self.dir, "hosts"), "w") as file:  # as Debian writes it
+            file.write(f"127.0.0.1 localhost\n127.0.1.1 {name}-laptop\n")
+        self.process = subprocess.Popen(
+            ["unshare", "--net", "--mount", "--uts", "sh", "-ec",
+             f"hostname {name}-laptop; ip link set lo up; "
+             f"mount --bind {self.dir}/hosts /etc/hosts; echo ready; exec sleep 1000"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        test.addCleanup(self.end)
+        if self.process.stdout.readline() != "ready\n":
+            test.skipTest(f"no namespaces can be made here: {self.process.stderr.read()}")
+        if number:
+            test.ip(f"link add port{number} type veth peer name e0 netns {self.process.pid}")
+            test.ip(f"link set port{number} master switch up")
+            self.ip(f"addr add 192.168.77.{number}/24 dev e0")
+            self.ip("link set e0 up")
+
+    def end(self):
+        self.process.kill()
+        self.process.communicate()
+
+    def inside(self, *command):
+        return ["nsenter", "-t", str(self.process.pid), "-n", "-m", "-u", *command]
+
+    def ip(self, words):
+        subprocess.run(self.inside("ip", *words.split()), check=True)
+
+    def python(self, *args):
+        """Start a Python, which reads lines and prints others; return the function for that."""
+        process = subprocess.Popen(
+            self.inside(sys.executable, *args), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=environment(HOME=self.dir), bufsize=1)
+        self.test.addCleanup(process.communicate)
+        self.test.addCleanup(process.kill)
+
+        def answer(line=None):
+            if line:
+                process.stdin.write(line + "\n")
+            return process.stdout.readline().rstrip()
+        return answer
+
+    def student(self, *args):
+        """Start a student's program; return the function that has it evaluate a line."""
+        text = "from distconc import *\nimport sys\n" + STUDENT
+        return self.python("-c", text, *args)
+
+
+@unittest.skipUnless(shutil.which("ip") and shutil.which("nsenter") and not os.geteuid(),
+                     "hosts are made by root, with ip, unshare and nsenter")
+class Classroom(unittest.TestCase):
+    """A teacher and two students on a switch, which leads nowhere else."""
+
+    def setUp(self):
+        self.dir = tempfile.mkdtemp(prefix="dc")
+        self.addCleanup(shutil.rmtree, self.dir)
+        self.switch = None
+        self.switch = Host(self, "switch", 0)
+        self.ip("link add switch type bridge")
+        self.ip("link set switch up")
+        self.teacher, self.anna, self.ben = (
+            Host(self, name, number) for number, name in enumerate(("teacher", "anna", "ben"), 1))
+        self.lesson = os.path.join(self.dir, "lesson.py")
+        with open(self.lesson, "w") as file:
+            file.write("from distconc import *\n" + TEACHER)
+
+    def ip(self, words):
+        self.switch.ip(words)
+
+    def teach(self):
+        shown = self.teacher.python(MODULE, "node", "0.0.0.0:9000", self.lesson)
+        self.assertRegex(shown(), r"^node 192\.168\.77\.1:9000, pid \d+$")
+
+    def test_students_send_to_each_others_handles_which_they_have_from_the_teacher(self):
+        self.teach()
+        anna, ben = self.anna.student("0.0.0.0:0"), self.ben.student("0.0.0.0:9001")
+        self.assertRegex(anna(), r"^192\.168\.77\.2:\d+$")
+        self.assertEqual(ben(), "192.168.77.3:9001")
+        anna("send_synchronous(('anna', current_thread()), board, 9)")
+        handle = ben("send_synchronous(('anna', None), board, 9)")
+        self.assertRegex(handle, r"^RemoteThread\('192\.168\.77\.2:\d+', 1\)$")
+        ben("send(('hello', current_thread()), send_synchronous(('anna', None), board, 9))")
+        self.assertEqual(anna("receive(9)"), "('hello', RemoteThread('192.168.77.3:9001', 1))")
+
+    def test_a_cable_out_is_noticed_and_a_cable_in_needs_nothing(self):
+        self.teach()
+        ben = self.ben.student("0.0.0.0:0")
+        ben()
+        self.assertEqual(ben("send_synchronous(('one', 1), board, 9)"), "1")
+        self.ip("link set port1 down")
+        begin = monotonic()
+        self.assertIn("NodeDown", ben("send_synchronous(('two', 2), board)"))
+        self.assertLess(monotonic() - begin, 5)
+        self.assertIn("its firewall", ben("connect('192.168.77.1:9000')"))
+        self.ip("link set port1 up")
+        self.assertEqual(ben("send_synchronous(('three', 3), board, 9)"), "3")
+
+    def test_behind_a_door_of_another_host_a_node_needs_advertise_and_is_told_so(self):
+        self.assertEqual(self.ben.python("-c", DOOR)(), "open")
+        inside = "192.168.77.2", 9000
+        anna = self.anna.student("0.0.0.0:9000")
+        self.assertEqual(anna(), "%s:%d" % inside)
+        teacher = self.teacher.student()
+        teacher()
+        said = teacher("connect('192.168.77.3:7000')")
+        self.assertIn("its start_node needs advertise='192.168.77.3:7000'", said)
+        anna("stop_node()")
+        anna("start_node('0.0.0.0:9000', advertise='192.168.77.3:7000')")
+        self.assertEqual(teacher("connect('192.168.77.3:7000')"), "None")
+        self.assertEqual(teacher("nodes()"), "[('192.168.77.3', 7000)]")
+
+    def test_a_node_that_does_not_listen_is_told_of_as_such(self):
+        self.teach()
+        anna, ben = self.anna.student("0.0.0.0:0"), self.ben.student()
+        anna(), ben()
+        ben("stop_node()")
+        ben("start_node(None)")
+        ben("send_synchronous(('ben', current_thread()), board, 9)")
+        said = anna("send(1, send_synchronous(('ben', None), board, 9))")
+        self.assertIn("start_node() there lets others dial it", said)
+
+
+DOOR = """
+import contextlib, socket, threading
+
+def pump(source, sink):
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+door = socket.create_server(("192.168.77.3", 7000))
+print("open", flush=True)
+while True:
+    client, _ = door.accept()
+    inner = socket.create_connection(("192.168.77.2", 9000))
+    for ends in (client, inner), (inner, client):
+        threading.Thread(target=pump, args=ends, daemon=True).start()
+"""
 
 
 ######## Exercises: check, how one is judged, solutions, wrong ones
