@@ -6282,14 +6282,16 @@ def call_back():
 
 ######## Exercises: check, how one is judged, solutions, wrong ones
 #
-# An exercise of the tutorial is a heading, "### Exercise: ring", a statement whose first
-# sentence is its title, and two blocks of code: "python skeleton ring", what a student starts
+# An exercise of the tutorial is a heading, "### Exercise: ring", the minutes that it takes and
+# how hard it is, a statement whose first sentence is its title, and two blocks of code: "python skeleton ring", what a student starts
 # from, and "python check ring", which defines check().  That runs in a fresh process, in a
 # module check_ring of its own, with the names of distconc and those that the skeleton defines;
 # its functions, and the student's, can run on other nodes.  It says what is wrong by `assert`.
 # A lab's file stands for distconc: its check has the names of that file, and those of LAB_TOOLS.
 
-EXERCISE = re.compile(r"^### Exercise: (?P<name>[\w-]+)\n\s*(?P<statement>.*?)\n\s*"
+EXERCISE = re.compile(r"^### Exercise: (?P<name>[\w-]+)\n\s*"
+                      r"\*(?P<minutes>\d+) minutes, (?P<difficulty>\w+)\.\*\s*"
+                      r"(?P<statement>.*?)\n\s*"
                       r"^```python skeleton (?P=name)\n(?P<skeleton>.*?)^```\n.*?"
                       r"^```python check (?P=name)\n(?P<check>.*?)^```\n", re.M | re.S)
 TUTORIAL = "tutorial.md"
@@ -6299,6 +6301,8 @@ LIMIT = 60.0  # seconds that a check may take
 @dataclass
 class Exercise:
     name: str
+    minutes: str
+    difficulty: str
     statement: str
     skeleton: str
     check: str
@@ -6685,6 +6689,8 @@ def echo():
         send(data, sender)
 """
 WRONG["echo"] = [
+    ("        sender, data = message\n        send(data, sender)",  # always to the first one
+     "        echo.first = getattr(echo, 'first', message[0])\n        send(message[1], echo.first)"),
     ("send(data, sender)", "send(message, sender)"),  # the whole pair goes back
     ("while (message", "if (message"),  # one answer and no more
     ("while (message := receive()) != \"stop\":", "while message := receive():"),  # no end
@@ -6758,7 +6764,9 @@ def serve(request, values):
 def kvstore():
     values = {}
     while True:
-        call = receive_if(Synchronous)
+        call = receive()
+        if not isinstance(call, Synchronous):
+            continue
         try:
             reply = serve(call.data, values)
         except Exception as error:
@@ -6769,7 +6777,15 @@ WRONG["kvstore"] = [
     ("except Exception", "except ValueError"),  # dies of a key that is a list
     ("except Exception as error", "except ZeroDivisionError as error"),  # of any bad request
     ("raise ValueError(", "return print("),  # None, as if it were well
-    ("receive_if(Synchronous)", "receive()"),  # dies of a message that is no call
+    ("        if not isinstance(call, Synchronous):\n            continue\n", ""),  # dies of others
+    ("    values = {}\n", "    values = kvstore.__dict__\n"),  # one for all stores
+    ("if values.get(key) != old:", "if values.get(key) is not old:"),  # not the same object
+    ("        try:\n            reply = serve(call.data, values)\n"
+     "        except Exception as error:\n            reply = error\n"
+     "        reply_synchronous(reply, call)",  # a thread for each call, without a lock
+     "        def answer(call):\n            try:\n                reply = serve(call.data, values)\n"
+     "            except Exception as error:\n                reply = error\n"
+     "            reply_synchronous(reply, call)\n        spawn(answer, call)"),
     ("if values.get(key) != old:", "if False:"),  # sets without comparing
     ("values.pop(key, None)", "values.pop(key)"),  # what is not there is an error
     ("            return there", "            return True"),
@@ -6801,6 +6817,7 @@ def ring(count, nodes, rounds):
 """
 WRONG["ring"] = [
     ("receive_if(is_token)", "receive()"),  # takes the message of another
+    ("isinstance(message, tuple) and message[0] == \"token\"", "isinstance(message, tuple)"),
     ("node=nodes[number % len(nodes)]", "node=None"),  # all on this node
     ("rounds):\n    for _ in range(rounds)", "rounds):\n    while True"),  # its threads stay
     ("reversed(range(count))", "range(count)"),  # the wrong way round
@@ -6870,6 +6887,8 @@ WRONG["lookup"] = [
     ("        if attempt:\n            pause()\n", ""),
     ("        if attempt:", "        if True:"),  # pauses before the first, too
     ("        for node in nodes:", "        for node in nodes[:1]:"),
+    ("(NoSuchThread, NodeUnreachable)", "(NoSuchThread, NodeUnreachable, RemoteError)"),
+    ("RemoteThread(node, name), timeout)", "RemoteThread(node, name), 5)"),  # its own time
     ("    raise last", "    raise error"),  # the name has ended
     ("    raise last", "    return None"),
 ]
@@ -6909,7 +6928,7 @@ def chatter(name):
                 clock = tick(merge(clock, other), name)
                 log.append(("said", text, clock))
             case "log", sender:
-                send(log, sender)
+                send(log.copy(), sender)
             case "stop":
                 return
 """
@@ -6918,6 +6937,7 @@ WRONG["vector_clocks"] = [
      "clock[name] = clock.get(name, 0) + 1\n    return clock"),
     ("max(one.get(name, 0), other.get(name, 0))", "one.get(name, 0) + other.get(name, 0)"),
     (" for name in {**one, **other}", " for name in one"),  # forgets who is new
+    ("send(log.copy(), sender)", "send(log, sender)"),  # the list that it goes on writing
     ("tick(merge(clock, other), name)", "merge(clock, other)"),  # to receive is an event
     ("tick(merge(clock, other), name)", "tick(clock, name)"),  # learns nothing
     ("                clock = tick(clock, name)\n", ""),  # to send is an event
@@ -7012,6 +7032,19 @@ def supervisor(children, intensity, period, clock):
             child.join()
 """
 WRONG["supervisor"] = [
+    # Each child has a count of its own.
+    ("    failures = deque()  # when they were\n    try:\n        while True:\n            try:\n"
+     '                if receive() == "stop":\n                    return\n'
+     "            except LinkedError as failure:\n"
+     "                func = running.pop(failure.thread)\n",
+     "    each = {func: deque() for func in children}\n    try:\n        while True:\n            try:\n"
+     '                if receive() == "stop":\n                    return\n'
+     "            except LinkedError as failure:\n"
+     "                func = running.pop(failure.thread)\n                failures = each[func]\n"),
+    # Who was started again is not told to stop.
+    ("running[spawn_linked(func)] = func", "spawn_linked(func)"),
+    # Exactly a period ago is over.
+    ("while failures[0] < failures[-1] - period:", "while failures[0] <= failures[-1] - period:"),
     # What has failed once counts for ever.
     ("while failures[0] < failures[-1] - period:", "while False:"),
     # It never gives up.
@@ -7129,6 +7162,12 @@ WRONG["reliable"] = [
      "            send(message, owner)\n        send((\"ack\", counts[sender]), sender)",
      "        if number == counts[0]:\n            counts[0] += 1\n"
      "            send(message, owner)\n        send((\"ack\", counts[0]), sender)"),
+    # It acknowledges before it passes on.
+    ("        if number == counts[sender]:\n            counts[sender] += 1\n"
+     "            send(message, owner)\n        send((\"ack\", counts[sender]), sender)",
+     "        is_next = number == counts[sender]\n        counts[sender] += is_next\n"
+     "        send((\"ack\", counts[sender]), sender)\n        if is_next:\n"
+     "            send(message, owner)"),
     # The ack says which number came, not how many.
     ("(\"ack\", counts[sender])", "(\"ack\", number)"),
 ]
@@ -7199,7 +7238,7 @@ def gossiper():
                 peers = threads
             case ("put", key, version, value):
                 learn({key: (version, value)})
-            case "round":
+            case "round" if peers:
                 tell(("push", state.copy(), current_thread()), random.choice(peers))
             case ("push", news, sender):
                 learn(news)
@@ -7212,6 +7251,8 @@ def gossiper():
 WRONG["gossip"] = [
     # The state itself is given away.
     ("(\"push\", state.copy(),", "(\"push\", state,"),
+    # What is as new wins, too.
+    ("if version > state", "if version >= state"),
     # What comes last wins.
     ("if version > state.get(key, (0, None))[0]:", "if True:"),
     # Always the same peer.
@@ -7269,6 +7310,8 @@ def shop(till):
                         send(("order", item, count), till)
 '''
 WRONG["allow_list"] = [
+    # It can be sent to anybody, in the name of the shop.
+    ("[Order, note]", "[Order, note, send]"),
     # Friends only.
     ("[Order, note]", "[Order, note, write_note]"),
     # So that it works at last.
@@ -7430,6 +7473,8 @@ WRONG["two_phase_commit"] = [
     ("missing.discard(thread)", "missing.pop()"),
     # It does not wait for all.
     ("while missing and", "while len(missing) > 1 and"),
+    # It waits for all, though one has said no.
+    ('while missing and decision == "commit":', "while missing:"),
     # It waits for the dead.
     ("match receive(patience, \"silence\"):", "match receive():"),
     # Who is gone ends it.
@@ -7502,6 +7547,12 @@ WRONG["raft"] = [
     ("voters.add(voter)", "voters.add(len(voters))"),
     # Late votes count.
     ("if its_term == term and role == \"candidate\":", "if role == \"candidate\":"),
+    # Half of all is enough, where their number is even.
+    ("2 * len(voters) > len(peers) + 1", "2 * len(voters) >= len(peers) + 1"),
+    # Every message is a reason to wait anew.
+    ("        match message:\n            case (\"alarm\", _) if role == \"leader\":",
+     "        if message[0] != \"alarm\":\n            alarm = some_time()\n"
+     "        match message:\n            case (\"alarm\", _) if role == \"leader\":"),
     # Half of all is enough.
     ("2 * len(voters) > len(peers) + 1", "2 * len(voters) > len(peers) - 1"),
     # A refused vote counts, too.
