@@ -6283,11 +6283,12 @@ def call_back():
 ######## Exercises: check, how one is judged, solutions, wrong ones
 #
 # An exercise of the tutorial is a heading, "### Exercise: ring", the minutes that it takes and
-# how hard it is, a statement whose first sentence is its title, and two blocks of code: "python skeleton ring", what a student starts
-# from, and "python check ring", which defines check().  That runs in a fresh process, in a
-# module check_ring of its own, with the names of distconc and those that the skeleton defines;
-# its functions, and the student's, can run on other nodes.  It says what is wrong by `assert`.
-# A lab's file stands for distconc: its check has the names of that file, and those of LAB_TOOLS.
+# how hard it is, a statement whose first sentence is its title, and two blocks of code: "python
+# skeleton ring", what a student starts from, and "python check ring", which defines check().
+# That runs in a fresh process, in a module check_ring of its own, with the names of distconc and
+# those that the skeleton defines; its functions, and the student's, can run on other nodes.  It
+# says what is wrong by `assert`.  A lab's file stands for distconc: its check has the names of
+# that file, and those of LAB_TOOLS.
 
 EXERCISE = re.compile(r"^### Exercise: (?P<name>[\w-]+)\n\s*"
                       r"\*(?P<minutes>\d+) minutes, (?P<difficulty>\w+)\.\*\s*"
@@ -6337,6 +6338,19 @@ class Exercise:
         if self.is_lab:
             return self.skeleton
         return "from distconc import *\n\n\n" + self.skeleton
+
+    def seems_solved_in(self, file):
+        """Whether the file defines all that is wanted."""
+        try:
+            with open(file, "rb") as source:
+                tree = ast.parse(source.read())
+        except (OSError, SyntaxError, ValueError):
+            return False
+        names = {part.name for part in tree.body if hasattr(part, "name")}
+        names.update(target.id for part in tree.body if isinstance(part, ast.Assign)
+                     for target in part.targets if isinstance(target, ast.Name))
+        # A lab's file has the names of other labs; an exercise's has none of a lab.
+        return names.issuperset(self.wanted) and self.is_lab == ("Mailbox" in names)
 
     def check_module(self, student):
         """The check as the source of a module; each line has its number in the tutorial."""
@@ -6439,33 +6453,161 @@ def exercises():
             for match in EXERCISE.finditer(text)}
 
 
+RIGHTS = ("What is checked runs here, with all your rights: check only what you would run,\n"
+          "or use an account that has nothing to lose.")
+
+
 def check_exercise(arguments):
-    """Check a student's solution of an exercise of the tutorial."""
-    parser = argparse.ArgumentParser(prog="check", description=check_exercise.__doc__)
-    parser.add_argument("exercise", nargs="?", help="its name (without: list them all)")
-    parser.add_argument("file", nargs="?", help="your solution (without: print a beginning)")
-    options, all_ = parser.parse_args(arguments), exercises()
+    """Check solutions of exercises of the tutorial."""
+    parser = argparse.ArgumentParser(prog="check", description=check_exercise.__doc__,
+                                     epilog=RIGHTS)
+    parser.add_argument("exercise", nargs="?", help="its name, or all (without: list them)")
+    parser.add_argument("files", nargs="*", metavar="file",
+                        help="solutions, or directories of them (without: print a beginning)")
+    parser.add_argument("--json", action="store_true", help="tell of each as a line of JSON")
+    parser.add_argument("--jobs", type=int, default=4, help="how many at the same time (4)")
+    parser.add_argument("--limit", type=float, default=LIMIT,
+                        help=f"seconds that each may take ({LIMIT:g})")
+    options, all_ = parser.parse_intermixed_args(arguments), exercises()
     if not options.exercise:
-        width = max(map(len, all_), default=0) + 2
-        for exercise in all_.values():
-            title = textwrap.shorten(exercise.title, 96 - width, placeholder=" ...")
-            print(f"{exercise.name:{width}}{title}")
+        list_exercises(all_)
     elif options.exercise.endswith(".py"):
         print(f"which exercise? make check EXERCISE=... FILE={options.exercise}")
         return 2
-    elif options.exercise not in all_:
+    elif options.exercise != "all" and options.exercise not in all_:
         near = difflib.get_close_matches(options.exercise, all_, cutoff=0.4) or all_
         print(f"there is no exercise {options.exercise}; there is", ", ".join(near))
         sys.exit(1)
-    elif not options.file:
+    elif not options.files:
+        if options.exercise == "all":
+            parser.error("all exercises of which files?")
         print(all_[options.exercise].beginning, end="")
     else:
         try:
-            passed, report = examined(all_[options.exercise], options.file)
+            sys.exit(not check_files(options, all_))
         except KeyboardInterrupt:
             sys.exit(130)
+
+
+def list_exercises(all_):
+    """Print a line for each: its name, how long, how hard, what."""
+    width = max(map(len, all_), default=0) + 2
+    for exercise in all_.values():
+        about = f"{exercise.minutes:>3} min  {exercise.difficulty:8}"
+        title = textwrap.shorten(exercise.title, 96 - width - len(about), placeholder=" ...")
+        print(f"{exercise.name:{width}}{about}{title}")
+
+
+def check_files(options, all_):
+    """Check one file, or many, as `options` say; return whether all passed."""
+    files = [path for name in options.files for path in solutions_in(name)]
+    pairs = [(file, exercise) for file in files for exercise in all_.values()
+             if exercise.name == options.exercise
+             or options.exercise == "all" and exercise.seems_solved_in(file)]
+    if len(pairs) == 1 and options.files == files and not options.json:
+        passed, report = examined(pairs[0][1], files[0], options.limit)
         print(report)
-        sys.exit(not passed)
+        return passed
+
+    def verdict(pair):
+        file, exercise = pair
+        begin = monotonic()
+        passed, report = examined(exercise, file, options.limit, stdout=subprocess.DEVNULL)
+        said = report.splitlines()[-1].removeprefix(f"{exercise.name}: ")
+        return dict(file=file, exercise=exercise.name, passed=passed, said=said,
+                    seconds=round(monotonic() - begin, 1))
+    if not options.json:
+        print(RIGHTS + "\n")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        verdicts = list(pool.map(verdict, pairs))
+    if options.json:
+        for each in verdicts:
+            print(json.dumps(each))
+    else:
+        print_table(verdicts)
+        for file in files:
+            if file not in {each["file"] for each in verdicts}:
+                print(f"{file}: no exercise is solved in it, or it is no Python")
+    return bool(verdicts) and all(each["passed"] for each in verdicts)
+
+
+def solutions_in(name):
+    """The file of that name, or all Python files in the directory of that name."""
+    if not os.path.isdir(name):
+        return [name]
+    return sorted(os.path.join(directory, file) for directory, _, files in os.walk(name)
+                  for file in files if file.endswith(".py")
+                  and file not in ("distconc.py", "test_distconc.py"))
+
+
+def print_table(verdicts):
+    """Print who passed what, then a line for each that did not, with the reason."""
+    names = list(dict.fromkeys(each["exercise"] for each in verdicts))
+    files = list(dict.fromkeys(each["file"] for each in verdicts))
+    by_place = {(each["file"], each["exercise"]): each for each in verdicts}
+    width = max(map(len, files), default=0) + 2
+    print(f"{'':{width}}" + "  ".join(names))
+    for file in files:
+        cells = []
+        for name in names:
+            each = by_place.get((file, name))
+            word = "-" if each is None else "passed" if each["passed"] else "no"
+            cells.append(f"{word:{len(name)}}")
+        print(f"{file:{width}}" + "  ".join(cells).rstrip())
+    print()
+    for each in verdicts:
+        if not each["passed"]:
+            print(f"{each['file']}, {each['exercise']}: {each['said']}")
+    passed = sum(each["passed"] for each in verdicts)
+    print(f"{passed} of {len(verdicts)} passed")
+
+
+def handout(arguments):
+    """Write a copy of the course for students: all that `check` needs, and no solutions."""
+    parser = argparse.ArgumentParser(prog="handout", description=handout.__doc__)
+    parser.add_argument("directory")
+    directory = parser.parse_args(arguments).directory
+    os.makedirs(directory, exist_ok=True)
+
+    def save(name, text):
+        with open(os.path.join(directory, name), "w", encoding="utf-8") as file:
+            file.write(text)
+
+    def read(name):
+        with open(os.path.join(HERE, name), encoding="utf-8") as file:
+            return file.read()
+    ours = read(os.path.basename(__file__))
+    begin, end = (re.search(rf"(?m)^######## Exercises: {words}", ours).start()
+                  for words in ("check, how one is judged", "how they are tested"))
+    imports = "".join(f"import {name}\n" for name in HANDOUT_IMPORTS)
+    save("test_distconc.py", f"""# Checks solutions: python3 test_distconc.py check ring my_ring.py
+
+{imports}from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from time import monotonic
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+WAIT = {WAIT}  # seconds of grace
+
+
+{ours[begin:end].rstrip()}
+
+
+if __name__ == "__main__":
+    sys.exit(check_exercise(sys.argv[2:]))
+""")
+    save("distconc.py", read("distconc.py"))
+    text = re.sub(r"(?s)Here is the whole of a solution.*?</details>\n\n", "", read(TUTORIAL))
+    save(TUTORIAL, re.sub(r"(?s)\n+## For the teacher\n.*", "\n", text))
+    rule = re.search(r"(?m)^check:.*\n(\t.*\n)+", read("Makefile"))[0]
+    save("Makefile", f"PYTHON ?= python3\n\n.PHONY: check demo\n\n{rule}\n"
+                     "demo:  ## two nodes talk\n\t$(PYTHON) distconc.py demo\n")
+    print(f"{directory} has distconc.py, {TUTORIAL}, and what `make check` needs")
+
+
+HANDOUT_IMPORTS = ("argparse", "ast", "difflib", "inspect", "json", "keyword", "os", "re",
+                   "signal", "subprocess", "sys", "tempfile", "textwrap")
 
 
 def examined(exercise, file, limit=LIMIT, stdout=None):
@@ -6499,7 +6641,7 @@ def examined(exercise, file, limit=LIMIT, stdout=None):
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            stderr.seek(0)
+            stderr.seek(max(0, os.fstat(stderr.fileno()).st_size - 65536))
             noise = without_ours(stderr.read()).splitlines()[-12:]
         if not os.path.exists(verdict):
             return False, "\n".join([*noise, f"{exercise.name}: Python ended (status "
@@ -6550,7 +6692,9 @@ def fault_of(exercise, file):
 
 def judge(name, wanted, tutorial, file, home, directory, limit):
     """Run a check, write the verdict into `directory`; the whole of a fresh process."""
-    import importlib, json, os, sys, threading, traceback  # noqa: E401
+    import importlib, json, os, resource, sys, threading, traceback  # noqa: E401
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 26, 1 << 26))  # who prints all the time
 
     sys.path[:1] = [home, directory, os.path.dirname(file)]
     short, path = os.path.basename(file), os.path.join(directory, name + ".py")
@@ -6560,15 +6704,22 @@ def judge(name, wanted, tutorial, file, home, directory, limit):
     def places(stack, where):
         return [frame for frame in stack if frame.filename == where]
 
+    failures = []  # of threads, in the student's own lines
+
     def show(died):
         words = traceback.format_exception(*died[:3])
         sys.stderr.write(f"Exception in thread {died.thread.name}:\n{''.join(words)}")
+        last = traceback.extract_tb(died.exc_traceback)[-1:]
+        if last and last[0].filename == file:
+            failures.append(f"line {last[0].lineno} of {short}: {words[-1].strip()}")
 
     def end(sentence, trace=()):
         if sentence != "passed":  # a moment for threads that are just showing what they died of
             for thread in threading.enumerate():
                 if thread.daemon and thread is not threading.current_thread():
                     thread.join(0.02)
+            if failures and not trace:
+                sentence += f" (a thread had failed, {failures[0]})"
         deciding.acquire()  # for ever: there is one verdict
         with open(os.path.join(directory, "draft"), "w") as draft:
             json.dump(("".join(trace), sentence), draft)
@@ -6669,6 +6820,81 @@ class Exercises(unittest.TestCase):
             self.assertTrue(WRONG[name])
             for what, by in WRONG[name]:
                 self.assertEqual(SOLUTIONS[name].count(what), 1, (name, what))
+
+    def run_check(self, *arguments, where=HERE):
+        """Run the command as a teacher would: (status, what it prints)."""
+        ended = subprocess.run([sys.executable, "test_distconc.py", "check", *arguments],
+                               cwd=where, capture_output=True, text=True, timeout=300)
+        self.assertEqual("", ended.stderr)
+        return ended.returncode, ended.stdout
+
+    def solutions_of_a_class(self, texts):
+        directory = tempfile.mkdtemp(prefix="dc")
+        self.addCleanup(shutil.rmtree, directory)
+        for name, text in texts.items():
+            path = os.path.join(directory, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w") as file:
+                file.write(text)
+        return directory
+
+    def test_a_class_is_checked_in_one_go_though_some_hang_or_crash_or_fork_or_print_much(self):
+        echo = "from distconc import *\n\n\ndef echo():\n    "
+        texts = {
+            "ann/my_echo.py": SOLUTIONS["echo"],
+            "bob/my_echo.py": SOLUTIONS["echo"].replace("send(data", "sennd(data"),
+            "hangs.py": echo + "while True: pass\n",
+            "crashes.py": echo + "import os; os._exit(3)\n",
+            "forks.py": echo + "import os, time\n    os.fork() or time.sleep(999)\n    receive()\n",
+            "prints.py": echo + "while True: print('x' * 10000)\n",
+            "never_loads.py": echo + "pass\nwhile True: pass\n",
+            "no_python.py": "def echo(:\n",
+            "carl/mini.py": SOLUTIONS["lab-mailbox"]}
+        directory = self.solutions_of_a_class(texts)
+        status, said = self.run_check("echo", "--limit", "15", "--json", directory)
+        self.assertEqual(1, status)
+        told = {os.path.relpath(each["file"], directory): each
+                for each in map(json.loads, said.splitlines())}
+        self.assertEqual(sorted(texts), sorted(told))
+        self.assertEqual(["ann/my_echo.py"], [name for name in told if told[name]["passed"]])
+        self.assertIn("line 8 of my_echo.py: NameError", told["bob/my_echo.py"]["said"])
+        self.assertIn("(status 3)", told["crashes.py"]["said"])
+        self.assertIn("did not finish within 15 seconds", told["never_loads.py"]["said"])
+        self.assertIn("is no Python", told["no_python.py"]["said"])
+        self.assertIn("does not define echo", told["carl/mini.py"]["said"])
+
+    def test_all_exercises_of_a_directory_are_told_in_a_table(self):
+        directory = self.solutions_of_a_class({
+            "ann.py": SOLUTIONS["echo"] + SOLUTIONS["counter"], "bob.py": "x = 1\n",
+            "carl.py": SOLUTIONS["counter"].replace("count += number", "count = number")})
+        status, said = self.run_check("all", directory)
+        self.assertEqual(1, status)
+        self.assertIn("with all your rights", said)
+        rows = {line.split()[0].rpartition("/")[2]: line.split()[1:]
+                for line in said.splitlines() if "/" in line and ":" not in line}
+        self.assertEqual({"ann.py": ["passed", "passed"], "carl.py": ["-", "no"]}, rows)
+        self.assertRegex(said, r"carl.py, counter: after 5 and -2 .*\n")
+        self.assertRegex(said, r"bob.py: no exercise is solved in it")
+        self.assertIn("2 of 3 passed", said)
+
+    def test_a_handout_checks_solutions_and_has_none(self):
+        directory = self.solutions_of_a_class({"copy/my_echo.py": SOLUTIONS["echo"]})
+        copy = os.path.join(directory, "copy")
+        subprocess.run([sys.executable, "test_distconc.py", "handout", copy], cwd=HERE,
+                       check=True, capture_output=True)
+        self.assertEqual(["Makefile", "distconc.py", "my_echo.py", "test_distconc.py", TUTORIAL],
+                         sorted(os.listdir(copy), key=str))
+        given = ""
+        for name in "Makefile", "test_distconc.py", TUTORIAL:
+            with open(os.path.join(copy, name)) as file:
+                given += file.read()
+        for name, solution in SOLUTIONS.items():
+            self.assertFalse("\n".join(solution.splitlines()[-2:]) in given, name)
+        self.assertEqual((0, "echo: passed\n"),
+                         self.run_check("echo", "my_echo.py", where=copy))
+        listed = self.run_check(where=copy)
+        self.assertEqual(self.run_check(), listed)
+        self.assertRegex(listed[1], r"raft +180 min +hard +Elect a leader")
 
     def test_solutions_pass_and_skeletons_and_wrong_ones_are_told_why(self):
         with ThreadPoolExecutor(8) as pool:  # mostly they wait
@@ -8869,6 +9095,8 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["soak"]:
         by_its_name.soak()
     elif sys.argv[1:2] == ["check"]:
-        by_its_name.check_exercise(sys.argv[2:])
+        sys.exit(by_its_name.check_exercise(sys.argv[2:]))
+    elif sys.argv[1:2] == ["handout"]:
+        by_its_name.handout(sys.argv[2:])
     else:
         unittest.main(by_its_name)
