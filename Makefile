@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV = .venv
 
-.PHONY: help demo test check bench soak clean
+.PHONY: help demo test check handout bench soak clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
@@ -12,8 +12,11 @@ demo:  ## two nodes talk: logger, call, a handle that travels (needs nothing but
 test: $(VENV)/ready  ## run all tests (sets up .venv with hypothesis first)
 	$(VENV)/bin/python test_distconc.py
 
-check:  ## check your solution of an exercise (EXERCISE=ring FILE=mine.py; without: list all)
-	@$(PYTHON) test_distconc.py check $(EXERCISE) $(if $(FILE),"$(FILE)")
+check:  ## check solutions (EXERCISE=ring, or all; FILE=mine.py; DIR=class; without: list all)
+	@$(PYTHON) test_distconc.py check $(EXERCISE) $(if $(FILE),"$(FILE)") $(if $(DIR),"$(DIR)") $(ARGS)
+
+handout:  ## write a copy for students, without solutions (DIR=for_students)
+	@$(PYTHON) test_distconc.py handout "$(DIR)"
 
 bench: $(VENV)/ready  ## measure beside the bare standard library (ARGS="--sets 5", "--json")
 	@$(VENV)/bin/python test_distconc.py bench $(ARGS)

@@ -6630,7 +6630,8 @@ def _demonstrate() -> None:
         own_pid = os.getpid()
         print(f"node {node} has pid {own_pid}, its child {child} has pid {child.pid}")
         _talk_to(child)
-    drawing = chart(_tracer.directory, "text")
+        # Drawn while both nodes run: the end of one would look like a loss.
+        drawing = chart(_tracer.directory, "text")
     print("\nAll of it, time running down:\n\n" + drawing.rstrip())
 
 
@@ -6642,8 +6643,9 @@ def _talk_to(child: ChildNode) -> None:
     shouter = spawn(handle_synchronous, str.upper, name="shouter", node=child)
     print("a call:", send_synchronous("can you hear me?", shouter), flush=True)
     send(current_thread(), logger)
-    spawn(send, "thank you", current_thread(), name="thanker", node=child)
+    thanker = spawn(send, "thank you", current_thread(), name="thanker", node=child)
     print("through a handle that travelled:", receive())
+    thanker.join()
 
 
 def _log_message() -> bool:

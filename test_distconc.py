@@ -9286,14 +9286,17 @@ while True:
 
 ######## Exercises: check, how one is judged, solutions, wrong ones
 #
-# An exercise of the tutorial is a heading, "### Exercise: ring", a statement whose first
-# sentence is its title, and two blocks of code: "python skeleton ring", what a student starts
-# from, and "python check ring", which defines check().  That runs in a fresh process, in a
-# module check_ring of its own, with the names of distconc and those that the skeleton defines;
-# its functions, and the student's, can run on other nodes.  It says what is wrong by `assert`.
-# A lab's file stands for distconc: its check has the names of that file, and those of LAB_TOOLS.
+# An exercise of the tutorial is a heading, "### Exercise: ring", the minutes that it takes and
+# how hard it is, a statement whose first sentence is its title, and two blocks of code: "python
+# skeleton ring", what a student starts from, and "python check ring", which defines check().
+# That runs in a fresh process, in a module check_ring of its own, with the names of distconc and
+# those that the skeleton defines; its functions, and the student's, can run on other nodes.  It
+# says what is wrong by `assert`.  A lab's file stands for distconc: its check has the names of
+# that file, and those of LAB_TOOLS.
 
-EXERCISE = re.compile(r"^### Exercise: (?P<name>[\w-]+)\n\s*(?P<statement>.*?)\n\s*"
+EXERCISE = re.compile(r"^### Exercise: (?P<name>[\w-]+)\n\s*"
+                      r"\*(?P<minutes>\d+) minutes, (?P<difficulty>\w+)\.\*\s*"
+                      r"(?P<statement>.*?)\n\s*"
                       r"^```python skeleton (?P=name)\n(?P<skeleton>.*?)^```\n.*?"
                       r"^```python check (?P=name)\n(?P<check>.*?)^```\n", re.M | re.S)
 TUTORIAL = "tutorial.md"
@@ -9303,6 +9306,8 @@ LIMIT = 60.0  # seconds that a check may take
 @dataclass
 class Exercise:
     name: str
+    minutes: str
+    difficulty: str
     statement: str
     skeleton: str
     check: str
@@ -9337,6 +9342,19 @@ class Exercise:
         if self.is_lab:
             return self.skeleton
         return "from distconc import *\n\n\n" + self.skeleton
+
+    def seems_solved_in(self, file):
+        """Whether the file defines all that is wanted."""
+        try:
+            with open(file, "rb") as source:
+                tree = ast.parse(source.read())
+        except (OSError, SyntaxError, ValueError):
+            return False
+        names = {part.name for part in tree.body if hasattr(part, "name")}
+        names.update(target.id for part in tree.body if isinstance(part, ast.Assign)
+                     for target in part.targets if isinstance(target, ast.Name))
+        # A lab's file has the names of other labs; an exercise's has none of a lab.
+        return names.issuperset(self.wanted) and self.is_lab == ("Mailbox" in names)
 
     def check_module(self, student):
         """The check as the source of a module; each line has its number in the tutorial."""
@@ -9439,33 +9457,161 @@ def exercises():
             for match in EXERCISE.finditer(text)}
 
 
+RIGHTS = ("What is checked runs here, with all your rights: check only what you would run,\n"
+          "or use an account that has nothing to lose.")
+
+
 def check_exercise(arguments):
-    """Check a student's solution of an exercise of the tutorial."""
-    parser = argparse.ArgumentParser(prog="check", description=check_exercise.__doc__)
-    parser.add_argument("exercise", nargs="?", help="its name (without: list them all)")
-    parser.add_argument("file", nargs="?", help="your solution (without: print a beginning)")
-    options, all_ = parser.parse_args(arguments), exercises()
+    """Check solutions of exercises of the tutorial."""
+    parser = argparse.ArgumentParser(prog="check", description=check_exercise.__doc__,
+                                     epilog=RIGHTS)
+    parser.add_argument("exercise", nargs="?", help="its name, or all (without: list them)")
+    parser.add_argument("files", nargs="*", metavar="file",
+                        help="solutions, or directories of them (without: print a beginning)")
+    parser.add_argument("--json", action="store_true", help="tell of each as a line of JSON")
+    parser.add_argument("--jobs", type=int, default=4, help="how many at the same time (4)")
+    parser.add_argument("--limit", type=float, default=LIMIT,
+                        help=f"seconds that each may take ({LIMIT:g})")
+    options, all_ = parser.parse_intermixed_args(arguments), exercises()
     if not options.exercise:
-        width = max(map(len, all_), default=0) + 2
-        for exercise in all_.values():
-            title = textwrap.shorten(exercise.title, 96 - width, placeholder=" ...")
-            print(f"{exercise.name:{width}}{title}")
+        list_exercises(all_)
     elif options.exercise.endswith(".py"):
         print(f"which exercise? make check EXERCISE=... FILE={options.exercise}")
         return 2
-    elif options.exercise not in all_:
+    elif options.exercise != "all" and options.exercise not in all_:
         near = difflib.get_close_matches(options.exercise, all_, cutoff=0.4) or all_
         print(f"there is no exercise {options.exercise}; there is", ", ".join(near))
         sys.exit(1)
-    elif not options.file:
+    elif not options.files:
+        if options.exercise == "all":
+            parser.error("all exercises of which files?")
         print(all_[options.exercise].beginning, end="")
     else:
         try:
-            passed, report = examined(all_[options.exercise], options.file)
+            sys.exit(not check_files(options, all_))
         except KeyboardInterrupt:
             sys.exit(130)
+
+
+def list_exercises(all_):
+    """Print a line for each: its name, how long, how hard, what."""
+    width = max(map(len, all_), default=0) + 2
+    for exercise in all_.values():
+        about = f"{exercise.minutes:>3} min  {exercise.difficulty:8}"
+        title = textwrap.shorten(exercise.title, 96 - width - len(about), placeholder=" ...")
+        print(f"{exercise.name:{width}}{about}{title}")
+
+
+def check_files(options, all_):
+    """Check one file, or many, as `options` say; return whether all passed."""
+    files = [path for name in options.files for path in solutions_in(name)]
+    pairs = [(file, exercise) for file in files for exercise in all_.values()
+             if exercise.name == options.exercise
+             or options.exercise == "all" and exercise.seems_solved_in(file)]
+    if len(pairs) == 1 and options.files == files and not options.json:
+        passed, report = examined(pairs[0][1], files[0], options.limit)
         print(report)
-        sys.exit(not passed)
+        return passed
+
+    def verdict(pair):
+        file, exercise = pair
+        begin = monotonic()
+        passed, report = examined(exercise, file, options.limit, stdout=subprocess.DEVNULL)
+        said = report.splitlines()[-1].removeprefix(f"{exercise.name}: ")
+        return dict(file=file, exercise=exercise.name, passed=passed, said=said,
+                    seconds=round(monotonic() - begin, 1))
+    if not options.json:
+        print(RIGHTS + "\n")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        verdicts = list(pool.map(verdict, pairs))
+    if options.json:
+        for each in verdicts:
+            print(json.dumps(each))
+    else:
+        print_table(verdicts)
+        for file in files:
+            if file not in {each["file"] for each in verdicts}:
+                print(f"{file}: no exercise is solved in it, or it is no Python")
+    return bool(verdicts) and all(each["passed"] for each in verdicts)
+
+
+def solutions_in(name):
+    """The file of that name, or all Python files in the directory of that name."""
+    if not os.path.isdir(name):
+        return [name]
+    return sorted(os.path.join(directory, file) for directory, _, files in os.walk(name)
+                  for file in files if file.endswith(".py")
+                  and file not in ("distconc.py", "test_distconc.py"))
+
+
+def print_table(verdicts):
+    """Print who passed what, then a line for each that did not, with the reason."""
+    names = list(dict.fromkeys(each["exercise"] for each in verdicts))
+    files = list(dict.fromkeys(each["file"] for each in verdicts))
+    by_place = {(each["file"], each["exercise"]): each for each in verdicts}
+    width = max(map(len, files), default=0) + 2
+    print(f"{'':{width}}" + "  ".join(names))
+    for file in files:
+        cells = []
+        for name in names:
+            each = by_place.get((file, name))
+            word = "-" if each is None else "passed" if each["passed"] else "no"
+            cells.append(f"{word:{len(name)}}")
+        print(f"{file:{width}}" + "  ".join(cells).rstrip())
+    print()
+    for each in verdicts:
+        if not each["passed"]:
+            print(f"{each['file']}, {each['exercise']}: {each['said']}")
+    passed = sum(each["passed"] for each in verdicts)
+    print(f"{passed} of {len(verdicts)} passed")
+
+
+def handout(arguments):
+    """Write a copy of the course for students: all that `check` needs, and no solutions."""
+    parser = argparse.ArgumentParser(prog="handout", description=handout.__doc__)
+    parser.add_argument("directory")
+    directory = parser.parse_args(arguments).directory
+    os.makedirs(directory, exist_ok=True)
+
+    def save(name, text):
+        with open(os.path.join(directory, name), "w", encoding="utf-8") as file:
+            file.write(text)
+
+    def read(name):
+        with open(os.path.join(HERE, name), encoding="utf-8") as file:
+            return file.read()
+    ours = read(os.path.basename(__file__))
+    begin, end = (re.search(rf"(?m)^######## Exercises: {words}", ours).start()
+                  for words in ("check, how one is judged", "how they are tested"))
+    imports = "".join(f"import {name}\n" for name in HANDOUT_IMPORTS)
+    save("test_distconc.py", f"""# Checks solutions: python3 test_distconc.py check ring my_ring.py
+
+{imports}from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from time import monotonic
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+WAIT = {WAIT}  # seconds of grace
+
+
+{ours[begin:end].rstrip()}
+
+
+if __name__ == "__main__":
+    sys.exit(check_exercise(sys.argv[2:]))
+""")
+    save("distconc.py", read("distconc.py"))
+    text = re.sub(r"(?s)Here is the whole of a solution.*?</details>\n\n", "", read(TUTORIAL))
+    save(TUTORIAL, re.sub(r"(?s)\n+## For the teacher\n.*", "\n", text))
+    rule = re.search(r"(?m)^check:.*\n(\t.*\n)+", read("Makefile"))[0]
+    save("Makefile", f"PYTHON ?= python3\n\n.PHONY: check demo\n\n{rule}\n"
+                     "demo:  ## two nodes talk\n\t$(PYTHON) distconc.py demo\n")
+    print(f"{directory} has distconc.py, {TUTORIAL}, and what `make check` needs")
+
+
+HANDOUT_IMPORTS = ("argparse", "ast", "difflib", "inspect", "json", "keyword", "os", "re",
+                   "signal", "subprocess", "sys", "tempfile", "textwrap")
 
 
 def examined(exercise, file, limit=LIMIT, stdout=None):
@@ -9500,7 +9646,7 @@ def examined(exercise, file, limit=LIMIT, stdout=None):
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            stderr.seek(0)
+            stderr.seek(max(0, os.fstat(stderr.fileno()).st_size - 65536))
             noise = without_ours(stderr.read()).splitlines()[-12:]
         if not os.path.exists(verdict):
             return False, "\n".join([*noise, f"{exercise.name}: Python ended (status "
@@ -9551,7 +9697,9 @@ def fault_of(exercise, file):
 
 def judge(name, wanted, tutorial, file, home, directory, limit):
     """Run a check, write the verdict into `directory`; the whole of a fresh process."""
-    import importlib, json, os, sys, threading, traceback  # noqa: E401
+    import importlib, json, os, resource, sys, threading, traceback  # noqa: E401
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 26, 1 << 26))  # who prints all the time
 
     sys.path[:1] = [home, directory, os.path.dirname(file)]
     short, path = os.path.basename(file), os.path.join(directory, name + ".py")
@@ -9561,15 +9709,22 @@ def judge(name, wanted, tutorial, file, home, directory, limit):
     def places(stack, where):
         return [frame for frame in stack if frame.filename == where]
 
+    failures = []  # of threads, in the student's own lines
+
     def show(died):
         words = traceback.format_exception(*died[:3])
         sys.stderr.write(f"Exception in thread {died.thread.name}:\n{''.join(words)}")
+        last = traceback.extract_tb(died.exc_traceback)[-1:]
+        if last and last[0].filename == file:
+            failures.append(f"line {last[0].lineno} of {short}: {words[-1].strip()}")
 
     def end(sentence, trace=()):
         if sentence != "passed":  # a moment for threads that are just showing what they died of
             for thread in threading.enumerate():
                 if thread.daemon and thread is not threading.current_thread():
                     thread.join(0.02)
+            if failures and not trace:
+                sentence += f" (a thread had failed, {failures[0]})"
         deciding.acquire()  # for ever: there is one verdict
         with open(os.path.join(directory, "draft"), "w") as draft:
             json.dump(("".join(trace), sentence), draft)
@@ -9671,6 +9826,81 @@ class Exercises(unittest.TestCase):
             for what, by in WRONG[name]:
                 self.assertEqual(SOLUTIONS[name].count(what), 1, (name, what))
 
+    def run_check(self, *arguments, where=HERE):
+        """Run the command as a teacher would: (status, what it prints)."""
+        ended = subprocess.run([sys.executable, "test_distconc.py", "check", *arguments],
+                               cwd=where, capture_output=True, text=True, timeout=300)
+        self.assertEqual("", ended.stderr)
+        return ended.returncode, ended.stdout
+
+    def solutions_of_a_class(self, texts):
+        directory = tempfile.mkdtemp(prefix="dc")
+        self.addCleanup(shutil.rmtree, directory)
+        for name, text in texts.items():
+            path = os.path.join(directory, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w") as file:
+                file.write(text)
+        return directory
+
+    def test_a_class_is_checked_in_one_go_though_some_hang_or_crash_or_fork_or_print_much(self):
+        echo = "from distconc import *\n\n\ndef echo():\n    "
+        texts = {
+            "ann/my_echo.py": SOLUTIONS["echo"],
+            "bob/my_echo.py": SOLUTIONS["echo"].replace("send(data", "sennd(data"),
+            "hangs.py": echo + "while True: pass\n",
+            "crashes.py": echo + "import os; os._exit(3)\n",
+            "forks.py": echo + "import os, time\n    os.fork() or time.sleep(999)\n    receive()\n",
+            "prints.py": echo + "while True: print('x' * 10000)\n",
+            "never_loads.py": echo + "pass\nwhile True: pass\n",
+            "no_python.py": "def echo(:\n",
+            "carl/mini.py": SOLUTIONS["lab-mailbox"]}
+        directory = self.solutions_of_a_class(texts)
+        status, said = self.run_check("echo", "--limit", "15", "--json", directory)
+        self.assertEqual(1, status)
+        told = {os.path.relpath(each["file"], directory): each
+                for each in map(json.loads, said.splitlines())}
+        self.assertEqual(sorted(texts), sorted(told))
+        self.assertEqual(["ann/my_echo.py"], [name for name in told if told[name]["passed"]])
+        self.assertIn("line 8 of my_echo.py: NameError", told["bob/my_echo.py"]["said"])
+        self.assertIn("(status 3)", told["crashes.py"]["said"])
+        self.assertIn("did not finish within 15 seconds", told["never_loads.py"]["said"])
+        self.assertIn("is no Python", told["no_python.py"]["said"])
+        self.assertIn("does not define echo", told["carl/mini.py"]["said"])
+
+    def test_all_exercises_of_a_directory_are_told_in_a_table(self):
+        directory = self.solutions_of_a_class({
+            "ann.py": SOLUTIONS["echo"] + SOLUTIONS["counter"], "bob.py": "x = 1\n",
+            "carl.py": SOLUTIONS["counter"].replace("count += number", "count = number")})
+        status, said = self.run_check("all", directory)
+        self.assertEqual(1, status)
+        self.assertIn("with all your rights", said)
+        rows = {line.split()[0].rpartition("/")[2]: line.split()[1:]
+                for line in said.splitlines() if "/" in line and ":" not in line}
+        self.assertEqual({"ann.py": ["passed", "passed"], "carl.py": ["-", "no"]}, rows)
+        self.assertRegex(said, r"carl.py, counter: after 5 and -2 .*\n")
+        self.assertRegex(said, r"bob.py: no exercise is solved in it")
+        self.assertIn("2 of 3 passed", said)
+
+    def test_a_handout_checks_solutions_and_has_none(self):
+        directory = self.solutions_of_a_class({"copy/my_echo.py": SOLUTIONS["echo"]})
+        copy = os.path.join(directory, "copy")
+        subprocess.run([sys.executable, "test_distconc.py", "handout", copy], cwd=HERE,
+                       check=True, capture_output=True)
+        self.assertEqual(["Makefile", "distconc.py", "my_echo.py", "test_distconc.py", TUTORIAL],
+                         sorted(os.listdir(copy), key=str))
+        given = ""
+        for name in "Makefile", "test_distconc.py", TUTORIAL:
+            with open(os.path.join(copy, name)) as file:
+                given += file.read()
+        for name, solution in SOLUTIONS.items():
+            self.assertFalse("\n".join(solution.splitlines()[-2:]) in given, name)
+        self.assertEqual((0, "echo: passed\n"),
+                         self.run_check("echo", "my_echo.py", where=copy))
+        listed = self.run_check(where=copy)
+        self.assertEqual(self.run_check(), listed)
+        self.assertRegex(listed[1], r"raft +180 min +hard +Elect a leader")
+
     def test_solutions_pass_and_skeletons_and_wrong_ones_are_told_why(self):
         with ThreadPoolExecutor(8) as pool:  # mostly they wait
             verdicts = [pool.submit(handed_in, exercise, *answer)
@@ -9690,6 +9920,8 @@ def echo():
         send(data, sender)
 """
 WRONG["echo"] = [
+    ("        sender, data = message\n        send(data, sender)",  # always to the first one
+     "        echo.first = getattr(echo, 'first', message[0])\n        send(message[1], echo.first)"),
     ("send(data, sender)", "send(message, sender)"),  # the whole pair goes back
     ("while (message", "if (message"),  # one answer and no more
     ("while (message := receive()) != \"stop\":", "while message := receive():"),  # no end
@@ -9763,7 +9995,9 @@ def serve(request, values):
 def kvstore():
     values = {}
     while True:
-        call = receive_if(Synchronous)
+        call = receive()
+        if not isinstance(call, Synchronous):
+            continue
         try:
             reply = serve(call.data, values)
         except Exception as error:
@@ -9774,7 +10008,15 @@ WRONG["kvstore"] = [
     ("except Exception", "except ValueError"),  # dies of a key that is a list
     ("except Exception as error", "except ZeroDivisionError as error"),  # of any bad request
     ("raise ValueError(", "return print("),  # None, as if it were well
-    ("receive_if(Synchronous)", "receive()"),  # dies of a message that is no call
+    ("        if not isinstance(call, Synchronous):\n            continue\n", ""),  # dies of others
+    ("    values = {}\n", "    values = kvstore.__dict__\n"),  # one for all stores
+    ("if values.get(key) != old:", "if values.get(key) is not old:"),  # not the same object
+    ("        try:\n            reply = serve(call.data, values)\n"
+     "        except Exception as error:\n            reply = error\n"
+     "        reply_synchronous(reply, call)",  # a thread for each call, without a lock
+     "        def answer(call):\n            try:\n                reply = serve(call.data, values)\n"
+     "            except Exception as error:\n                reply = error\n"
+     "            reply_synchronous(reply, call)\n        spawn(answer, call)"),
     ("if values.get(key) != old:", "if False:"),  # sets without comparing
     ("values.pop(key, None)", "values.pop(key)"),  # what is not there is an error
     ("            return there", "            return True"),
@@ -9806,6 +10048,7 @@ def ring(count, nodes, rounds):
 """
 WRONG["ring"] = [
     ("receive_if(is_token)", "receive()"),  # takes the message of another
+    ("isinstance(message, tuple) and message[0] == \"token\"", "isinstance(message, tuple)"),
     ("node=nodes[number % len(nodes)]", "node=None"),  # all on this node
     ("rounds):\n    for _ in range(rounds)", "rounds):\n    while True"),  # its threads stay
     ("reversed(range(count))", "range(count)"),  # the wrong way round
@@ -9875,6 +10118,8 @@ WRONG["lookup"] = [
     ("        if attempt:\n            pause()\n", ""),
     ("        if attempt:", "        if True:"),  # pauses before the first, too
     ("        for node in nodes:", "        for node in nodes[:1]:"),
+    ("(NoSuchThread, NodeUnreachable)", "(NoSuchThread, NodeUnreachable, RemoteError)"),
+    ("RemoteThread(node, name), timeout)", "RemoteThread(node, name), 5)"),  # its own time
     ("    raise last", "    raise error"),  # the name has ended
     ("    raise last", "    return None"),
 ]
@@ -9914,7 +10159,7 @@ def chatter(name):
                 clock = tick(merge(clock, other), name)
                 log.append(("said", text, clock))
             case "log", sender:
-                send(log, sender)
+                send(log.copy(), sender)
             case "stop":
                 return
 """
@@ -9923,6 +10168,7 @@ WRONG["vector_clocks"] = [
      "clock[name] = clock.get(name, 0) + 1\n    return clock"),
     ("max(one.get(name, 0), other.get(name, 0))", "one.get(name, 0) + other.get(name, 0)"),
     (" for name in {**one, **other}", " for name in one"),  # forgets who is new
+    ("send(log.copy(), sender)", "send(log, sender)"),  # the list that it goes on writing
     ("tick(merge(clock, other), name)", "merge(clock, other)"),  # to receive is an event
     ("tick(merge(clock, other), name)", "tick(clock, name)"),  # learns nothing
     ("                clock = tick(clock, name)\n", ""),  # to send is an event
@@ -10028,6 +10274,19 @@ def supervisor(children, intensity, period, clock):
             child.join()
 """
 WRONG["supervisor"] = [
+    # Each child has a count of its own.
+    ("    failures = deque()  # when they were\n    try:\n        while True:\n            try:\n"
+     '                if receive() == "stop":\n                    return\n'
+     "            except LinkedError as failure:\n"
+     "                func = running.pop(failure.thread)\n",
+     "    each = {func: deque() for func in children}\n    try:\n        while True:\n            try:\n"
+     '                if receive() == "stop":\n                    return\n'
+     "            except LinkedError as failure:\n"
+     "                func = running.pop(failure.thread)\n                failures = each[func]\n"),
+    # Who was started again is not told to stop.
+    ("running[spawn_linked(func)] = func", "spawn_linked(func)"),
+    # Exactly a period ago is over.
+    ("while failures[0] < failures[-1] - period:", "while failures[0] <= failures[-1] - period:"),
     # What has failed once counts for ever.
     ("while failures[0] < failures[-1] - period:", "while False:"),
     # It never gives up.
@@ -10145,6 +10404,12 @@ WRONG["reliable"] = [
      "            send(message, owner)\n        send((\"ack\", counts[sender]), sender)",
      "        if number == counts[0]:\n            counts[0] += 1\n"
      "            send(message, owner)\n        send((\"ack\", counts[0]), sender)"),
+    # It acknowledges before it passes on.
+    ("        if number == counts[sender]:\n            counts[sender] += 1\n"
+     "            send(message, owner)\n        send((\"ack\", counts[sender]), sender)",
+     "        is_next = number == counts[sender]\n        counts[sender] += is_next\n"
+     "        send((\"ack\", counts[sender]), sender)\n        if is_next:\n"
+     "            send(message, owner)"),
     # The ack says which number came, not how many.
     ("(\"ack\", counts[sender])", "(\"ack\", number)"),
 ]
@@ -10215,7 +10480,7 @@ def gossiper():
                 peers = threads
             case ("put", key, version, value):
                 learn({key: (version, value)})
-            case "round":
+            case "round" if peers:
                 tell(("push", state.copy(), current_thread()), random.choice(peers))
             case ("push", news, sender):
                 learn(news)
@@ -10228,6 +10493,8 @@ def gossiper():
 WRONG["gossip"] = [
     # The state itself is given away.
     ("(\"push\", state.copy(),", "(\"push\", state,"),
+    # What is as new wins, too.
+    ("if version > state", "if version >= state"),
     # What comes last wins.
     ("if version > state.get(key, (0, None))[0]:", "if True:"),
     # Always the same peer.
@@ -10285,6 +10552,8 @@ def shop(till):
                         send(("order", item, count), till)
 '''
 WRONG["allow_list"] = [
+    # It can be sent to anybody, in the name of the shop.
+    ("[Order, note]", "[Order, note, send]"),
     # Friends only.
     ("[Order, note]", "[Order, note, write_note]"),
     # So that it works at last.
@@ -10446,6 +10715,8 @@ WRONG["two_phase_commit"] = [
     ("missing.discard(thread)", "missing.pop()"),
     # It does not wait for all.
     ("while missing and", "while len(missing) > 1 and"),
+    # It waits for all, though one has said no.
+    ('while missing and decision == "commit":', "while missing:"),
     # It waits for the dead.
     ("match receive(patience, \"silence\"):", "match receive():"),
     # Who is gone ends it.
@@ -10518,6 +10789,12 @@ WRONG["raft"] = [
     ("voters.add(voter)", "voters.add(len(voters))"),
     # Late votes count.
     ("if its_term == term and role == \"candidate\":", "if role == \"candidate\":"),
+    # Half of all is enough, where their number is even.
+    ("2 * len(voters) > len(peers) + 1", "2 * len(voters) >= len(peers) + 1"),
+    # Every message is a reason to wait anew.
+    ("        match message:\n            case (\"alarm\", _) if role == \"leader\":",
+     "        if message[0] != \"alarm\":\n            alarm = some_time()\n"
+     "        match message:\n            case (\"alarm\", _) if role == \"leader\":"),
     # Half of all is enough.
     ("2 * len(voters) > len(peers) + 1", "2 * len(voters) > len(peers) - 1"),
     # A refused vote counts, too.
@@ -11834,6 +12111,8 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["soak"]:
         by_its_name.soak()
     elif sys.argv[1:2] == ["check"]:
-        by_its_name.check_exercise(sys.argv[2:])
+        sys.exit(by_its_name.check_exercise(sys.argv[2:]))
+    elif sys.argv[1:2] == ["handout"]:
+        by_its_name.handout(sys.argv[2:])
     else:
         unittest.main(by_its_name)
