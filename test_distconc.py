@@ -6258,7 +6258,7 @@ class Shell(Net):
         Execution(traces).written()
         status, drawing, version = ask(path + "drawing", **{"If-None-Match": none_yet})
         self.assertEqual((200, chart(traces)), (status, drawing))
-        self.assertEqual((304, "", ""), ask(path + "drawing", **{"If-None-Match": version}))
+        self.assertEqual((304, "", version), ask(path + "drawing", **{"If-None-Match": version}))
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=T)
         self.assertEqual((process.returncode, out, err), (130, "", ""))
