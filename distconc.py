@@ -6178,11 +6178,13 @@ _SVG_SCRIPT = """
 let events = [];
 let chosen = null;
 
-// An event's clock says of how many events of each thread it may know: a vector clock.  The
-// attribute data-news has only the counts that the thread's event before did not know.
+// The element of an event names its thread, by the number of the column, and its cause: "3:7"
+// is the seventh event in column 3.  Its clock says of how many events of each thread it may
+// know, and so is a vector clock.  The element has only the news in it: the counts that the
+// event before, in the same thread, did not know.
 function readEvents() {
   const latest = {};  // number of a column -> the latest event in that column
-  const byName = {};  // "3:7" -> the seventh event in column 3
+  const byName = {};  // "3:7" -> an event
   events = [];
   for (const element of document.querySelectorAll(".event")) {
     const {thread, news, cause} = element.dataset;
@@ -6540,7 +6542,7 @@ class _SvgText(str):
     """The text of an SVG file, which shows itself as the last value of a notebook's cell."""
 
     def _repr_html_(self) -> str:
-        # In a page of its own its script runs, and meets nobody else's.
+        # In a page of its own, its script runs, and does not meet those of other charts.
         page = _escape(f"<!DOCTYPE html><style>body {{ margin: 0 }}</style>{self}")
         style = "width: 100%; height: 30em; border: 0; resize: vertical"
         return f'<iframe srcdoc="{page}" style="{style}"></iframe>'
@@ -6870,58 +6872,77 @@ def _watch(directory: str, draw: Callable[[], str]) -> None:
     """
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-    path = f"/{os.urandom(16).hex()}/"
-    name = _printable(directory)
-    page = (f"<!DOCTYPE html><title>{_escape(name)}</title>"
-            "<style>body { margin: 0 } :root { color-scheme: light dark }</style>"
-            f"<body></body><script>{_SVG_SCRIPT}{_WATCH_SCRIPT}</script>")
+    page = _WatchPage(directory, draw)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.path == path:
-                self.answer(200, page)
-            elif self.path == path + "drawing":
-                self.answer_drawing()
-            else:
-                self.send_error(404)
-
-        def answer_drawing(self) -> None:
-            version = _traces_version(directory)
-            if self.headers["If-None-Match"] == version:
-                self.answer(304)
-                return
-            try:
-                drawing = draw()
-            except (OSError, ValueError) as error:
-                drawing = f"<p>{_escape(_printable(str(error)))}</p>"
-            self.answer(200, drawing, version)
-
-        def answer(self, status: int, text: str = "", version: str = "") -> None:
-            self.send_response(status)
+            answer = page.answer(self.path, self.headers["If-None-Match"])
+            self.send_response(answer.status)
             self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("ETag", version)
+            self.send_header("ETag", answer.version)
             self.end_headers()
-            # The page may have been closed meanwhile.
+            # The browser may have closed the page meanwhile.
             with suppress(ConnectionError):
-                self.wfile.write(text.encode())
+                self.wfile.write(answer.text.encode())
 
         def log_message(self, *_: Any) -> None:
-            """Say nothing on standard error of each request."""
+            """Say nothing of each request on standard error."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        address = f"http://127.0.0.1:{server.server_port}{path}"
-        print(f"{address} shows {name}; Ctrl-C ends it", flush=True)
+        address = f"http://127.0.0.1:{server.server_port}{page.path}"
+        print(f"{address} shows {page.name}; Ctrl-C ends it", flush=True)
         server.serve_forever()
+
+
+class _WatchAnswer(NamedTuple):
+    """An answer by HTTP; `version` is that of the traces, or "" where there is none."""
+
+    status: int
+    text: str
+    version: str
+
+
+class _WatchPage:
+    """The page of a drawing, and below its path the drawing itself."""
+
+    def __init__(self, directory: str, draw: Callable[[], str]) -> None:
+        self.path = f"/{os.urandom(16).hex()}/"
+        self.name = _printable(directory)
+        self._directory = directory
+        self._draw = draw
+
+    def answer(self, path: str, known_version: str | None) -> _WatchAnswer:
+        """Return the answer for a path and a browser that knows the drawing of a version."""
+        if path == self.path:
+            return _WatchAnswer(200, self._html(), "")
+        if path != self.path + "drawing":
+            return _WatchAnswer(404, "", "")
+        version = _traces_version(self._directory)
+        if version == known_version:
+            return _WatchAnswer(304, "", version)
+        try:
+            return _WatchAnswer(200, self._draw(), version)
+        except (OSError, ValueError) as error:
+            # There may be no traces yet.
+            text = _escape(_printable(str(error)))
+            return _WatchAnswer(200, f"<p>{text}</p>", version)
+
+    def _html(self) -> str:
+        return (f"<!DOCTYPE html><title>{_escape(self.name)}</title>"
+                "<style>body { margin: 0 } :root { color-scheme: light dark }</style>"
+                f"<body></body><script>{_SVG_SCRIPT}{_WATCH_SCRIPT}</script>")
 
 
 def _traces_version(directory: str) -> str:
     """Return a text that is another one whenever the traces in a directory have changed."""
     files = []
-    with suppress(OSError):
-        for entry in os.scandir(directory):
+    # There may be no such directory yet.
+    with suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
             status = entry.stat()
             files.append((entry.name, status.st_size, status.st_mtime_ns))
-    return f'"{hashlib.sha256(repr(sorted(files)).encode()).hexdigest()}"'
+    digest = hashlib.sha256(repr(sorted(files)).encode()).hexdigest()
+    return f'"{digest}"'
 
 
 def _add_key(commands: Any) -> None:

@@ -7882,6 +7882,38 @@ o start  + spawn  * message  = end  X crash  x lost  ! node lost  ? time-out
         self.assertEqual("<'2'>\nsend at 127.0.0.1:9000/MainThread, clock 2\n"
                          "receive at 127.0.0.1:9001/MainThread, clock 3", told)
 
+    def test_words_stand_amid_their_arrow_where_there_is_room_or_at_the_right(self):
+        execution = Execution(self.dir)
+        one, two = execution.threads
+        for message in "short", "long " * 9, "\u4e2d" * 12:
+            sent = execution.log(one, "send", message=message, to="x")
+            execution.log(two, "receive", sent, message=message)
+        execution.written()
+        places = re.findall('<text class="(words.*?)" x="([0-9]+)"', chart(self.dir))[2:]
+        (left, _), (right, _), _ = next(self.arrows())
+        self.assertEqual([("words middle amid", str((left + right) // 2))] + 2 * [
+            ("words", places[1][1])], places)
+        self.assertGreater(int(places[1][1]), right)
+
+    def test_what_went_wrong_is_told_by_shape_too(self):
+        shapes = {kind: mark.shape for kind, mark in distconc._MARKS.items()}
+        wrong = [shapes.pop(kind) for kind in ("crash", "lost", "down", "timeout")]
+        self.assertEqual(4, len(set(wrong) - set(shapes.values())))
+
+    def test_a_node_has_a_frame_with_its_address_once_and_a_hue_of_its_own(self):
+        self.ran([("spawn", 0, 0), ("spawn", 1, 1), ("restart", 1, 0)])
+        root = ElementTree.fromstring(chart(self.dir))
+        [head] = root.iterfind(f"{SVG}g[@id='head']")
+        frames = head.findall(f"{SVG}rect[@class='node']")
+        addresses = [text.find(SVG + "title").text for text in head.findall(SVG + "text")
+                     if "thread" not in text.get("class")]
+        self.assertEqual(["127.0.0.1:9000"] + 2 * ["127.0.0.1:9001"], addresses)
+        self.assertEqual(3, len({frame.get("style") for frame in frames}))
+        marks = sorted({x for _, x, _, _ in self.marks()})
+        within = [sum(int(frame.get("x")) < x < int(frame.get("x")) + int(frame.get("width"))
+                      for x in marks) for frame in frames]
+        self.assertEqual([2, 2, 1], within)
+
     def test_threads_and_clocks_narrow_it(self):
         self.ran([("send", 0, 0), ("receive", 1, 0), ("spawn", 1, 3), ("send", 2, 0)])
         self.assertEqual(7, len(list(self.marks())))
@@ -8287,6 +8319,8 @@ class InABrowser(Case):
         picture = chart(os.path.join(self.dir, "traces"))
         self.assertLess(process_time() - start, 5)
         self.assertLess(len(picture), 10_000_000)
+        # Without this, Chromium takes five times as long to open it.
+        self.assertEqual(SVG + "title", ElementTree.fromstring(picture)[0].tag)
         self.open(os.path.join(self.dir, "traces"))
         self.assertEqual(10_078, self.browser.ask("events.length"))
         self.browser.press("ArrowDown")
@@ -8573,6 +8607,8 @@ class Shell(Net):
                 answer = connection.getresponse()
                 return answer.status, answer.read().decode(), answer.headers["ETag"]
 
+        with self.assertRaises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", int(host.partition(":")[2])), T)
         for wrong in "/", "/drawing", path[:-2] + "/", path + "x", path + "../../etc/passwd":
             self.assertEqual(404, ask(wrong)[0], wrong)
         status, page, _ = ask(path)
@@ -8585,7 +8621,7 @@ class Shell(Net):
         Execution(traces).written()
         status, drawing, version = ask(path + "drawing", **{"If-None-Match": none_yet})
         self.assertEqual((200, chart(traces)), (status, drawing))
-        self.assertEqual((304, "", ""), ask(path + "drawing", **{"If-None-Match": version}))
+        self.assertEqual((304, "", version), ask(path + "drawing", **{"If-None-Match": version}))
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=T)
         self.assertEqual((process.returncode, out, err), (130, "", ""))
