@@ -33,10 +33,11 @@ narrow.  Frames cannot be forged or altered on their way, but they can be read: 
 Words.  A *node* is a process that can be addressed.  Its *incarnation* is a random number drawn
 once per process, which tells it from earlier processes at that address.  A *thread* has a
 *mailbox*.  A *handle* denotes a thread: a `Thread` of this node, or a `RemoteThread` of any.
-An *entry* is a message in a mailbox.  *Pending* is the reply or the end of a thread that
-somebody here waits for; a *watcher* is told when a thread ends.  A *connection* joins two
-nodes; a *header* says for whom a message on a connection is, and its *payload* is the message,
-pickled.
+An *entry* is a message in a mailbox.  A *pending* is one thing that a thread here waits for, a
+reply or an end, and a *tag* is the random text that names it; a *watcher* is told when a thread
+ends.  A *connection* joins this node and its *peer*; a *header* says for whom a message on a
+connection is, and its *payload* is the message, pickled.  A *cause* is the event that led to
+another, if a trace records events.
 
     node A                                                  node B
 
@@ -121,7 +122,7 @@ class DistconcError(Exception):
     """The base of this module's errors.
 
     All data of an error is in its `args`, because that is what pickle keeps; the last of them
-    is the text.
+    is the text (but for a LinkedError, which has none of its own).
     """
 
     def __str__(self) -> str:
@@ -189,9 +190,31 @@ class RemoteError(DistconcError):
 
 ################ Part one: one process ################
 #
-# All of it is local, and runs without the rest of the file.  It names later parts in five
+# All of it is local, and runs without the rest of the file.  It names later parts in six
 # places, each of which says so: `_Observer` (part three records what it hears), `spawn` with
-# `node=`, and of a Thread `node`, `__reduce__`, and what it does in the child of a fork.
+# `node=`, `monitor` of a node, and of a Thread `node`, `__reduce__`, and what it does in the
+# child of a fork.
+
+######## Where the promises are kept
+#
+# Order      Of a mailbox: `Mailbox._arrived`.  Of a connection: its outbox, which is written
+#            under `_write_lock`, and read by one reader.  Over a lost connection and the next
+#            one: `_Handshake._exchange_serials`, `Node._connection_to`, and
+#            `Node._connection_closed`.
+# A late     A reply never enters a mailbox.  `_PendingTable.resolve` gives it to the call that
+# reply      waits for its tag; if none does any more, nobody hears of it.
+# A lost     `_Connection.read_loop` notices it, by the connection's end or by silence;
+# node       `Node._contact_lost` tells all that wait for that node.
+# The end    `Thread._end`; `_Registry` sees to it that a watcher is told, or is refused.
+# A handle   `RemoteThread._is_local` knows it; what is sent to it goes straight into the
+# sent home  mailbox of its thread.
+#
+# Locks.  Each stands beside what it guards.  `_Connection._write_lock` is the only one that is
+# held while its holder may have to wait for the network.  Within it, and within `Node._lock`,
+# the others may be taken, which are `_Registry.lock`, `_PendingTable._lock`, and those of
+# mailboxes and logs; within these, none.  `_Process.lock` is taken before all others, by the
+# thread that starts a node.  No lock is held while code of the user's runs, but for a
+# `__del__`, which may interrupt any line.
 
 ######## Waiting: deadlines, and queues of threads that wait
 
@@ -318,26 +341,28 @@ class _WaitQueue:
 ######## Mailbox: put, get, get_if, get_all, empty
 
 _MISSING: Any = object()  # stands for an argument that was not given
-_EventId = tuple[str, int, int]  # incarnation in hex, thread's id, Lamport clock
+
+# An event of a trace (part three): incarnation in hex, thread's id, Lamport clock.
+_EventId = tuple[str, int, int]
 
 
 class _Entry:
     """A message in a mailbox, and the event that sent it (None: nobody records events)."""
 
-    __slots__ = ("message", "cause", "serial")
+    __slots__ = ("message", "cause", "position")
 
     # A message from another node is loaded by the thread that takes it (part two): loading
     # runs code of the user's, which may take long, and must hold up nobody else.
     needs_loading = False
 
-    serial: int  # of one that a selective receive has looked at; see Mailbox
+    position: int  # of one that a selective receive has looked at; see Mailbox
 
     def __init__(self, message: Any, cause: _EventId | None = None) -> None:
         self.message = message
         self.cause = cause
 
     def load(self) -> bool:
-        """Make `message` usable, if it is not yet; return False if that fails."""
+        """Make `message` usable, if it is not yet; return False for one that nobody gets."""
         return True
 
 
@@ -349,7 +374,7 @@ class Mailbox:
     with queue.Queue.)
     """
 
-    __slots__ = ("_arrived", "_arrival", "_lock", "_examined", "_next_serial")
+    __slots__ = ("_arrived", "_arrival", "_lock", "_numbered", "_next_position")
 
     def __init__(self) -> None:
         # Messages are put here.  `deque.append` and `popleft` are atomic, so put needs no lock:
@@ -359,14 +384,14 @@ class Mailbox:
         # Woken by every put; get, get_if and get_all wait here when they find nothing.
         self._arrival = _WaitQueue()
 
-        # Guards `_examined`.  Held while messages are moved or taken, never while a predicate
+        # Guards `_numbered`.  Held while messages are moved or taken, never while a predicate
         # runs or a message is loaded: these are the user's code.
         self._lock = _Lock()
 
-        # Messages that get_if has seen, which are older than all in `_arrived`; numbered, so
-        # that it knows how far it has looked, and asks about none twice.
-        self._examined: deque[_Entry] = deque()
-        self._next_serial = 0
+        # Messages that a get_if has moved here to number them; older than all in `_arrived`.  By
+        # its position it knows how far it has looked, and asks about no message twice.
+        self._numbered: deque[_Entry] = deque()
+        self._next_position = 0
 
     def put(self, message: Any) -> None:
         """Add `message` as the newest.  Never blocks.  Factor: mailbox-put."""
@@ -398,8 +423,8 @@ class Mailbox:
         """Remove and return the oldest entry that can be loaded; None at the deadline."""
         while True:
             entry = None
-            if self._examined:
-                entry = self._pop_examined()
+            if self._numbered:
+                entry = self._pop_numbered()
             if entry is None:
                 try:
                     # Atomic, so the lock is not needed; it would cost as much as all the rest.
@@ -418,18 +443,18 @@ class Mailbox:
                 self._put_back([entry])
                 raise
 
-    def _pop_examined(self) -> _Entry | None:
+    def _pop_numbered(self) -> _Entry | None:
         with self._lock:
-            if self._examined:
-                return self._examined.popleft()
+            if self._numbered:
+                return self._numbered.popleft()
             return None
 
     def _put_back(self, entries: list[_Entry]) -> None:
         """Make entries that were taken the oldest again."""
         with self._lock:
             for entry in reversed(entries):
-                entry.serial = -1
-                self._examined.appendleft(entry)
+                entry.position = -1
+                self._numbered.appendleft(entry)
         self._arrival.wake_all()
 
     def get_if(self, pred: Predicate, timeout: float | None = None) -> Any:
@@ -453,16 +478,17 @@ class Mailbox:
 
         A message of a class in `also` fits, too.
         """
-        seen = None  # the serial number up to which this call has looked
+        seen = None  # the position up to which this call has looked
         while True:
             is_first_look = seen is None
             newer, seen = self._newer_than(seen)
             for entry in newer:
                 if entry.needs_loading and not entry.load():
                     self._take(entry)
-                elif isinstance(entry.message, also) or accepts(entry.message):
-                    if self._take(entry):
-                        return entry
+                    continue
+                is_wanted = isinstance(entry.message, also) or accepts(entry.message)
+                if is_wanted and self._take(entry):
+                    return entry
             if not newer:
                 has_newer = partial(self._has_newer_than, seen)
                 if not self._arrival.wait_until(has_newer, deadline):
@@ -472,7 +498,7 @@ class Mailbox:
                 return None
 
     def _newer_than(self, seen: int | None) -> tuple[list[_Entry], int]:
-        """Return the entries from serial number `seen` on, oldest first, and the next `seen`.
+        """Return the entries from position `seen` on, oldest first, and the next `seen`.
 
         At the first look these are the oldest few, which are enough mostly.  At the second come
         all others, so that the work is linear in the number of messages.
@@ -480,39 +506,39 @@ class Mailbox:
         with self._lock:
             self._number_arrivals()
             if seen is None:
-                few = list(itertools.islice(self._examined, 20))
+                few = list(itertools.islice(self._numbered, 20))
                 if few:
-                    return few, few[-1].serial + 1
-                return [], self._next_serial
+                    return few, few[-1].position + 1
+                return [], self._next_position
             newer = []
-            for entry in reversed(self._examined):
-                if entry.serial < seen:
+            for entry in reversed(self._numbered):
+                if entry.position < seen:
                     break
                 newer.append(entry)
             newer.reverse()
-            return newer, self._next_serial
+            return newer, self._next_position
 
     def _number_arrivals(self) -> None:
-        """Move what has arrived to `_examined`; `_lock` is held."""
+        """Move what has arrived to `_numbered`; `_lock` is held."""
         for _ in range(len(self._arrived)):
             try:
                 entry = self._arrived.popleft()
             except IndexError:
                 return  # Another thread's `get` was faster.
-            entry.serial = self._next_serial
-            self._next_serial += 1
-            self._examined.append(entry)
+            entry.position = self._next_position
+            self._next_position += 1
+            self._numbered.append(entry)
 
     def _has_newer_than(self, seen: int) -> bool:
         # With the lock, as a message that is being moved is in neither deque for a moment.
         with self._lock:
-            return bool(self._arrived) or self._next_serial > seen
+            return bool(self._arrived) or self._next_position > seen
 
     def _take(self, entry: _Entry) -> bool:
         """Remove an examined entry; return False if another thread was faster."""
         with self._lock:
             try:
-                self._examined.remove(entry)
+                self._numbered.remove(entry)
             except ValueError:
                 return False
             return True
@@ -525,8 +551,8 @@ class Mailbox:
         deadline = _deadline(timeout)
         while True:
             with self._lock:
-                entries = list(self._examined)
-                self._examined.clear()
+                entries = list(self._numbered)
+                self._numbered.clear()
                 # No more than these: others may put faster than this loop takes.
                 with suppress(IndexError):
                     for _ in range(len(self._arrived)):
@@ -544,7 +570,7 @@ class Mailbox:
 
     def _has_entries(self) -> bool:
         with self._lock:
-            return bool(self._arrived or self._examined)
+            return bool(self._arrived or self._numbered)
 
     def empty(self) -> bool:
         """Return whether no message is here now.  Never blocks; it may change at once."""
@@ -553,7 +579,7 @@ class Mailbox:
     def _snapshot(self) -> list[_Entry]:
         """Return the entries that are here now, without taking any."""
         with self._lock:
-            return [*self._examined, *self._arrived.copy()]
+            return [*self._numbered, *self._arrived.copy()]
 
 
 def _as_predicate(pred: Predicate) -> Callable[[Any], Any]:
@@ -588,12 +614,14 @@ def _check_class(kind: Any) -> None:
         raise TypeError(text) from None
 
 
-######## Pending: what threads of this process wait for
+######## Observer: hears of all that happens in this process
 
 
 class _Observer:
-    """Hears of all that happens here.  This one ignores it; part three puts in its place one
-    that records it, and counts and logs messages that nobody could take.
+    """Hears of all that happens, and ignores it.
+
+    Part three puts another in its place, which records events, and counts and logs messages
+    that nobody could take.
     """
 
     is_recording = False
@@ -623,6 +651,9 @@ class _Observer:
 _observer = _Observer()
 
 
+######## Pending: what threads of this process wait for
+
+
 class _Failure:
     """Why something pending failed, as the error that its waiter is told."""
 
@@ -645,7 +676,7 @@ class _Failure:
         return error
 
 
-class _LateEntry(_Entry):
+class _FailureEntry(_Entry):
     """An entry that tells of a failure; its message is made by the thread that takes it.
 
     The data of a failure may have to be loaded: see `_Entry.load`.
@@ -688,7 +719,10 @@ class _Pending:
         _pending.add(self)
 
     def resolve(self, reply: _Entry) -> None:
-        """Pass the reply on to the waiter.  Must not block: the table is locked."""
+        """Pass the reply on to the waiter.  Must not block: the table is locked.
+
+        Nobody replies to a monitor or a link.  A forged reply does nothing.
+        """
 
     def fail(self, failure: _Failure, cause: _EventId | None) -> None:
         """Pass the failure on to the waiter.  Must not block: the table is locked."""
@@ -713,9 +747,8 @@ class _PendingTable:
     """All that threads of this process wait for, by tag."""
 
     def __init__(self) -> None:
-        # Guards the entries, and is held while one is told its outcome: so when `remove`
-        # returns, either that has been done, or it never will be.  An RLock, because a
-        # `__del__` that replies may interrupt its holder.
+        # Guards `_by_tag`, and is held while one is told its outcome: so when `remove` returns,
+        # either that has been done, or it never will be.
         self._lock = _Lock()
         self._by_tag: dict[str, _Pending] = {}
 
@@ -762,7 +795,7 @@ _pending = _PendingTable()
 
 ######## Threads: Thread, current_thread, threads
 
-_incarnation = int.from_bytes(os.urandom(8), "big")  # tells this process from all others
+_own_incarnation = int.from_bytes(os.urandom(8), "big")  # tells this process from all others
 _thread_ids = itertools.count(1)
 
 
@@ -799,25 +832,25 @@ class Thread(_Handle):
     `RemoteThread` does (part two).
     """
 
-    __slots__ = ("id", "name", "_mailbox", "_watchers", "_registered_names", "_ended", "_gone",
+    __slots__ = ("id", "name", "_mailbox", "_watchers", "_registered_names", "_ended", "_end_was_told",
                  "_end_waiters", "_started_at", "_os_ident", "_remote")
 
     def __init__(self, name: str) -> None:
         _check_name(name)
         self.id = next(_thread_ids)
         self.name = name
-        self._identity = (_incarnation, self.id)
+        self._identity = (_own_incarnation, self.id)
         self._mailbox = Mailbox()
         self._started_at = monotonic()
         self._os_ident: int | None = None  # `threading.get_ident()` of it, once it runs
 
-        # These three are guarded by the lock of `_registry`.
+        # These three are guarded by the lock of `_registry` (below).
         self._watchers: dict[str, Any] = {}  # tag -> _Pending, or _RemoteWatcher of part two
         self._registered_names: tuple[str, ...] = ()
         self._ended = False  # takes no more messages
 
         # Set, and the waiters of `join` woken, when all have been told of the end.
-        self._gone = False
+        self._end_was_told = False
         self._end_waiters = _WaitQueue()
 
         # In the child of a fork: the handle of the parent's thread.
@@ -845,11 +878,14 @@ class Thread(_Handle):
             return self._remote.join(timeout)
         if _local.thread is self:
             raise RuntimeError("a thread cannot wait for its own end")
-        self._end_waiters.wait_until(lambda: self._gone, _deadline(timeout))
+        self._end_waiters.wait_until(lambda: self._end_was_told, _deadline(timeout))
         return self._ended
 
     def send(self, message: Any) -> None:
-        """Put `message` itself into the thread's mailbox.  Never blocks; see `send`."""
+        """Put `message` itself into the thread's mailbox.  Never blocks; see `send`.
+
+        A Reply goes to the call that waits for it.
+        """
         cause = None
         if _observer.is_recording:
             cause = _observer.record_send(message, self)
@@ -863,13 +899,13 @@ class Thread(_Handle):
             self._mailbox._put(_Entry(message, cause))
 
     def _reply(self, data: Any, tag: str, cause: _EventId | None) -> None:
-        """Answer a call of this thread's.  The tag of a forged reply may be anything."""
+        """Give this thread the reply to its call.  The tag of a forged one may be anything."""
         if self._remote:
             self._remote._reply(data, tag, cause)
         elif isinstance(tag, str):
             _pending.resolve(tag, _Entry(data, cause))
 
-    def _call(self, call: "_Call", message: Any, cause: _EventId | None) -> None:
+    def _call(self, call: "_PendingCall", message: Any, cause: _EventId | None) -> None:
         """Have this thread asked by `call`, which waits for the reply."""
         if self._remote:
             self._remote._call(call, message, cause)
@@ -880,17 +916,22 @@ class Thread(_Handle):
             self._mailbox._put(_Entry(Synchronous(message, call.waiter, call.tag), cause))
 
     def _watch(self, pending: _Pending, cause: _EventId | None = None) -> bool:
-        """Have `pending` told of this thread's end; return False if it has been told now."""
+        """Have `pending` told of this thread's end.
+
+        Returns False if the thread had ended already, and `pending` has been told so now.
+        """
         if self._remote:
             return self._remote._watch(pending)
-        pending.watched = self
         if _registry.add_watcher(self, pending):
             return True
         pending.notify(_Failure(NoSuchThread(f"{self!r} has ended")), cause)
         return False
 
     def remove_watcher(self, tag: str) -> None:
-        """Forget a watcher, which need not be told of the end any more."""
+        """Forget a watcher, which need not be told of the end any more.
+
+        No two watchers have the same tag, so the registry finds it by that alone.
+        """
         _registry.remove_watcher(tag)
 
     def _start(self, func: Callable[..., Any], *args: Any) -> None:
@@ -915,13 +956,18 @@ class Thread(_Handle):
             self._end(None)
 
     def _end(self, reason: BaseException | None, print_it: bool = True) -> None:
-        """End the thread, of `reason` (None: it returned).  The order of the steps matters.
+        """End the thread, of `reason` (None: it returned, or raised SystemExit).
 
-        1. It ends, so that whoever reacts to the next steps finds it ended.
-        2. A failure that no link will report is printed, because a watcher that is told of it
-           may end the process.
-        3. The watchers are told.
-        4. Those that wait in `join` go on.
+        The order of the steps matters:
+
+        1. The end is recorded, so that all that follows from it comes later in the trace.
+        2. The thread ends, so that whoever reacts to the next steps finds it ended.
+        3. A failure that no link will report is printed; first, because a watcher that is told
+           of it may end the process.
+        4. The watchers are told.
+        5. A failure is printed if its link could not report it after all, and so are those of
+           linked threads that this one has not received.
+        6. Those that wait in `join` go on.
         """
         if reason is None:
             event = _observer.record(self, "end")
@@ -937,7 +983,7 @@ class Thread(_Handle):
                 _print_failure(reason)
             self._print_unread_failures()
         finally:
-            self._gone = True
+            self._end_was_told = True
             self._end_waiters.wake_all()
 
     def _notify_watchers(self, watchers: list[Any], reason: BaseException | None,
@@ -945,6 +991,7 @@ class Thread(_Handle):
         """Tell all that the thread ended; return whether a linked parent could hear of it."""
         link_heard = False
         for watcher in watchers:
+            # Each gets an error of its own, as raising it will write its traceback into it.
             heard = watcher.notify(_Failure(_died(self, reason)), event)
             link_heard = link_heard or (heard and watcher.is_link)
         return link_heard
@@ -1032,7 +1079,6 @@ class _Registry:
     def __init__(self) -> None:
         # Guards the tables, and of every thread its watchers, its names and that it ended.  So
         # a watcher is either told of a thread's end or refused: there is nothing in between.
-        # An RLock, because a `__del__` that sends may interrupt its holder.
         self.lock = _Lock()
         self.by_id: dict[int, Thread] = {}
         self.by_name: dict[str, Thread] = {}  # those that have a registered name
@@ -1078,6 +1124,7 @@ class _Registry:
     def add_watcher(self, thread: Thread, watcher: Any) -> bool:
         """Have `watcher` told when `thread` ends; return False if it has ended."""
         with self.lock:
+            watcher.watched = thread
             if thread._ended:
                 return False
             thread._watchers[watcher.tag] = watcher
@@ -1166,7 +1213,7 @@ def threads() -> dict[int, Thread]:
 ######## Spawning: spawn, spawn_linked, spawn_server
 
 
-class _LinkedEntry(_LateEntry):
+class _LinkedEntry(_FailureEntry):
     """An entry whose message is a LinkedError."""
 
     __slots__ = ("_child",)
@@ -1179,7 +1226,7 @@ class _LinkedEntry(_LateEntry):
         return LinkedError(failure.reason(), self._child)  # type: ignore[arg-type]
 
 
-class _Link(_Pending):
+class _PendingLink(_Pending):
     """A parent wants a LinkedError when its child fails."""
 
     is_link = True
@@ -1254,7 +1301,7 @@ def spawn_linked(func: Callable[..., Any], *args: Any, name: str | None = None,
     SystemExit is no failure.  Factor: spawn-linked.  Erlang: spawn_link, one way.
     """
     request = _request(func, args, name, register)
-    link = _Link(current_thread())
+    link = _PendingLink(current_thread())
     try:
         child = _spawn(request, node, link)
     except BaseException:
@@ -1317,18 +1364,14 @@ def _check_tag(tag: object) -> None:
         raise TypeError(f"a tag is a text that this module has made, not {tag!r:.100}")
 
 
-def _spawn(request: _SpawnRequest, node: NodeLike | None, link: _Link | None) -> Handle:
+def _spawn(request: _SpawnRequest, node: NodeLike | None, link: _PendingLink | None) -> Handle:
     event = None
     if _observer.is_recording:
         event = _observer.record(current_thread(), "spawn", child=request.name)
     if node is not None:
         # Part two: the thread may have to be started on another node.
         return _spawn_at(node, request, link, event)
-    if link is None:
-        return _spawn_here(request, None, event)
-    child = _spawn_here(request, link, event)
-    link.watched = child
-    return child
+    return _spawn_here(request, link, event)
 
 
 def _spawn_here(request: _SpawnRequest, watcher: Any, cause: _EventId | None) -> Thread:
@@ -1383,10 +1426,7 @@ def receive(timeout: float | None = None, default: Any = _MISSING) -> Any:
     Factor: receive, receive-timeout.
     """
     thread = _local.thread or current_thread()
-    deadline = None
-    if timeout is not None:
-        deadline = _deadline(timeout)
-    entry = thread._mailbox._get(deadline)
+    entry = thread._mailbox._get(_deadline(timeout))
     if entry is None:
         return _default_or_timeout("receive", "message", timeout, default)
     return _received(entry)
@@ -1492,7 +1532,7 @@ class Reply(_Message):
         self.__dict__.update(data=data, tag=tag)
 
 
-class _Call(_Pending):
+class _PendingCall(_Pending):
     """A thread waits in `send_synchronous`."""
 
     def __init__(self, caller: Thread) -> None:
@@ -1554,7 +1594,7 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
         raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")
     deadline = _deadline(timeout)
     caller = _local.thread or current_thread()
-    call = _Call(caller)
+    call = _PendingCall(caller)
     try:
         cause = None
         if _observer.is_recording:
@@ -1640,7 +1680,7 @@ class Down(_Message):
         self.__dict__.update(monitor=monitor, target=target, reason=reason)
 
 
-class _DownEntry(_LateEntry):
+class _DownEntry(_FailureEntry):
     """An entry whose message is a Down."""
 
     __slots__ = ("_monitor",)
@@ -1653,7 +1693,7 @@ class _DownEntry(_LateEntry):
         return Down(self._monitor, self._monitor.target, failure.reason())
 
 
-class _Watch(_Pending):
+class _PendingMonitor(_Pending):
     """A thread wants a Down when another thread ends, or a node is lost."""
 
     def __init__(self, waiter: Thread, target: Any) -> None:
@@ -1676,7 +1716,7 @@ def monitor(thread_or_node: Handle | NodeLike) -> Monitor:
     goes on, and can be sent to when it is back.  But a monitor or link that has told of a loss
     is over.  Nothing more comes of it, also when the thread ends indeed; monitor it anew.
     """
-    watch = _Watch(current_thread(), thread_or_node)
+    watch = _PendingMonitor(current_thread(), thread_or_node)
     try:
         if isinstance(thread_or_node, _Handle):
             thread_or_node._watch(watch)
@@ -1688,7 +1728,7 @@ def monitor(thread_or_node: Handle | NodeLike) -> Monitor:
     except AuthenticationError as error:
         _pending.fail(watch.tag, _Failure(NodeUnreachable(str(error))))
     except BaseException:
-        _pending.remove(watch.tag)
+        watch.cancel()
         raise
     return watch.monitor
 
@@ -2264,8 +2304,8 @@ def _advertised_address(bound: Address | None, advertise: Any) -> Address | None
     address = _parse_address(advertise)
     is_free_port = isinstance(address, tuple) and address[1] == 0
     if is_free_port:
-        raise ValueError(f"advertise={advertise!r:.300}: nobody can dial port 0; leave the port "
-                         "out, and it is the one at which the node listens")
+        raise ValueError(f"advertise={advertise!r:.300}: nobody can dial port 0; leave the "
+                         "port out, and it is the one at which the node listens")
     if address is None or _is_wildcard(address):
         raise ValueError(f"advertise={advertise!r:.300} is nothing that others can dial; say "
                          "this machine's address on the network, such as '192.168.1.17'")
@@ -2469,10 +2509,10 @@ def _read_when_written(file: Any) -> bytes:
 # SHA-256(dialler's hello) + SHA-256(acceptor's hello)).
 #
 # A frame whose lengths are 0 has no body.  It is a tick: a side that has nothing to send sends
-# one every fifth of the heartbeat.  Silence for four fifths of it ends the connection.  The last
-# frame of a side has the header "end"; after it that side shuts down its writing half, and reads
-# to the other's end.  A direction that ends without "end" was cut off: messages that were sent
-# last may be lost.
+# one every fifth of the heartbeat.  Silence for four fifths of it ends the connection.  The
+# last frame of a side has the header "end"; after it that side shuts down its writing half, and
+# reads to the other's end.  A direction that ends without "end" was cut off: messages that were
+# sent last may be lost.
 #
 # An envelope holds plain data only: of each header, at least one payload; in all, at most
 # 65,536.  These are the headers, and their payloads:
@@ -2533,7 +2573,7 @@ class _Hello(NamedTuple):
 
     @classmethod
     def make(cls, role: str, node: "Node", dialled: Sequence[str]) -> "_Hello":
-        fields = [PROTOCOL, role, os.urandom(16).hex(), f"{_incarnation:x}",
+        fields = [PROTOCOL, role, os.urandom(16).hex(), f"{_own_incarnation:x}",
                   repr(node._heartbeat), str(node._max_message), str(node), *dialled,
                   __name__]
         return cls.decode(os.fsencode("\0".join(fields)))
@@ -2693,6 +2733,7 @@ class _RemoteWatcher:
         self.tag = tag
         self.peer = peer
         self.is_link = is_link
+        self.watched: Thread | None = None
 
     def notify(self, failure: _Failure, cause: _EventId | None) -> bool:
         """Send the failure; return False if contact with that node is lost."""
@@ -2761,7 +2802,7 @@ def _load(connection: "_Connection", payload: "bytes | memoryview | None") -> An
     """Load what came over a connection.
 
     Code of the user's that runs meanwhile can make no call: it would wait for a thread that
-    may wait for this one.  See `_Call`.
+    may wait for this one.  See `_PendingCall`.
     """
     outer = _local.loading_from
     try:
@@ -2783,7 +2824,7 @@ class _Origin:
         self.cause = cause
 
 
-_UNREADABLE: Any = object()  # stands for a message that could not be loaded
+_UNREADABLE: Any = object()  # stands for a message that nobody gets
 
 
 class _RemoteEntry(_Entry):
@@ -2911,7 +2952,7 @@ class _Connection:
         self.peer_serial = 0
 
         # `deque.append` and `popleft` are atomic, so putting messages here needs no lock: see
-        # `post`.  Only a holder of `_write_lock` takes any out.
+        # `post`.  Only a holder of `_write_lock` takes any out, but for `post` its own.
         self._outbox: deque[tuple[_Header, bytes]] = deque()
         self.closing = False
         self._work = _WaitQueue()  # the writer waits here for messages, or the end
@@ -2990,7 +3031,7 @@ class _Connection:
 
     def encode_reply(self, tag: str, payload: bytes,
                      cause: _EventId | None) -> tuple[_Header, bytes]:
-        """Return the header and the payload of a reply, or of its failure if it is too large."""
+        """Return the header and payload of a reply, or of its failure if it is too large."""
         if len(payload) <= self.max_outgoing:
             return ("reply", tag, cause), payload
         error = RemoteError("SerializationError", f"the reply has {len(payload)} bytes, more "
@@ -3116,7 +3157,7 @@ class _Connection:
         except NodeDown:
             pass  # The reader finds that, too, and reports it.
         finally:
-            self._shut_down_output()
+            self._end_output()
             self._writer_has_ended = True
             self._writer_end.wake_all()
 
@@ -3140,7 +3181,7 @@ class _Connection:
                 self._write_frame([(("end",), [0])], [b""])
                 self.sent -= 1  # It is no message.
 
-    def _shut_down_output(self) -> None:
+    def _end_output(self) -> None:
         with self._write_lock:
             self._has_ended_output = True
         self._shut_down_writing()
@@ -3163,7 +3204,7 @@ class _Connection:
 
     def abort(self) -> None:
         """End now.  Never blocks."""
-        _shut_down(self._socket)
+        _shut_down_socket(self._socket)
         self.close()
 
     def _release(self) -> None:
@@ -3176,7 +3217,7 @@ class _Connection:
     # The handshake's last steps, and the reader
 
     def send_serials(self) -> None:
-        """Tell the peer this connection's number, and that of the oldest which lives here."""
+        """Register this connection; tell the peer its number, and that of the oldest here."""
         oldest = self._node._add_connection(self)
         with self._write_lock:
             self._write_frame([(("serials", self.serial, oldest), [0])], [b""])
@@ -3272,7 +3313,7 @@ class _Connection:
                     failure = _RemoteFailure(self, kind, text, traceback, payload)
                     _pending.fail(tag, failure, _check_cause(cause))
                 case "monitor", incarnation, id, tag, cause:
-                    self._find_watched(incarnation, id, tag, _check_cause(cause))
+                    self._find_and_watch(incarnation, id, tag, _check_cause(cause))
                 case "unwatch", tag:
                     _registry.remove_watcher(tag)
                 case "request", tag, cause:
@@ -3304,7 +3345,7 @@ class _Connection:
                  cause: Any, payload: "bytes | memoryview") -> None:
         if cause is not None:
             cause = _check_cause(cause)
-        thread = self._find_watched(incarnation, id, tag, cause)
+        thread = self._find_and_watch(incarnation, id, tag, cause)
         if thread is not None:
             origin = _Origin(self, id, cause)
             entry = _RemoteCallEntry(payload, origin, self._caller(caller), tag)
@@ -3319,7 +3360,7 @@ class _Connection:
             self._last_caller = handle
         return handle
 
-    def _find_watched(self, incarnation: int | None, id: "int | str", tag: str,
+    def _find_and_watch(self, incarnation: int | None, id: "int | str", tag: str,
                       cause: _EventId | None) -> "Thread | None":
         """Return the thread, of whose end the peer will be told; None if it was told now."""
         if not isinstance(tag, str):
@@ -3434,7 +3475,7 @@ def _cut(body: bytes) -> "Sequence[bytes | memoryview]":
     return [view[start:start + READ_BUFFER] for start in range(0, len(body), READ_BUFFER)]
 
 
-def _shut_down(sock: socket.socket) -> None:
+def _shut_down_socket(sock: socket.socket) -> None:
     """Wake all threads that read or write `sock` with its end; its owner closes it."""
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
@@ -3485,7 +3526,7 @@ class _Handshake:
             self.error = error
             self._finish()
         if self._socket:
-            _shut_down(self._socket)
+            _shut_down_socket(self._socket)
 
     def _finish(self) -> None:
         self._is_over = True
@@ -3608,8 +3649,8 @@ class _Handshake:
             peer   serial 1  lost ......   serial 2  dials, and says: 2, oldest 2
             here   serial 1  being read    serial 2  waits until 1 is read to its end
 
-        So each side numbers its connections, and tells the number of this one, and that of the
-        oldest which lives there between the two.  What is older than that is over for the peer;
+        So each side numbers its connections, and tells the number of this one, and that of its
+        oldest connection to the other side.  What is older than that is over for the peer;
         its end is on its way here, be it the peer's own or silence.  It is waited for, not
         brought about.  So who claims to be the peer of a connection that lives does not take
         its place; but all who have the key are equal, and who was let in as that peer, over a
@@ -3678,7 +3719,7 @@ class Node(AbstractContextManager["Node"]):
 
     As a context manager, leaving it stops the node.  These are its threads:
 
-    * the *accepter*, from `start_node` to `stop_node`, which wakes it by a connection;
+    * the *accept thread*, from `start_node` to `stop_node`, which wakes it by a connection;
     * a *reader* for each dial and each stranger who knocks, which shakes hands first; it ends
       with the connection, or with the handshake that fails;
     * a *timer* for each handshake, which aborts it after `connect_timeout`;
@@ -3688,16 +3729,15 @@ class Node(AbstractContextManager["Node"]):
 
     def __init__(self) -> None:
         self.address: Address | None = None  # what others dial
-        self.incarnation = _incarnation
+        self.incarnation = _own_incarnation
         self._listen_address: Address | None = None
         self._is_exposed = False  # other machines can reach it
         self._is_started = False
         self._stopped = False
-        self._accepter: threading.Thread | None = None
+        self._accept_thread: threading.Thread | None = None
         self._listener: Listener | None = None
 
-        # Guards the three tables below, and the counts.  An RLock, because a `__del__` that
-        # sends may interrupt its holder.
+        # Guards the three tables below, and the counts.  Other threads read copies.
         self._lock = _Lock()
         self._connections: set[_Connection] = set()  # all, from their serials to their end
         self._established: list[_Connection] = []  # in the order in which they were
@@ -3755,7 +3795,7 @@ class Node(AbstractContextManager["Node"]):
         self._is_exposed = not _is_loopback(bound)
         self.address = advertised
         self._listener = listener
-        self._accepter = _start_daemon("accepter", self._accept_loop, listener)
+        self._accept_thread = _start_daemon("accept", self._accept_loop, listener)
 
     def load(self, data: Any) -> Any:
         """Unpickle what this program gives to `deserialize`.
@@ -3787,9 +3827,10 @@ class Node(AbstractContextManager["Node"]):
     def stats(self) -> dict[str, int]:
         """Return counts of messages, exact at any time.  Never blocks.
 
-        `sent` and `received`; of those received `undelivered` (nobody here is meant, or it
-        could not be read) and `refused` (by `allow`); of those sent `lost`, as this node or
-        others say; and `strangers`, who knocked and did not get in.
+        `sent` and `received` count what went over connections.  `undelivered` (nobody here is
+        meant, or it could not be read) and `refused` (by `allow`) count what came to nobody
+        here; `lost` what was sent from here and came to nobody, as this node or others say:
+        both also within this process.  `strangers` knocked and did not get in.
         """
         with self._lock:
             counts = self._counts.copy()
@@ -3983,7 +4024,7 @@ class Node(AbstractContextManager["Node"]):
     # Letting others in
 
     def _accept_loop(self, listener: Listener) -> None:
-        """The accepter: have a thread shake hands with each stranger who knocks."""
+        """The accept thread: have another shake hands with each stranger who knocks."""
         _local.must_not_wait = True
         while not self._stopped:
             try:
@@ -4025,7 +4066,7 @@ class Node(AbstractContextManager["Node"]):
     def stop(self, timeout: float = 5.0) -> None:
         """Stop the node; see `stop_node`."""
         deadline = _bounded_deadline(timeout)
-        if self.incarnation != _incarnation:
+        if self.incarnation != _own_incarnation:
             return  # This is the child of a fork; the node is its parent's.
         with self._lock:
             is_first = not self._stopped
@@ -4035,25 +4076,25 @@ class Node(AbstractContextManager["Node"]):
             handshake.abort(NodeDown("this node was stopped"))
         if is_first:
             _registry.forget_names()
-        self._end_accepter(deadline)
+        self._end_accept_thread(deadline)
         with self._lock:
             connections = self._connections.copy()
         self._end_connections(connections, deadline)
         for log in (_losses, _wrong_keys, _noise):
             log.flush()
 
-    def _end_accepter(self, deadline: float) -> None:
-        """Wake the accepter by a connection, as nothing else does on every system; join it."""
-        accepter = self._accepter
+    def _end_accept_thread(self, deadline: float) -> None:
+        """Wake the accept thread by a connection, as nothing else does everywhere; join it."""
+        accept_thread = self._accept_thread
         at = self._listen_address
-        if at is None or accepter is None or not accepter.is_alive():
+        if at is None or accept_thread is None or not accept_thread.is_alive():
             return
         if at[0] == "0.0.0.0":
             at = ("127.0.0.1", int(at[1]))
         with suppress(OSError), socket.socket(_address_family(at)) as knock:
             knock.settimeout(max(_remaining(deadline), 0.01))
             knock.connect(at)
-        accepter.join(_remaining(deadline))
+        accept_thread.join(_remaining(deadline))
 
     def _end_connections(self, connections: Iterable[_Connection], deadline: float) -> None:
         """Close connections; abort those that have not ended shortly before the deadline."""
@@ -4264,8 +4305,9 @@ class RemoteThread(_Handle):
     """A handle of a thread on some node, by id or registered name.  Factor: remote-thread.
 
     `.node` is the node's address, `.id` the id or name.  Immutable.  One that a `Thread` was
-    pickled into equals that thread, on any node; no later run of its node takes it for
-    another's.  One made by hand equals one made by hand of the same node and id.
+    pickled into equals that thread, on any node; a later run of its node refuses it.  One made
+    by hand equals one made by hand of the same node and id.  One that comes home stays a
+    RemoteThread; what is sent to it goes straight into its thread's mailbox, uncopied.
     """
 
     __slots__ = ("_node", "_id", "_incarnation", "_send_header", "_connection",
@@ -4336,7 +4378,7 @@ class RemoteThread(_Handle):
         return True
 
     def send(self, message: Any) -> None:
-        """Send a copy of `message` to the thread; see `send`."""
+        """Send `message`, to another node as a copy; see `send`."""
         connection = self._connection
         if connection is None or connection.closing or message.__class__ is Reply:
             self._send(message)
@@ -4417,7 +4459,7 @@ class RemoteThread(_Handle):
             # For the caller's address another key would be needed.
             raise NodeUnreachable(str(error)) from error
 
-    def _call(self, call: _Call, message: Any, cause: _EventId | None) -> None:
+    def _call(self, call: _PendingCall, message: Any, cause: _EventId | None) -> None:
         if self._is_local():
             get_remote_thread(self._id)._call(call, message, cause)
             return
@@ -4465,9 +4507,10 @@ class RemoteThread(_Handle):
         """Return whether the thread is on this node."""
         connection = self._connection
         if connection is not None and not connection.closing:
+            # The most frequent case: it has been reached elsewhere.
             return False
         if self._incarnation is not None:
-            return self._incarnation == _incarnation
+            return self._incarnation == _own_incarnation
         return local_node()._has_address(self._node)
 
     def __repr__(self) -> str:
@@ -4566,14 +4609,11 @@ def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
     return NoSuchThread(f"no thread is registered as {wanted!r}{hint}")
 
 
-def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _Link | None,
+def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _PendingLink | None,
               event: _EventId | None) -> Handle:
     """Start a thread on another node, or on this one if that is meant."""
     if _is_this_node(node):
-        child = _spawn_here(request, link, event)
-        if link:
-            link.watched = child
-        return child
+        return _spawn_here(request, link, event)
     tag = None
     if link:
         tag = link.tag
@@ -4602,7 +4642,7 @@ def _fail_when_lost(pending: _Pending, incarnation: int | None) -> None:
 ######## Requests: what nodes ask of each other
 
 
-class _Request(_Call):
+class _Request(_PendingCall):
     """A thread waits for what it has asked of a node.  Traces do not show it."""
 
     def _record(self, outcome: Any, cause: _EventId | None) -> None:
@@ -4613,6 +4653,7 @@ def _call_node(target: Any, request: tuple[Any, ...], timeout: float | None = No
                cause: _EventId | None = None) -> Any:
     """Have a node, or the node of a thread, do something; return its answer, or raise that."""
     if not isinstance(target, RemoteThread):
+        # Only the address is used; no thread is meant.
         target = RemoteThread(target, "node")
     call = _Request(current_thread())
     try:
@@ -4744,7 +4785,7 @@ class _LogThread:
     """
 
     def __init__(self) -> None:
-        # Guards these two.  An RLock, because a `__del__` may interrupt its holder.
+        # Guards these two.
         self._lock = _Lock()
         self._lines: deque[tuple[Any, ...]] = deque()
         self._is_running = False
@@ -4808,7 +4849,7 @@ class _LimitedLog:
 
     def forget(self) -> None:
         """Begin anew, as in the child of a fork."""
-        # Guards the two tables.  An RLock, because a `__del__` may interrupt its holder.
+        # Guards the two tables.
         self._lock = _Lock()
         self._lines: dict[str, _Line] = {}
         self._muted: set[str] = set()
@@ -5328,16 +5369,16 @@ def _after_fork() -> None:
     Locks may be held by threads that do not exist here, so all are made anew, too.  Handles of
     the parent's threads denote these still, reached as from any other process.
     """
-    global _incarnation
+    global _own_incarnation
     parent = _process.node
-    parent_incarnation = _incarnation
+    parent_incarnation = _own_incarnation
     _leave_descriptors(parent)
     parent_address = None
     if parent is not None:
         parent_address = parent.address
     for thread in _registry.by_id.values():
         thread._remote = RemoteThread(parent_address, thread.id, parent_incarnation)
-    _incarnation = int.from_bytes(os.urandom(8), "big")
+    _own_incarnation = int.from_bytes(os.urandom(8), "big")
     _local.thread = None
     _local.exit_hook = None
     for table in (_registry, _pending, _process, _faults, _log_thread):
@@ -5539,8 +5580,7 @@ class _Recorder(_Observer):
     """
 
     def __init__(self) -> None:
-        # Guards the clocks and the file: an event's clock and its line are one step.  An
-        # RLock, because a `__del__` that sends may interrupt its holder.
+        # Guards the clocks and the file: an event's clock and its line are one step.
         self._lock = _Lock()
         self._clocks: dict[int, int] = {}  # thread's id -> clock; 0 is the node
         self._latest_clock = 0  # the greatest of them
@@ -5551,7 +5591,7 @@ class _Recorder(_Observer):
     def start(self, directory: str) -> None:
         """Record to a file in `directory` from now on; raise OSError, changing nothing."""
         os.makedirs(directory, exist_ok=True)
-        path = os.path.join(directory, f"{_incarnation:016x}.jsonl")
+        path = os.path.join(directory, f"{_own_incarnation:016x}.jsonl")
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with self._lock:
             self.stop()
@@ -5587,8 +5627,8 @@ class _Recorder(_Observer):
                 return None
             thread_id = thread.id
             name = thread.name
-        about.update(process=f"{_incarnation:016x}", node=str(local_node()), thread=thread_id,
-                     name=name, event=event)
+        about.update(process=f"{_own_incarnation:016x}", node=str(local_node()),
+                     thread=thread_id, name=name, event=event)
         return self._write(thread_id, cause, about)
 
     def _write(self, thread_id: int, cause: _EventId | None,

@@ -676,7 +676,7 @@ class LinkTests(Case):
         send(LinkedError("no exception", None), thread)
         go_on.set()
         self.assertTrue(thread.join(WAIT))
-        self.assertTrue(thread._gone)
+        self.assertTrue(thread._end_was_told)
         self.assertIs(LinkedError, self.failure_shown().exc_type)
 
     def test_each_crash_is_delivered_once_after_what_the_child_sent(self):
