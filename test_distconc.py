@@ -4656,31 +4656,31 @@ class OtherPrograms(Net):
 
         def drop(connection, header, payloads):
             if connection.address == good.address:
-                SendAtEnd(bytes(100_000), target)
+                SendAtEnd(bytes(1 << 20), target)
                 dropped.append(1)
             dispatch(connection, header, payloads)
         freeze(frozen)
         with mock.patch.object(distconc._Connection, "_dispatch", drop):
             start = monotonic()
-            while len(dropped) < 100:
+            while len(dropped) < 20:  # far more than the network holds
                 self.assertEqual(ask(good, echo, 1), 1)
-            self.assertLess(monotonic() - start, 5)
+            self.assertLess(monotonic() - start, 7)  # the loss is noticed after 8 seconds
         frozen.kill()
 
     def test_a_logging_handler_that_sends_to_a_frozen_or_lost_node_delays_no_down(self):
         for strike in freeze, lambda child: os.kill(child.pid, signal.SIGKILL):
-            child = self.child(heartbeat=1)
+            child = self.child(heartbeat=3)
             handler = Forward(self.collector(child, "logger"))
             logging.getLogger().addHandler(handler)
             self.addCleanup(logging.getLogger().removeHandler, handler)
             talker = spawn(log_until_told, name="talker")
             watch = monitor(child)
-            while not handler.sent:
+            while len(handler.sent) < 100:
                 self.assertIs(receive_if(int, 0.01, NOTHING), NOTHING)
             strike(child)
             start = monotonic()
             self.assertEqual(receive(T).monitor, watch)
-            self.assertLess(monotonic() - start, 1.6)
+            self.assertLess(monotonic() - start, 1.6 * 3)
             child.kill()
             send("stop", talker)
             self.assertTrue(talker.join(T))
