@@ -4516,9 +4516,15 @@ class OtherPrograms(Net):
                             print(receive(20) == receive(20))
                     print(key.encode() in pickle.dumps(me) + serialize([me]))
                     print("DISTCONC_AUTHKEY" in os.environ)
+                os.environ["DISTCONC_AUTHKEY"] = "another key, which the children have anyway"
+                with start_node():
+                    process = context.Process(target=work, args=[current_thread()])
+                    process.start()
+                    print(receive(20) == process.pid)
             """, DISTCONC_AUTHKEY=None, DISTCONC_COOKIE=os.path.join(self.dir, "none"),
             PYTHONWARNINGS="ignore")
-        self.assertEqual(done.out, "True True\nTrue\nTrue\n" * 3 + "False\nFalse\n", done.err)
+        self.assertEqual(done.out, "True True\nTrue\nTrue\n" * 3
+                         + "False\nFalse\nTrue\n", done.err)
         self.assertEqual(os.listdir(self.dir), ["program.py"])
 
     def test_an_inherited_handle_means_the_parents_thread_under_every_start_method(self):
