@@ -4725,6 +4725,25 @@ class OtherPrograms(Net):
             self.assertLess(threading.active_count() - before, 5)
             go_on.set()
 
+    def test_no_lock_is_held_while_a_handler_runs_however_many_targets_there_are(self):
+        were_free = []
+
+        def emit(record):
+            other = threading.Thread(target=distconc._losses.mute, args=["nothing"])
+            other.start()
+            other.join(1)
+            were_free.append(not other.is_alive())
+        handler = logging.Handler()
+        handler.emit = emit
+        logging.getLogger("distconc").addHandler(handler)
+        self.addCleanup(logging.getLogger("distconc").removeHandler, handler)
+        with mock.patch.object(distconc, "MAX_LOG_KEYS", 2):
+            for number in range(10):
+                for _ in range(2):  # the second waits to be told
+                    send(number, RemoteThread(self.node, f"nobody {number}"))
+        self.assertGreater(len(were_free), 10)
+        self.assertEqual(set(were_free), {True})
+
     def test_a_logging_handler_that_fails_fails_no_send(self):
         dead = spawn(echo, 1)
         self.assertTrue(dead.join(T))
