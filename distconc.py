@@ -4198,7 +4198,8 @@ def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = No
     """Listen at `address`; return this process's node.  Blocks for no longer than that takes.
 
     Port 0 is any free one, None does not listen.  `authkey`: or the environment's
-    DISTCONC_AUTHKEY, or the cookie file's.  `advertise`: what others dial, if not `address`.
+    DISTCONC_AUTHKEY, or the cookie file's; processes that multiprocessing starts inherit one
+    that is given.  `advertise`: what others dial, if not `address`.
     `allow`: the classes and functions that messages may name besides plain data; "anything";
     None, the default: anything from nodes on this machine, plain data from others.
     `heartbeat`: the seconds within which the loss of a node is noticed; C code that holds the
@@ -4218,7 +4219,7 @@ def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = No
         node._start(address, authkey, advertise, allow, heartbeat, connect_timeout, max_message)
         node._is_started = True
         _process.node = node
-        _pass_on_key(node._key)
+        _pass_on_key(authkey)
         return node
 
 
@@ -5416,9 +5417,15 @@ KEY_ENTRY = "distconc authkey"
 
 
 def _pass_on_key(key: bytes | str | None) -> None:
-    """Let the processes find it that this one starts by multiprocessing from now on."""
+    """Have the processes that multiprocessing starts from now on inherit the key.
+
+    None takes back what an earlier node of this process was given, but not what was inherited.
+    """
+    config: dict[str, Any] = current_process()._config  # type: ignore[attr-defined]
     if key is not None:
-        current_process()._config[KEY_ENTRY] = key  # type: ignore[attr-defined]
+        config[KEY_ENTRY] = key
+    elif parent_process() is None:
+        config.pop(KEY_ENTRY, None)
 
 
 def _inherited_key() -> bytes | str | None:
