@@ -4081,8 +4081,8 @@ class Children(Net):
             self.assertEqual(child._process.returncode, 0)
 
     def test_the_handlers_of_atexit_run_in_a_child_that_ends(self):
-        for kind, end in (("idle", "child.stop()"), ("pool", "child.stop()"), ("thread", "pass"),
-                          ("pool", "os.kill(os.getpid(), 9)")):
+        for kind, end in (("idle", "child.stop()"), ("pool", "child.stop()"),
+                          ("thread", "pass"), ("pool", "os.kill(os.getpid(), 9)")):
             with self.subTest(kind, end=end):
                 mark = self.mark()
                 done = self.run_script(f"""
