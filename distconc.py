@@ -4551,6 +4551,9 @@ def _child_main(number: int) -> None:
     """
     control = _inherit_control_pipe(number)
     _print_in_utf8()
+    # Registered first, so called after the handlers of the program, but before those of this
+    # module and of multiprocessing.
+    atexit.register(_end_child_processes)
     parent_ended = threading.Event()
     try:
         orders = control.recv_bytes()
@@ -4616,6 +4619,14 @@ def _watch_parent(control: Connection, parent_ended: threading.Event) -> None:
     parent_ended.set()
     sleep(CHILD_END_TIMEOUT)
     os._exit(1)
+
+
+def _end_child_processes() -> None:
+    """End what multiprocessing has started here: it would wait for that, however long."""
+    from multiprocessing import active_children
+
+    for process in active_children():
+        process.terminate()
 
 
 def _end_process() -> None:
