@@ -4633,7 +4633,7 @@ def _end_process() -> None:
     """Call the handlers of `atexit`, and end, though other threads, or a pool's, still run.
 
     An interpreter that returns from its main thread would wait for these first, however long
-    they run.  Python's own multiprocessing ends its forks like this since 3.14, with the same
+    they run.  Python's own multiprocessing ends its forks like this since 3.13, with the same
     function, which is not documented.
     """
     try:
