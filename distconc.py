@@ -5272,6 +5272,9 @@ def _child_main(number: int) -> None:
     """
     control = _inherit_control_pipe(number)
     _print_in_utf8()
+    # Registered first, so called after the handlers of the program, but before those of this
+    # module and of multiprocessing.
+    atexit.register(_end_child_processes)
     parent_ended = threading.Event()
     try:
         orders = control.recv_bytes()
@@ -5339,11 +5342,19 @@ def _watch_parent(control: Connection, parent_ended: threading.Event) -> None:
     os._exit(1)
 
 
+def _end_child_processes() -> None:
+    """End what multiprocessing has started here: it would wait for that, however long."""
+    from multiprocessing import active_children
+
+    for process in active_children():
+        process.terminate()
+
+
 def _end_process() -> None:
     """Call the handlers of `atexit`, and end, though other threads, or a pool's, still run.
 
     An interpreter that returns from its main thread would wait for these first, however long
-    they run.  Python's own multiprocessing ends its forks like this since 3.14, with the same
+    they run.  Python's own multiprocessing ends its forks like this since 3.13, with the same
     function, which is not documented.
     """
     try:

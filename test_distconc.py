@@ -27,6 +27,7 @@ import json
 import keyword
 import logging
 import math
+import multiprocessing
 import operator
 import os
 import pickle
@@ -52,7 +53,7 @@ import unittest
 import weakref
 import uuid
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -4858,6 +4859,19 @@ def be_busy(kind):
     return os.getpid()
 
 
+PROCESSES = []
+
+
+def start_processes():
+    """Start a pool of processes that idles, and a process that is busy; return their pids."""
+    pool = ProcessPoolExecutor(2)
+    list(pool.map(abs, [1, 2]))
+    PROCESSES.append(pool)
+    process = multiprocessing.get_context("fork").Process(target=BUSY.wait)
+    process.start()
+    return [each.pid for each in multiprocessing.active_children()]
+
+
 def at_exit(func, *args):
     import atexit
 
@@ -5158,9 +5172,20 @@ class Children(Net):
             self.assertLess(monotonic() - start, 3)
             self.assertEqual(child._process.returncode, 0)
 
+    def test_what_multiprocessing_started_in_a_child_ends_with_it(self):
+        child = self.child()
+        pids = ask(child, start_processes)
+        self.assertGreaterEqual(len(pids), 2)
+        start = monotonic()
+        child.stop()
+        self.assertLess(monotonic() - start, 3)
+        self.assertEqual(child._process.returncode, 0)
+        for pid in pids:
+            self.assert_ends(pid)
+
     def test_the_handlers_of_atexit_run_in_a_child_that_ends(self):
-        for kind, end in (("idle", "child.stop()"), ("pool", "child.stop()"), ("thread", "pass"),
-                          ("pool", "os.kill(os.getpid(), 9)")):
+        for kind, end in (("idle", "child.stop()"), ("pool", "child.stop()"),
+                          ("thread", "pass"), ("pool", "os.kill(os.getpid(), 9)")):
             with self.subTest(kind, end=end):
                 mark = self.mark()
                 done = self.run_script(f"""
