@@ -639,8 +639,8 @@ class _PendingTable:
     def resolve(self, tag: str, reply: _Entry, replier: Any = None) -> bool:
         """Give what is pending its reply, which came from `replier` (None: this process).
 
-        Returns False if nothing is pending.  If `replier` is another than the one that is watched, that one still has a watcher: the
-        call was passed on, or answered here.
+        Returns False if nothing is pending.  If `replier` is another than the one that is
+        watched, that one still has a watcher: the call was passed on, or answered here.
         """
         with self._lock:
             pending = self._by_tag.pop(tag, None)
@@ -2805,13 +2805,9 @@ class _Connection:
         self._work.wake_all()
         return True
 
-    def post_reply(self, tag: str, payload: bytes, cause: _EventId | None) -> bool:
-        """Queue a reply as `post` does; one that is too large for the peer fails the call."""
-        return self.post(*self.encode_reply(tag, payload, cause))
-
     def encode_reply(self, tag: str, payload: bytes,
                      cause: _EventId | None) -> tuple[_Header, bytes]:
-        """Return the header and the payload of a reply, or of its failure if it is too large."""
+        """Return a reply's header and payload; if it is too large, those of a failure."""
         if len(payload) <= self.max_outgoing:
             return ("reply", tag, cause), payload
         error = RemoteError("SerializationError", f"the reply has {len(payload)} bytes, more "
@@ -3182,9 +3178,9 @@ class _Connection:
         """
         watcher = _registry.remove_watcher(tag)
         if isinstance(watcher, _RemoteWatcher):
-            caller_connection = self._node._established_with(watcher.peer.incarnation, None)
-            if caller_connection is not None:
-                caller_connection.post_reply(tag, bytes(payload), _check_cause(cause))
+            caller = self._node._established_with(watcher.peer.incarnation, None)
+            if caller is not None:
+                caller.post(*caller.encode_reply(tag, bytes(payload), _check_cause(cause)))
 
     def _on_request(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
         """Have the node do something: in a thread of its own, as that may run user's code."""
