@@ -3025,10 +3025,6 @@ class _Connection:
         self._work.wake_all()
         return True
 
-    def post_reply(self, tag: str, payload: bytes, cause: _EventId | None) -> bool:
-        """Queue a reply as `post` does; one that is too large for the peer fails the call."""
-        return self.post(*self.encode_reply(tag, payload, cause))
-
     def encode_reply(self, tag: str, payload: bytes,
                      cause: _EventId | None) -> tuple[_Header, bytes]:
         """Return the header and payload of a reply, or of its failure if it is too large."""
@@ -3389,9 +3385,9 @@ class _Connection:
         """
         watcher = _registry.remove_watcher(tag)
         if isinstance(watcher, _RemoteWatcher):
-            caller_connection = self._node._established_with(watcher.peer.incarnation, None)
-            if caller_connection is not None:
-                caller_connection.post_reply(tag, bytes(payload), _check_cause(cause))
+            caller = self._node._established_with(watcher.peer.incarnation, None)
+            if caller is not None:
+                caller.post(*caller.encode_reply(tag, bytes(payload), _check_cause(cause)))
 
     def _on_request(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
         """Have the node do something: in a thread of its own, as that may run user's code."""

@@ -6890,6 +6890,9 @@ class Strangers(OneChild):
                 at_once((pump, out, back), (pump, back, out), (dialler.join, T))
         self.assertFalse(dialler.is_alive())
         self.assertEqual(nodes(), [self.other.address])
+        end = monotonic() + T
+        while not self.node.stats()["strangers"] and monotonic() < end:
+            receive(0.01, None)  # it is counted just after it was cut
         self.assertGreaterEqual(self.node.stats()["strangers"], 1)
 
 
