@@ -137,7 +137,10 @@ def outcome(func, *args):
 
 
 ON_WINDOWS = os.name == "nt"
-WITH_ALARM = unittest.skipIf(ON_WINDOWS, "Windows has no timer that interrupts")
+
+
+def not_on_windows(lacking):
+    return unittest.skipIf(ON_WINDOWS, f"Windows has no {lacking}")
 
 
 @contextlib.contextmanager
@@ -237,7 +240,7 @@ class Case(unittest.TestCase):
 
 
 class WaitingTests(Case):
-    @WITH_ALARM
+    @not_on_windows("timer that interrupts")
     def test_ctrl_c_leaves_no_lock_held(self):
         lock = distconc._Lock()
 
@@ -535,7 +538,7 @@ class MailboxTests(Case):
         self.assertEqual(["meanwhile", self.me] * 2, inside)
         self.assertEqual([1], box.get_all(0))
 
-    @WITH_ALARM
+    @not_on_windows("timer that interrupts")
     def test_many_ctrl_c_while_a_thread_waits_lose_nothing(self):
         takes = [receive, lambda: receive(WAIT), lambda: receive_if(int, WAIT)]
         for take in takes:
@@ -547,7 +550,7 @@ class MailboxTests(Case):
                 self.assertEqual(at, take())
 
     @unittest.skipIf(sys.version_info < (3, 11), "3.10 may strike between any two instructions")
-    @WITH_ALARM
+    @not_on_windows("timer that interrupts")
     def test_a_storm_of_ctrl_c_costs_at_most_the_message_that_is_taken_and_all_goes_on(self):
         takes = [receive, lambda: receive(WAIT), lambda: receive_if(int, WAIT)]
         with ctrl_c_storm(receive, receive_if) as struck:
@@ -930,7 +933,7 @@ class SynchronousTests(Case):
         self.assertIsNone(self.raised(ThreadDied, send_synchronous, "?", server).reason)
         self.nothing_else_comes(helper)
 
-    @WITH_ALARM
+    @not_on_windows("timer that interrupts")
     def test_an_interrupted_caller_gets_no_late_reply(self):
         interrupt = lambda request: signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
         thread = self.server(interrupt, go, answer("late"))
@@ -938,7 +941,7 @@ class SynchronousTests(Case):
             self.assertRaises(KeyboardInterrupt, send_synchronous, "?", thread)
         self.nothing_else_comes(thread)
 
-    @WITH_ALARM
+    @not_on_windows("timer that interrupts")
     def test_a_storm_of_ctrl_c_in_calls_mixes_up_no_replies(self):
         server, at = self.echo(), 0
         with ctrl_c_storm(send_synchronous) as struck:
@@ -1178,6 +1181,7 @@ class HandleTests(Case):
             self.assertEqual({self.me}, {early, late, self.me})
         self.assertEqual({self.me}, {early, late, self.me})
 
+    @not_on_windows("Unix sockets")
     @settings(deadline=None, max_examples=40)
     @given(PORTS, IDS)
     def test_handles_made_by_hand_are_equal_however_the_node_is_written(self, port, id):
@@ -3577,6 +3581,7 @@ class TheWire(Net):
                 self.assertTrue(peer.is_cut())
         self.assertEqual(self.node.stats()["lost"], lost)
 
+    @not_on_windows("Unix sockets")
     def test_a_peers_address_is_no_second_line_of_the_log(self):
         for address in "a\nb:9", "\x1b[31m:9", "/tmp/a\nb", "/\x1b[31m":
             with self.subTest(address), Records() as log:
@@ -3777,6 +3782,7 @@ class TwoNodes(OneChild):
             spawn(triple, name="thread-s", node=node, register=True)
             self.assertEqual(send_synchronous(5, RemoteThread(node, "thread-s"), T), 15)
 
+    @not_on_windows("pipe of a child's output that can be waited for with another")
     def test_the_logger_on_another_node_prints_what_is_sent_to_its_name(self):
         with contextlib.redirect_stdout(Lines()) as printed:
             logger = spawn_server(log_one, node=self.other, name="logger", register=True)
@@ -3870,6 +3876,7 @@ class TwoNodes(OneChild):
         self.assertEqual(result.out, f"from the one it called\nNone [{self.node.address!r}]\n",
                          result.err)
 
+    @not_on_windows("/proc")
     def test_nothing_listens_before_start_node(self):
         result = script("import distconc; print(local_node().address)\n"
                         "send_synchronous(0, RemoteThread(sys.argv[1], 'kept'), 20)\n"
@@ -4245,6 +4252,7 @@ except ThreadDied:
             self.assertEqual((down.monitor, down.target), (watch, thread))
             self.assertEqual(repr(down.reason), repr(error))
 
+    @not_on_windows("Unix sockets")
     def test_a_monitor_of_nobody_says_so_and_never_raises(self):
         for target, kind in ((RemoteThread(self.other, "nobody"), NoSuchThread),
                              (RemoteThread(free_port(), "x"), NodeUnreachable),
@@ -5245,6 +5253,7 @@ class Processes(Net):
         self.assertFalse(child.is_alive())
         child.stop()
 
+    @not_on_windows("program `false`")
     def test_spawn_node_raises_what_start_node_raises_there(self):
         with self.assertRaises(OSError):
             spawn_node(self.node)
@@ -5255,6 +5264,7 @@ class Processes(Net):
         with mock.patch("sys.executable", shutil.which("false")):
             self.assertRaisesRegex(RuntimeError, "status 1", spawn_node)
 
+    @not_on_windows("sessions")
     def test_ctrl_c_that_the_parent_survives_ends_no_child(self):
         done = script("""
 import signal
@@ -5285,6 +5295,7 @@ with spawn_node() as child:
         print(error)""")
         self.assertIn("put that into a file of its own", done.out)
 
+    @not_on_windows("pidfd")
     def test_a_child_ends_with_its_parent_even_if_that_is_killed(self):
         parent = subprocess.Popen(
             [sys.executable, "-c", "from distconc import *\nchild = spawn_node()\n"
@@ -5300,6 +5311,7 @@ with spawn_node() as child:
             self.assertTrue(select.select([gone], [], [], T)[0])
             os.close(gone)
 
+    @not_on_windows("atomic appending to a file, which this needs")
     def test_killing_a_node_ends_each_call_and_monitor_and_link_once(self):
         for _ in range(20):
             log = self.mark()
@@ -5408,6 +5420,7 @@ with spawn_node() as child:
         for flooder in flooders:
             self.assertTrue(flooder.join(T), "a sender hangs")
 
+    @not_on_windows("fork")
     def test_a_fork_leaves_the_child_with_no_node_and_the_parent_unharmed(self):
         result = script("""
 import distconc, pickle, select, signal
@@ -5464,6 +5477,7 @@ os.waitpid(pid, 0)
             "well", "['x', 'from the fork', 'from the parent']", "child stopped in time: True",
             "restarted"], result.err)
 
+    @not_on_windows("fork")
     def test_a_child_ends_with_its_parent_though_that_has_forked(self):
         start = monotonic()
         result = script("""if True:
@@ -5519,6 +5533,7 @@ os.waitpid(pid, 0)
                 with RawPeer.dial(node) as peer:
                     peer.send("in", self.here(collect, name="kept").id)
 
+    @not_on_windows("Unix sockets")
     def test_a_socket_file_comes_and_goes_with_its_node(self):
         path = os.path.join(self.dir, "sock")
         for _ in range(LOOPS):
@@ -5537,6 +5552,7 @@ os.waitpid(pid, 0)
         with self.assertRaises(NodeUnreachable):
             connect(path)
 
+    @not_on_windows("Unix sockets")
     def test_a_socket_is_taken_over_from_a_killed_node_and_from_no_other(self):
         path = os.path.join(self.dir, "sock")
         child = self.child(path)
@@ -5550,6 +5566,7 @@ os.waitpid(pid, 0)
         with start_node(path) as node:
             RawPeer.dial(node).close()
 
+    @not_on_windows("Unix sockets")
     def test_what_is_no_socket_is_not_removed_for_one(self):
         stop_node()
         path = os.path.join(self.dir, "thesis.txt")
@@ -5563,6 +5580,7 @@ os.waitpid(pid, 0)
         with open(link) as file:
             self.assertEqual(file.read(), "all of it")
 
+    @not_on_windows("Unix sockets")
     def test_an_address_in_use_is_told_and_starts_nothing(self):
         other = self.child()
         stop_node()
@@ -5590,6 +5608,7 @@ os.waitpid(pid, 0)
         self.assertNotEqual(old, new)
         del watch
 
+    @not_on_windows("Unix sockets")
     def test_nobody_listening_is_told_at_once(self):
         for node in free_port(), os.path.join(self.dir, "none"):
             target = RemoteThread(node, "x")
@@ -5618,6 +5637,7 @@ os.waitpid(pid, 0)
             self.assertIsInstance(errors.get(timeout=T), NodeUnreachable)
         self.assertLess(monotonic() - start, 2.5)
 
+    @not_on_windows("Unix sockets")
     def test_an_address_that_swallows_packets_is_given_up_in_time_and_disturbs_nobody(self):
         """Its queue is full: no connection comes about, and none is refused."""
         stop_node()
@@ -5659,6 +5679,7 @@ os.waitpid(pid, 0)
 
     # Ctrl-C
 
+    @not_on_windows("SIGINT for one process")
     def test_ctrl_c_within_a_send_of_20_mb_leaves_half_of_nothing_and_the_next_arrives(self):
         child = self.child()
         kept = spawn(keep_sizes, node=child, name="kept", register=True)
@@ -5770,6 +5791,7 @@ os.waitpid(pid, 0)
         while not connection._file.closed:
             self.assertLess(monotonic() - start, T)
 
+    @not_on_windows("fork")
     def test_a_forks_child_that_leaves_the_parents_block_stops_nothing(self):
         done = script("""if True:
             import os, sys
@@ -5785,6 +5807,7 @@ os.waitpid(pid, 0)
         self.assertEqual(done.out, "0\nTrue\n", done.err)
         self.assertNotIn("Traceback", done.err)  # from 3.12 on, a fork of threads is warned of
 
+    @not_on_windows("SIGINT for one process")
     def test_ctrl_c_within_a_send_costs_nothing_that_was_accepted_before(self):
         child = self.child()
         kept = spawn(keep_sizes, node=child, name="kept", register=True)
@@ -5864,6 +5887,7 @@ os.waitpid(pid, 0)
         stop_node()
         start_node(("0.0.0.0", 0), authkey=b"sixteen or more!")
 
+    @not_on_windows("modes of files")
     def test_authkey_of_the_environment_cookie_and_argument(self):
         home = self.dir
         cookie = os.path.join(home, ".distconc.cookie")
@@ -5910,7 +5934,7 @@ os.waitpid(pid, 0)
             several = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         env=env) for _ in range(4)]
             for one in several:
-                self.assertEqual(one.stdout.readline(), b"ready\n")
+                self.assertEqual(one.stdout.readline().rstrip(), b"ready")
             for one in several:
                 one.stdin.close()
             keys = set()
@@ -6788,6 +6812,7 @@ class Strangers(OneChild):
             self.assertRaises(NodeUnreachable, connect, self.other)
         connect(self.other)
 
+    @not_on_windows("limit of descriptors")
     def test_a_node_out_of_descriptors_does_not_spin_and_serves_as_soon_as_it_has_some(self):
         poor = self.child(connect_timeout=2)
         echoes = spawn_server(handle_synchronous, echo, node=poor, name="echo", register=True)
@@ -7542,6 +7567,7 @@ class Traces(OneChild):
         self.assertEqual(done.status, -9)
         self.assertEqual(len(records(self.traces)), 2)
 
+    @not_on_windows("fork")
     def test_a_forked_child_has_a_trace_of_its_own(self):
         done = script("send(1, current_thread())\nif os.fork() == 0:\n"
                       "    send(2, current_thread()); os._exit(0)\nos.wait()",
@@ -7580,7 +7606,7 @@ os._exit(0)
             self.assertIs(receive(0), message)
         self.assertLess(max(len(r.get("message", "")) for r in records(self.traces)), 300)
 
-    @WITH_ALARM
+    @not_on_windows("timer that interrupts")
     def test_ctrl_c_while_a_thread_waits_loses_nothing_while_traced(self):
         trace(self.traces)
         for at in range(20):
@@ -8725,6 +8751,7 @@ class Shell(Net):
         unregister_remote_thread("echo")
         del server
 
+    @not_on_windows("/dev/null")
     def test_what_goes_wrong_is_one_line(self):
         self.here(collect, name="kept")
         hush, target = self.here(hold, name="mute"), f"{self.node}/kept"
@@ -8776,6 +8803,7 @@ class Shell(Net):
         self.addCleanup(process.kill)
         return process
 
+    @not_on_windows("SIGINT for one process")
     def test_a_node_runs_a_script_and_stays_up_after_it(self):
         path = os.path.join(self.dir, "script.py")
         with open(path, "w") as file:
@@ -9030,6 +9058,7 @@ def quiet_ports(count):
             return range(first, first + count)
 
 
+@not_on_windows("terminals of the kind that tests can type into")
 class Documents(unittest.TestCase):
     """A test for each chapter of README.md and tutorial.md, made below."""
 
