@@ -6600,9 +6600,9 @@ if __name__ == "__main__":
     save("distconc.py", read("distconc.py"))
     text = re.sub(r"(?s)Here is the whole of a solution.*?</details>\n\n", "", read(TUTORIAL))
     save(TUTORIAL, re.sub(r"(?s)\n+## For the teacher\n.*", "\n", text))
-    rule = re.search(r"(?m)^check:.*\n(\t.*\n)+", read("Makefile"))[0]
-    save("Makefile", f"PYTHON ?= python3\n\n.PHONY: check demo\n\n{rule}\n"
-                     "demo:  ## two nodes talk\n\t$(PYTHON) distconc.py demo\n")
+    rules = [re.search(rf"(?m)^{name}.*\n(\t.*\n)+", read("Makefile"))[0]
+             for name in ("NEEDS", "demo:", "check:")]
+    save("Makefile", "PYTHON ?= python3\n" + "\n".join(rules))
     print(f"{directory} has distconc.py, {TUTORIAL}, and what `make check` needs")
 
 
