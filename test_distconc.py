@@ -6780,12 +6780,15 @@ def judge(name, wanted, tutorial, file, home, directory, limit):
 # wrong as a student's might be, (what, by what), with the reason in a comment.
 
 SOLUTIONS, WRONG = {}, {}
+OTHERS = {}  # other right solutions, which a check has refused once, or might
 
 
 def answers(name):
     """(a label, the text, whether it is right) for all that we have to hand in."""
     yield "skeleton", exercises()[name].beginning, False
     yield "solution", SOLUTIONS[name], True
+    for number, text in enumerate(OTHERS.get(name, ()), 1):
+        yield f"other solution {number}", text, True
     for number, (what, by) in enumerate(WRONG[name], 1):
         yield f"wrong {number}", SOLUTIONS[name].replace(what, by), False
 
@@ -7048,6 +7051,59 @@ def ring(count, nodes, rounds):
         token = receive_if(is_token)
     return token[1]
 """
+OTHERS["ring"] = ["""
+from distconc import *
+
+
+def station(follower, rounds):
+    for _ in range(rounds):
+        request = receive_if(Synchronous)
+        handles = request.data + [current_thread()]
+        if follower is not None:
+            handles = send_synchronous(handles, follower)
+        reply_synchronous(handles, request)
+
+
+def ring(count, nodes, rounds):
+    first = None
+    for number in reversed(range(count)):
+        first = spawn(station, first, rounds, node=nodes[number % len(nodes)])
+    handles = []
+    for _ in range(rounds):
+        handles = send_synchronous(handles, first)
+    return handles
+""", """
+from distconc import *
+
+
+def station(follower, rounds):
+    for number in range(rounds):
+        request, handles = receive_if(tuple)
+        handles = handles + [current_thread()]
+        if follower is not None:
+            send((request, handles), follower)
+        else:
+            reply_synchronous(handles, request)
+
+
+def entrance(first, rounds):
+    for _ in range(rounds):
+        request = receive_if(Synchronous)
+        send((request, request.data), first)
+    receive_if(lambda message: message == "end")
+
+
+def ring(count, nodes, rounds):
+    first = None
+    for number in reversed(range(count)):
+        first = spawn(station, first, rounds, node=nodes[number % len(nodes)])
+    door = spawn(entrance, first, rounds)
+    handles = []
+    for _ in range(rounds):
+        handles = send_synchronous(handles, door)
+    send("end", door)
+    return handles
+"""]
 WRONG["ring"] = [
     ("receive_if(is_token)", "receive()"),  # takes the message of another
     ("isinstance(message, tuple) and message[0] == \"token\"", "isinstance(message, tuple)"),
