@@ -30,6 +30,8 @@ Danger.  Messages are pickles, so whoever has the key can run any code here, unl
 narrow.  Frames cannot be forged or altered on their way, but they can be read: for secrecy use
 `ssh -L` or WireGuard.
 
+Python 3.10 or later, and no packages.
+
 Words.  A *node* is a process that can be addressed.  Its *incarnation* is a random number drawn
 once per process, which tells it from earlier processes at that address.  A *thread* has a
 *mailbox*.  A *handle* denotes a thread: a `Thread` of this node, or a `RemoteThread` of any.
@@ -2685,7 +2687,8 @@ def _decode_frame(envelope: memoryview, payloads: memoryview) -> list[_Group]:
 
 def _check_cause(cause: Any) -> _EventId | None:
     """Return a peer's cause, or None if it is none that ours could follow."""
-    match cause:
+    # A Python before 3.10 stops here, and its SyntaxError shows the line.
+    match cause:  # needs Python 3.10 or later
         case (str(incarnation), int(thread), int(clock)):
             if 0 <= thread < MAX_CLOCK and 0 < clock < MAX_CLOCK:
                 return incarnation[:16], int(thread), int(clock)

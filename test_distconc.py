@@ -9068,7 +9068,8 @@ class Documents(unittest.TestCase):
         ports = quiet_ports(10)
         self.ports = {str(9000 + at): str(port) for at, port in enumerate(ports)}
         shutil.copy(MODULE, self.directory)
-        for name in "README.md", TUTORIAL, "Makefile", os.path.basename(__file__):  # for `make check`
+        # For `make check`.
+        for name in "README.md", TUTORIAL, "Makefile", os.path.basename(__file__):
             shutil.copy(os.path.join(HERE, name), self.directory)
         self.save("bin/python3", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         self.save("lib/sitecustomize.py", "import sys\nsys.stdout.reconfigure("
@@ -9108,8 +9109,8 @@ class Documents(unittest.TestCase):
             stands = re.search(r"\*\*In\s+the\s+file:\*\*\s+`([\w.]+)`", text)
             self.assertTrue(operator.attrgetter(stands[1])(distconc), text)
             # It is run on both: what the miniature says is not what the real file says.
-            ran = re.search(r"\$ python3 (\w+\.py) mini\n(.*?)\n\$ python3 \1 distconc\n(.*?)\n```",
-                            text, re.S)
+            ran = re.search(r"\$ python3 (\w+\.py) mini\n(.*?)\n"
+                            r"\$ python3 \1 distconc\n(.*?)\n```", text, re.S)
             self.assertNotEqual(ran[2], ran[3])
 
     def test_the_tutorial_has_every_public_name_and_an_exercise_in_each_chapter(self):
@@ -9407,10 +9408,10 @@ while True:
 # An exercise of the tutorial is a heading, "### Exercise: ring", the minutes that it takes and
 # how hard it is, a statement whose first sentence is its title, and two blocks of code: "python
 # skeleton ring", what a student starts from, and "python check ring", which defines check().
-# That runs in a fresh process, in a module check_ring of its own, with the names of distconc and
-# those that the skeleton defines; its functions, and the student's, can run on other nodes.  It
-# says what is wrong by `assert`.  A lab's file stands for distconc: its check has the names of
-# that file, and those of LAB_TOOLS.
+# That runs in a fresh process, in a module check_ring of its own, with the names of distconc
+# and those that the skeleton defines; its functions, and the student's, can run on other nodes.
+# It says what is wrong by `assert`.  A lab's file stands for distconc: its check has the names
+# of that file, and those of LAB_TOOLS.
 
 EXERCISE = re.compile(r"^### Exercise: (?P<name>[\w-]+)\n\s*"
                       r"\*(?P<minutes>\d+) minutes, (?P<difficulty>\w+)\.\*\s*"
@@ -9528,7 +9529,8 @@ class OtherNode:
     """A process that has imported the student's file, started a node and run a program."""
 
     def __init__(self, known, port, program):
-        words = (f"import sys; sys.path[:0] = {sys.path!r}\\nfrom {known.__module__} import *\\n"
+        words = (f"import sys; sys.path[:0] = {sys.path!r}\\n"
+                 f"from {known.__module__} import *\\n"
                  f"start_node({port}, {KEY!r})\\n{program}\\nprint('ready', flush=True)\\n"
                  "sys.stdin.read()")
         self.process = subprocess.Popen([sys.executable, "-c", words], text=True,
@@ -9702,7 +9704,7 @@ def handout(arguments):
     begin, end = (re.search(rf"(?m)^######## Exercises: {words}", ours).start()
                   for words in ("check, how one is judged", "how they are tested"))
     imports = "".join(f"import {name}\n" for name in HANDOUT_IMPORTS)
-    save("test_distconc.py", f"""# Checks solutions: python3 test_distconc.py check ring my_ring.py
+    save("test_distconc.py", f"""# Checks: python3 test_distconc.py check ring my_ring.py
 
 {imports}from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -9722,9 +9724,9 @@ if __name__ == "__main__":
     save("distconc.py", read("distconc.py"))
     text = re.sub(r"(?s)Here is the whole of a solution.*?</details>\n\n", "", read(TUTORIAL))
     save(TUTORIAL, re.sub(r"(?s)\n+## For the teacher\n.*", "\n", text))
-    rule = re.search(r"(?m)^check:.*\n(\t.*\n)+", read("Makefile"))[0]
-    save("Makefile", f"PYTHON ?= python3\n\n.PHONY: check demo\n\n{rule}\n"
-                     "demo:  ## two nodes talk\n\t$(PYTHON) distconc.py demo\n")
+    rules = [re.search(rf"(?m)^{name}.*\n(\t.*\n)+", read("Makefile"))[0]
+             for name in ("NEEDS", "demo:", "check:")]
+    save("Makefile", "PYTHON ?= python3\n" + "\n".join(rules))
     print(f"{directory} has distconc.py, {TUTORIAL}, and what `make check` needs")
 
 
@@ -9901,12 +9903,15 @@ def judge(name, wanted, tutorial, file, home, directory, limit):
 # wrong as a student's might be, (what, by what), with the reason in a comment.
 
 SOLUTIONS, WRONG = {}, {}
+OTHERS = {}  # other right solutions, which a check has refused once, or might
 
 
 def answers(name):
     """(a label, the text, whether it is right) for all that we have to hand in."""
     yield "skeleton", exercises()[name].beginning, False
     yield "solution", SOLUTIONS[name], True
+    for number, text in enumerate(OTHERS.get(name, ()), 1):
+        yield f"other solution {number}", text, True
     for number, (what, by) in enumerate(WRONG[name], 1):
         yield f"wrong {number}", SOLUTIONS[name].replace(what, by), False
 
@@ -9924,7 +9929,8 @@ def handed_in(exercise, label, text, right):
     elif right:
         well = passed and said == "passed"
     else:
-        unsaid = r"not written|other nodes cannot|there is|did not finish|Python|.* is no Python|line \d+ of \w+\.md"
+        unsaid = (r"not written|other nodes cannot|there is|did not finish|Python|"
+                  r".* is no Python|line \d+ of \w+\.md")
         well = not passed and not re.match(unsaid, said)
     return None if well else f"{exercise.name}, {label}: {report}"
 
@@ -9968,7 +9974,7 @@ class Exercises(unittest.TestCase):
             "bob/my_echo.py": SOLUTIONS["echo"].replace("send(data", "sennd(data"),
             "hangs.py": echo + "while True: pass\n",
             "crashes.py": echo + "import os; os._exit(3)\n",
-            "forks.py": echo + "import os, time\n    os.fork() or time.sleep(999)\n    receive()\n",
+            "forks.py": echo + "import os, time; os.fork() or time.sleep(999); receive()\n",
             "prints.py": echo + "while True: print('x' * 10000)\n",
             "never_loads.py": echo + "pass\nwhile True: pass\n",
             "no_python.py": "def echo(:\n",
@@ -10005,8 +10011,9 @@ class Exercises(unittest.TestCase):
         copy = os.path.join(directory, "copy")
         subprocess.run([sys.executable, "test_distconc.py", "handout", copy], cwd=HERE,
                        check=True, capture_output=True)
-        self.assertEqual(["Makefile", "distconc.py", "my_echo.py", "test_distconc.py", TUTORIAL],
-                         sorted(os.listdir(copy), key=str))
+        self.assertEqual({"Makefile", "distconc.py", "my_echo.py",
+                          "test_distconc.py", TUTORIAL},
+                         {*os.listdir(copy)})
         given = ""
         for name in "Makefile", "test_distconc.py", TUTORIAL:
             with open(os.path.join(copy, name)) as file:
@@ -10039,7 +10046,8 @@ def echo():
 """
 WRONG["echo"] = [
     ("        sender, data = message\n        send(data, sender)",  # always to the first one
-     "        echo.first = getattr(echo, 'first', message[0])\n        send(message[1], echo.first)"),
+     "        echo.first = getattr(echo, 'first', message[0])\n"
+     "        send(message[1], echo.first)"),
     ("send(data, sender)", "send(message, sender)"),  # the whole pair goes back
     ("while (message", "if (message"),  # one answer and no more
     ("while (message := receive()) != \"stop\":", "while message := receive():"),  # no end
@@ -10126,13 +10134,15 @@ WRONG["kvstore"] = [
     ("except Exception", "except ValueError"),  # dies of a key that is a list
     ("except Exception as error", "except ZeroDivisionError as error"),  # of any bad request
     ("raise ValueError(", "return print("),  # None, as if it were well
-    ("        if not isinstance(call, Synchronous):\n            continue\n", ""),  # dies of others
+    # Dies of a message that is no call.
+    ("        if not isinstance(call, Synchronous):\n            continue\n", ""),
     ("    values = {}\n", "    values = kvstore.__dict__\n"),  # one for all stores
     ("if values.get(key) != old:", "if values.get(key) is not old:"),  # not the same object
     ("        try:\n            reply = serve(call.data, values)\n"
      "        except Exception as error:\n            reply = error\n"
      "        reply_synchronous(reply, call)",  # a thread for each call, without a lock
-     "        def answer(call):\n            try:\n                reply = serve(call.data, values)\n"
+     "        def answer(call):\n            try:\n"
+     "                reply = serve(call.data, values)\n"
      "            except Exception as error:\n                reply = error\n"
      "            reply_synchronous(reply, call)\n        spawn(answer, call)"),
     ("if values.get(key) != old:", "if False:"),  # sets without comparing
@@ -10164,6 +10174,59 @@ def ring(count, nodes, rounds):
         token = receive_if(is_token)
     return token[1]
 """
+OTHERS["ring"] = ["""
+from distconc import *
+
+
+def station(follower, rounds):
+    for _ in range(rounds):
+        request = receive_if(Synchronous)
+        handles = request.data + [current_thread()]
+        if follower is not None:
+            handles = send_synchronous(handles, follower)
+        reply_synchronous(handles, request)
+
+
+def ring(count, nodes, rounds):
+    first = None
+    for number in reversed(range(count)):
+        first = spawn(station, first, rounds, node=nodes[number % len(nodes)])
+    handles = []
+    for _ in range(rounds):
+        handles = send_synchronous(handles, first)
+    return handles
+""", """
+from distconc import *
+
+
+def station(follower, rounds):
+    for number in range(rounds):
+        request, handles = receive_if(tuple)
+        handles = handles + [current_thread()]
+        if follower is not None:
+            send((request, handles), follower)
+        else:
+            reply_synchronous(handles, request)
+
+
+def entrance(first, rounds):
+    for _ in range(rounds):
+        request = receive_if(Synchronous)
+        send((request, request.data), first)
+    receive_if(lambda message: message == "end")
+
+
+def ring(count, nodes, rounds):
+    first = None
+    for number in reversed(range(count)):
+        first = spawn(station, first, rounds, node=nodes[number % len(nodes)])
+    door = spawn(entrance, first, rounds)
+    handles = []
+    for _ in range(rounds):
+        handles = send_synchronous(handles, door)
+    send("end", door)
+    return handles
+"""]
 WRONG["ring"] = [
     ("receive_if(is_token)", "receive()"),  # takes the message of another
     ("isinstance(message, tuple) and message[0] == \"token\"", "isinstance(message, tuple)"),
@@ -10171,6 +10234,15 @@ WRONG["ring"] = [
     ("rounds):\n    for _ in range(rounds)", "rounds):\n    while True"),  # its threads stay
     ("reversed(range(count))", "range(count)"),  # the wrong way round
     ("[current_thread()]", "[current_thread().id]"),  # no handle
+    # There is no token: the caller asks each thread who it is.
+    ("    first = current_thread()\n    for number in reversed(range(count)):\n"
+     "        first = spawn(station, first, rounds, node=nodes[number % len(nodes)])\n"
+     "    token = \"token\", []\n    for _ in range(rounds):\n        send(token, first)\n"
+     "        token = receive_if(is_token)\n    return token[1]",
+     "    handles = []\n    for number in range(count):\n"
+     "        handles.append(spawn(station, current_thread(), 1, node=nodes[number % len(nodes)]))\n"
+     "        send((\"token\", []), handles[-1])\n        receive_if(is_token)\n"
+     "    return handles * rounds"),
 ]
 
 SOLUTIONS["chat"] = """
@@ -10393,18 +10465,21 @@ def supervisor(children, intensity, period, clock):
 """
 WRONG["supervisor"] = [
     # Each child has a count of its own.
-    ("    failures = deque()  # when they were\n    try:\n        while True:\n            try:\n"
+    ("    failures = deque()  # when they were\n    try:\n"
+     "        while True:\n            try:\n"
      '                if receive() == "stop":\n                    return\n'
      "            except LinkedError as failure:\n"
      "                func = running.pop(failure.thread)\n",
-     "    each = {func: deque() for func in children}\n    try:\n        while True:\n            try:\n"
+     "    each = {func: deque() for func in children}\n    try:\n"
+     "        while True:\n            try:\n"
      '                if receive() == "stop":\n                    return\n'
      "            except LinkedError as failure:\n"
-     "                func = running.pop(failure.thread)\n                failures = each[func]\n"),
+     "                func = running.pop(failure.thread)\n"
+     "                failures = each[func]\n"),
     # Who was started again is not told to stop.
     ("running[spawn_linked(func)] = func", "spawn_linked(func)"),
     # Exactly a period ago is over.
-    ("while failures[0] < failures[-1] - period:", "while failures[0] <= failures[-1] - period:"),
+    ("while failures[0] < failures[-1]", "while failures[0] <= failures[-1]"),
     # What has failed once counts for ever.
     ("while failures[0] < failures[-1] - period:", "while False:"),
     # It never gives up.
@@ -10975,7 +11050,8 @@ WRONG["lab-mailbox"] = [
     # No lock: two threads take the same message.
     ("        with self.changed:\n            places = self.changed.wait_for("
      "lambda: self.places(pred), timeout)",
-     "        if True:\n            import time\n            end = time.monotonic() + (timeout or 0)\n"
+     "        if True:\n            import time\n"
+     "            end = time.monotonic() + (timeout or 0)\n"
      "            while not (places := self.places(pred)) and time.monotonic() < end:\n"
      "                time.sleep(0.0001)"),
 ]
@@ -10994,7 +11070,8 @@ WRONG["lab-threads"] = [
     # A server serves once.
     ("        while func(*args):\n            pass", "        func(*args)"),
     # A server never ends.
-    ("        while func(*args):\n            pass", "        while True:\n            func(*args)"),
+    ("        while func(*args):\n            pass",
+     "        while True:\n            func(*args)"),
     # The name is forgotten.
     ("thread = Thread(name or func.__name__)", "thread = Thread(func.__name__)"),
     # So are the arguments.
@@ -11028,7 +11105,8 @@ WRONG["lab-nodes"] = [
     # The accepter reads as well: one connection is served, and no other.
     ("        threading.Thread(target=self.read, daemon=True).start()", "        self.read()"),
     # Two threads write at the same time.
-    ("        with self.writing:\n            self.wire", "        if True:\n            self.wire"),
+    ("        with self.writing:\n            self.wire",
+     "        if True:\n            self.wire"),
     # A thread keeps the node that it had when it was made: none.
     ("    @property\n    def node(self):\n        return _here.port",
      "    node = None"),
@@ -11049,7 +11127,8 @@ WRONG["lab-calls"] = [
     ("receive_if(lambda m: getattr(m, \"tag\", None) == request.tag, timeout)",
      "receive(timeout)"),
     # All calls have the same tag.
-    ("current_thread(), uuid4().hex)\n    _awaited[request", "current_thread(), 1)\n    _awaited[request"),
+    ("current_thread(), uuid4().hex)\n    _awaited[request",
+     "current_thread(), 1)\n    _awaited[request"),
     # Nobody is told of an end.
     ("            _tell(watcher, Down(self, reason, tag))", "            pass"),
     # Only of a failure.
@@ -11067,7 +11146,8 @@ WRONG["lab-calls"] = [
 ]
 WRONG["lab-monitors"] = [
     # What has ended already is never heard of.
-    ("    if not thread and is_question:", "    if not thread and isinstance(message, Synchronous):"),
+    ("    if not thread and is_question:",
+     "    if not thread and isinstance(message, Synchronous):"),
     # Nor is the loss of a node.
     ("            if target.node == self.port:", "            if False:"),
     # A frozen node is waited for.
@@ -11075,11 +11155,13 @@ WRONG["lab-monitors"] = [
     # Who has nothing to say is taken for dead.
     ('connection.send(None, "I am alive")', "pass"),
     # A node that cannot be reached is an error of the one who asked.
-    ("    except OSError as error:\n        watch", "    except ZeroDivisionError as error:\n        watch"),
+    ("    except OSError as error:\n        watch",
+     "    except ZeroDivisionError as error:\n        watch"),
     # Every end is a natural death.
     ("            reason = error\n", ""),
     # The loss of its node ends a thread a second time.
-    ("        _awaited.pop(message.tag, None)\n    if thread and", "        pass\n    if thread and"),
+    ("        _awaited.pop(message.tag, None)\n    if thread and",
+     "        pass\n    if thread and"),
     # All that a watcher learns is that something has ended.
     ("_awaited[watch.tag] = watch.sender, thread", "_awaited[1] = watch.sender, thread"),
     # The monitor arrives as a message.
