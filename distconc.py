@@ -390,8 +390,8 @@ class Mailbox:
         # runs or a message is loaded: these are the user's code.
         self._lock = _Lock()
 
-        # Messages that a get_if has moved here to number them; older than all in `_arrived`.  By
-        # its position it knows how far it has looked, and asks about no message twice.
+        # Messages that a get_if has moved here to number them; older than all in `_arrived`.
+        # By a position it knows how far it has looked, and asks about no message twice.
         self._numbered: deque[_Entry] = deque()
         self._next_position = 0
 
@@ -730,9 +730,9 @@ class _Pending:
         """Pass the failure on to the waiter.  Must not block: the table is locked."""
         raise NotImplementedError
 
-    def notify(self, failure: _Failure, cause: _EventId | None) -> bool:
+    def notify(self, error: DistconcError, cause: _EventId | None) -> bool:
         """Hear, as a watcher, that the thread ended; return whether the waiter can hear it."""
-        return _pending.fail(self.tag, failure, cause)
+        return _pending.fail(self.tag, _Failure(error), cause) and self.waiter.is_alive()
 
     def cancel(self) -> None:
         """Stop waiting.  No outcome is passed on after this returns."""
@@ -778,13 +778,13 @@ class _PendingTable:
         return True
 
     def fail(self, tag: str, failure: _Failure, cause: _EventId | None = None) -> bool:
-        """Give what is pending its failure; return False if nobody can hear of it."""
+        """Give what is pending its failure; return False if it has had its outcome."""
         with self._lock:
             pending = self._by_tag.pop(tag, None)
             if pending is None:
                 return False
             pending.fail(failure, cause)
-            return pending.waiter.is_alive()
+            return True
 
     def watching(self, watched: Any) -> list[_Pending]:
         """Return what waits for something of `watched`."""
@@ -834,8 +834,8 @@ class Thread(_Handle):
     `RemoteThread` does (part two).
     """
 
-    __slots__ = ("id", "name", "_mailbox", "_watchers", "_registered_names", "_ended", "_end_was_told",
-                 "_end_waiters", "_started_at", "_os_ident", "_remote")
+    __slots__ = ("id", "name", "_mailbox", "_watchers", "_registered_names", "_ended",
+                 "_end_was_told", "_end_waiters", "_started_at", "_os_ident", "_remote")
 
     def __init__(self, name: str) -> None:
         _check_name(name)
@@ -926,7 +926,7 @@ class Thread(_Handle):
             return self._remote._watch(pending)
         if _registry.add_watcher(self, pending):
             return True
-        pending.notify(_Failure(NoSuchThread(f"{self!r} has ended")), cause)
+        pending.notify(NoSuchThread(f"{self!r} has ended"), cause)
         return False
 
     def remove_watcher(self, tag: str) -> None:
@@ -971,10 +971,9 @@ class Thread(_Handle):
            linked threads that this one has not received.
         6. Those that wait in `join` go on.
         """
-        if reason is None:
-            event = _observer.record(self, "end")
-        else:
-            event = _observer.record(self, "crash", error=_last_line(reason))
+        event = None
+        if _observer.is_recording:
+            event = self._record_end(reason)
         watchers = _registry.remove(self)
         try:
             is_linked = any(watcher.is_link for watcher in watchers)
@@ -988,13 +987,18 @@ class Thread(_Handle):
             self._end_was_told = True
             self._end_waiters.wake_all()
 
+    def _record_end(self, reason: BaseException | None) -> _EventId | None:
+        if reason is None:
+            return _observer.record(self, "end")
+        return _observer.record(self, "crash", error=_last_line(reason))
+
     def _notify_watchers(self, watchers: list[Any], reason: BaseException | None,
                          event: _EventId | None) -> bool:
         """Tell all that the thread ended; return whether a linked parent could hear of it."""
         link_heard = False
         for watcher in watchers:
             # Each gets an error of its own, as raising it will write its traceback into it.
-            heard = watcher.notify(_Failure(_died(self, reason)), event)
+            heard = watcher.notify(_died(self, reason), event)
             link_heard = link_heard or (heard and watcher.is_link)
         return link_heard
 
@@ -2638,25 +2642,6 @@ class _EnvelopeUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"an envelope names {module}.{name}"[:300])
 
 
-_PLAIN_FIELDS = frozenset([str, int, float, type(None)])
-
-
-def _check_header(header: Any) -> None:
-    """Raise ValueError for a header whose fields are neither plain nor short plain tuples.
-
-    Nothing else may be hashed, compared or shown: a pickle of some kilobytes can stand for a
-    tuple of a thousand million items, or crash the interpreter by its depth.
-    """
-    if type(header) is not tuple or not header or type(header[0]) is not str:
-        raise ValueError("a header names no kind")
-    for field in header:
-        if type(field) is tuple and len(field) <= 3:
-            if not _PLAIN_FIELDS.issuperset(map(type, field)):
-                raise ValueError(f"a header {header[0]!r:.30} has a field of fields")
-        elif type(field) not in _PLAIN_FIELDS:
-            raise ValueError(f"a header {header[0]!r:.30} has a {type(field).__name__}")
-
-
 def _decode_frame(envelope: memoryview, payloads: memoryview) -> list[_Group]:
     """Return the headers of a frame, each with its payloads; raise for nonsense."""
     decoded: list[_Group] = []
@@ -2683,6 +2668,25 @@ def _decode_frame(envelope: memoryview, payloads: memoryview) -> list[_Group]:
     if start != len(payloads):
         raise ValueError(f"payloads of {len(payloads)} bytes, of which {start} are announced")
     return decoded
+
+
+_PLAIN_FIELDS = frozenset([str, int, float, type(None)])
+
+
+def _check_header(header: Any) -> None:
+    """Raise ValueError for a header whose fields are neither plain nor short plain tuples.
+
+    Nothing else may be hashed, compared or shown: a pickle of some kilobytes can stand for a
+    tuple of a thousand million items, or crash the interpreter by its depth.
+    """
+    if type(header) is not tuple or not header or type(header[0]) is not str:
+        raise ValueError("a header names no kind")
+    for field in header:
+        if type(field) is tuple and len(field) <= 3:
+            if not _PLAIN_FIELDS.issuperset(map(type, field)):
+                raise ValueError(f"a header {header[0]!r:.30} has a field of fields")
+        elif type(field) not in _PLAIN_FIELDS:
+            raise ValueError(f"a header {header[0]!r:.30} has a {type(field).__name__}")
 
 
 def _check_cause(cause: Any) -> _EventId | None:
@@ -2729,188 +2733,12 @@ class _Peer(NamedTuple):
         local_node()._post(self.incarnation, ("unwatch", tag))
 
 
-class _RemoteWatcher:
-    """Somebody on another node who must be told when a thread of this node ends."""
-
-    def __init__(self, tag: str, peer: _Peer, is_link: bool = False) -> None:
-        self.tag = tag
-        self.peer = peer
-        self.is_link = is_link
-        self.watched: Thread | None = None
-
-    def notify(self, failure: _Failure, cause: _EventId | None) -> bool:
-        """Send the failure; return False if contact with that node is lost."""
-        header, payload = _encode_failure(self.tag, failure.error(), cause)
-        return local_node()._post(self.peer.incarnation, header, payload)
-
-
-def _encode_failure(tag: str, error: DistconcError,
-                    cause: _EventId | None) -> tuple[_Header, bytes]:
-    """Return the header and the payload that tell a waiter on another node of `error`."""
-    text = str(error)[:MAX_ERROR_TEXT]
-    if isinstance(error, NoSuchThread):
-        return ("failed", tag, "no thread", text, None, cause), b""
-    if isinstance(error, RemoteError):
-        return ("failed", tag, "unreadable", text, (error.type, text), cause), b""
-    if not isinstance(error, ThreadDied) or error.reason is None:
-        return ("failed", tag, "returned", text, None, cause), b""
-    remote_error: Any = error.__cause__
-    traceback = (remote_error.type, str(remote_error))
-    payload = b""
-    # A reason that cannot be pickled, or is too large, is told by its traceback.
-    with suppress(BaseException):
-        payload = serialize(error.reason)
-    if len(payload) > MAX_REASON:
-        payload = b""
-    return ("failed", tag, "died", text, traceback, cause), payload
-
-
-class _RemoteFailure(_Failure):
-    """A failure that another node told of.  Its reason is loaded by the waiter."""
-
-    def __init__(self, connection: "_Connection", kind: str, text: str,
-                 traceback: tuple[str, str] | None, payload: "bytes | memoryview") -> None:
-        if kind not in ("no thread", "returned", "died", "unreadable"):
-            raise ValueError(f"{kind!r} is no kind of failure")
-        self._connection = connection
-        self._kind = kind
-        self._text = _clean_lines(text)
-        self._traceback: RemoteError | None = None
-        if traceback is not None:
-            name, lines = traceback
-            self._traceback = RemoteError(_one_line(name, MAX_NAME), _clean_lines(lines))
-        self._payload = payload
-
-    def is_return(self) -> bool:
-        return self._kind == "returned"
-
-    def error(self) -> DistconcError:
-        if self._kind == "no thread":
-            address = _format_address(self._connection.address)
-            return NoSuchThread(f"at {address}: {self._text}")
-        if self._kind == "unreadable":
-            return self._traceback or RemoteError("unknown", self._text)
-        if self._kind == "returned":
-            return ThreadDied(None, None, self._text)
-        reason: BaseException | None = self._traceback
-        if self._payload:
-            with suppress(BaseException):
-                loaded = _load(self._connection, self._payload)
-                if isinstance(loaded, BaseException):
-                    reason = loaded
-        return ThreadDied(reason, self._traceback, self._text)
-
-
-def _load(connection: "_Connection", payload: "bytes | memoryview | None") -> Any:
-    """Load what came over a connection.
-
-    Code of the user's that runs meanwhile can make no call: it would wait for a thread that
-    may wait for this one.  See `_PendingCall`.
-    """
-    outer = _local.loading_from
-    try:
-        _local.loading_from = connection
-        return connection.load(payload)
-    finally:
-        _local.loading_from = outer
-
-
-class _Origin:
-    """Where messages in a mailbox came from: one for all that share a header and a frame."""
-
-    __slots__ = ("connection", "target", "cause")
-
-    def __init__(self, connection: "_Connection", target: "int | str",
-                 cause: _EventId | None) -> None:
-        self.connection = connection
-        self.target = target
-        self.cause = cause
-
-
-_UNREADABLE: Any = object()  # stands for a message that nobody gets
-
-
-class _RemoteEntry(_Entry):
-    """An entry from another node: its payload is loaded by the thread that takes it."""
-
-    __slots__ = ("payload", "origin")
-    needs_loading = True
-
-    def __init__(self, payload: "bytes | memoryview", origin: _Origin) -> None:
-        self.payload: bytes | memoryview | None = payload
-        self.origin = origin
-        self.cause = origin.cause
-
-    def load(self) -> bool:
-        if self.payload is None:
-            return self.message is not _UNREADABLE
-        try:
-            self.message = _load(self.origin.connection, self.payload)
-        except (Exception, SystemExit) as error:
-            self.message = _UNREADABLE
-            self._tell_sender(error)
-        self.payload = None
-        if self.message.__class__ is Reply:
-            # A reply has a header of its own.  This one is forged, and belongs to no mailbox.
-            self._answer_call(self.message)
-        return self.message is not _UNREADABLE
-
-    def _answer_call(self, reply: Reply) -> None:
-        self.message = _UNREADABLE
-        if isinstance(reply.tag, str):
-            _pending.resolve(reply.tag, _Entry(reply.data, self.cause))
-
-    def _tell_sender(self, error: BaseException) -> None:
-        """Report that the message could not be loaded."""
-        origin = self.origin
-        why = str(origin.connection._delivery_error(error))
-        origin.connection.post(("undelivered", origin.target, why, 1, origin.cause))
-
-
-class _RemoteCallEntry(_RemoteEntry):
-    """A call from another node: its message is a Synchronous."""
-
-    __slots__ = ("caller", "tag")
-
-    def __init__(self, payload: "bytes | memoryview", origin: _Origin, caller: "RemoteThread",
-                 tag: str) -> None:
-        self.payload = payload
-        self.origin = origin
-        self.cause = origin.cause
-        self.caller = caller
-        self.tag = tag
-
-    def load(self) -> bool:
-        is_loaded = self.payload is None
-        is_readable = super().load()
-        if is_readable and not is_loaded:
-            self.message = Synchronous(self.message, self.caller, self.tag)
-        return is_readable
-
-    def _tell_sender(self, error: BaseException) -> None:
-        _registry.remove_watcher(self.tag)
-        self.origin.connection._fail_call(self.tag, error, self.cause)
-
-
-class _RemoteReply(_RemoteEntry):
-    """A reply from another node, loaded by the thread that has called."""
-
-    __slots__ = ()
-
-    def load(self) -> bool:
-        try:
-            self.message = _load(self.origin.connection, self.payload)
-        except (Exception, SystemExit) as error:
-            text = f"the reply cannot be read here: {_last_line(error)}"
-            raise RemoteError(type(error).__name__, text) from None
-        return True
-
-
 class _Connection:
     """One sealed connection to another node, on which both sides speak.
 
-    Senders put messages into the outbox.  The *writer* thread takes all that wait there and
-    writes them as one frame, or writes a tick when nothing came for a while.  The *reader*
+    A message that comes alone is written by its sender, at once.  Of many, each goes into the
+    outbox.  The *writer* thread takes all that wait there and writes them as one frame, or
+    writes a tick when nothing came for a while.  The *reader*
     thread, which has shaken hands before, reads frames and hands out their messages.  It never
     writes, so two nodes that flood each other both go on reading; and it runs no code of the
     user's, so nothing holds it up.
@@ -3123,7 +2951,7 @@ class _Connection:
 
     def _make_frame(self, groups: list[tuple[_Header, list[int]]],
                     payloads: list[bytes]) -> "Sequence[bytes | memoryview]":
-        """Return the bytes of a frame: in one piece, unless joining would cost too much."""
+        """Return the bytes of a frame, with its MACs; as one, unless joining costs too much."""
         seal = self._outgoing
         if not groups:
             lengths = FRAME_LENGTHS.pack(0, 0)
@@ -3192,26 +3020,6 @@ class _Connection:
             self._socket.shutdown(socket.SHUT_WR)
         self._work.wake_all()
         self._room.wake_all()
-
-    # Ending
-
-    def close(self) -> None:
-        """Take no more messages, write what is queued, then end.  Never blocks."""
-        self.closing = True
-        self._work.wake_all()
-        self._room.wake_all()
-
-    def abort(self) -> None:
-        """End now.  Never blocks."""
-        _shut_down_socket(self._socket)
-        self.close()
-
-    def _release(self) -> None:
-        """Close the descriptors, which no thread uses any more, and free the buffers."""
-        with self._write_lock:
-            self._socket.close()
-        self._file.close()
-        self._outbox.clear()
 
     # The handshake's last steps, and the reader
 
@@ -3329,6 +3137,7 @@ class _Connection:
 
     def _on_send(self, incarnation: int | None, id: "int | str", cause: Any,
                  payloads: "Sequence[bytes | memoryview]") -> None:
+        """Put them into the mailbox, each to be loaded by the thread that takes it."""
         cause = _check_cause(cause)
         try:
             thread = self._node._find(incarnation, id)
@@ -3337,30 +3146,29 @@ class _Connection:
             self._node._count("undelivered", count)
             self.post(("undelivered", id, str(error)[:MAX_LINE], count, cause))
             return
-        origin = _Origin(self, id, cause)
-        thread._mailbox._put_all([_RemoteEntry(payload, origin) for payload in payloads])
+        thread._mailbox._put_all(
+            [_RemoteEntry(payload, self, id, cause) for payload in payloads])
 
     def _on_call(self, incarnation: int | None, id: "int | str", caller: int, tag: str,
                  cause: Any, payload: "bytes | memoryview") -> None:
-        if cause is not None:
-            cause = _check_cause(cause)
+        """Put the request into the mailbox; see to it that the caller hears of a failure."""
+        cause = _check_cause(cause)
         thread = self._find_and_watch(incarnation, id, tag, cause)
         if thread is not None:
-            origin = _Origin(self, id, cause)
-            entry = _RemoteCallEntry(payload, origin, self._caller(caller), tag)
+            entry = _RemoteCallEntry(payload, self, self._caller(caller), tag, cause)
             thread._mailbox._put(entry)
 
     def _caller(self, id: int) -> "RemoteThread":
         """Return the handle of a thread of the peer's.  The next call is likely its, too."""
         handle = self._last_caller
-        if handle is None or handle.id != id:
+        if handle is None or handle._id != id:
             handle = RemoteThread(self.address, id, self.peer.incarnation)
             handle._named_by = self
             self._last_caller = handle
         return handle
 
     def _find_and_watch(self, incarnation: int | None, id: "int | str", tag: str,
-                      cause: _EventId | None) -> "Thread | None":
+                        cause: _EventId | None) -> "Thread | None":
         """Return the thread, of whose end the peer will be told; None if it was told now."""
         if not isinstance(tag, str):
             raise TypeError(f"{tag!r:.100} is no tag")
@@ -3375,9 +3183,10 @@ class _Connection:
         return thread
 
     def _on_reply(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
+        """Give the reply to the call that waits for it, and loads it."""
         if not isinstance(tag, str):
             raise TypeError(f"{tag!r:.100} is no tag")
-        reply = _RemoteReply(payload, _Origin(self, "a reply", _check_cause(cause)))
+        reply = _RemoteReply(payload, self, _check_cause(cause))
         if not _pending.resolve(tag, reply, self.peer):
             self._pass_reply_on(tag, cause, payload)
 
@@ -3425,6 +3234,28 @@ class _Connection:
     def _fail_call(self, tag: str, error: BaseException, cause: _EventId | None) -> None:
         """Tell the peer that what `tag` waits for, which `cause` asked for, cannot be had."""
         self.post(*_encode_failure(tag, self._delivery_error(error), cause))
+
+    # Ending
+
+    def abort(self) -> None:
+        """End now.  Never blocks."""
+        _shut_down_socket(self._socket)
+        # So the writer does not try to say "end".
+        self._has_ended_output = True
+        self.close()
+
+    def close(self) -> None:
+        """Take no more messages, write what is queued, then end.  Never blocks."""
+        self.closing = True
+        self._work.wake_all()
+        self._room.wake_all()
+
+    def _release(self) -> None:
+        """Close the descriptors, which no thread uses any more, and free the buffers."""
+        with self._write_lock:
+            self._socket.close()
+        self._file.close()
+        self._outbox.clear()
 
 
 def _open_for_reading(sock: socket.socket) -> Any:
@@ -3487,6 +3318,181 @@ def _start_daemon(name: str, function: Callable[..., None], *args: Any) -> threa
     return thread
 
 
+######## Arrivals: what a connection puts into mailboxes, and among watchers
+
+
+class _RemoteWatcher:
+    """Somebody on another node who must be told when a thread of this node ends."""
+
+    def __init__(self, tag: str, peer: _Peer, is_link: bool = False) -> None:
+        self.tag = tag
+        self.peer = peer
+        self.is_link = is_link
+        self.watched: Thread | None = None
+
+    def notify(self, error: DistconcError, cause: _EventId | None) -> bool:
+        """Send the failure; return False if contact with that node is lost."""
+        header, payload = _encode_failure(self.tag, error, cause)
+        return local_node()._post(self.peer.incarnation, header, payload)
+
+
+def _encode_failure(tag: str, error: DistconcError,
+                    cause: _EventId | None) -> tuple[_Header, bytes]:
+    """Return the header and the payload that tell a waiter on another node of `error`."""
+    text = str(error)[:MAX_ERROR_TEXT]
+    if isinstance(error, NoSuchThread):
+        return ("failed", tag, "no thread", text, None, cause), b""
+    if isinstance(error, RemoteError):
+        return ("failed", tag, "unreadable", text, (error.type, text), cause), b""
+    if not isinstance(error, ThreadDied) or error.reason is None:
+        return ("failed", tag, "returned", text, None, cause), b""
+    remote_error: Any = error.__cause__
+    traceback = (remote_error.type, str(remote_error))
+    payload = b""
+    # A reason that cannot be pickled, or is too large, is told by its traceback.
+    with suppress(BaseException):
+        payload = serialize(error.reason)
+    if len(payload) > MAX_REASON:
+        payload = b""
+    return ("failed", tag, "died", text, traceback, cause), payload
+
+
+class _RemoteFailure(_Failure):
+    """A failure that another node told of.  Its reason is loaded by the waiter."""
+
+    def __init__(self, connection: "_Connection", kind: str, text: str,
+                 traceback: tuple[str, str] | None, payload: "bytes | memoryview") -> None:
+        if kind not in ("no thread", "returned", "died", "unreadable"):
+            raise ValueError(f"{kind!r} is no kind of failure")
+        self._connection = connection
+        self._kind = kind
+        self._text = _clean_lines(text)
+        self._traceback: RemoteError | None = None
+        if traceback is not None:
+            name, lines = traceback
+            self._traceback = RemoteError(_one_line(name, MAX_NAME), _clean_lines(lines))
+        self._payload = payload
+
+    def is_return(self) -> bool:
+        return self._kind == "returned"
+
+    def error(self) -> DistconcError:
+        if self._kind == "no thread":
+            address = _format_address(self._connection.address)
+            return NoSuchThread(f"at {address}: {self._text}")
+        if self._kind == "unreadable":
+            return self._traceback or RemoteError("unknown", self._text)
+        if self._kind == "returned":
+            return ThreadDied(None, None, self._text)
+        reason: BaseException | None = self._traceback
+        if self._payload:
+            with suppress(BaseException):
+                loaded = _load(self._connection, self._payload)
+                if isinstance(loaded, BaseException):
+                    reason = loaded
+        return ThreadDied(reason, self._traceback, self._text)
+
+
+def _load(connection: "_Connection", payload: "bytes | memoryview | None") -> Any:
+    """Load what came over a connection.
+
+    Code of the user's that runs meanwhile can make no call: it would wait for a thread that
+    may wait for this one.  See `_PendingCall`.
+    """
+    outer = _local.loading_from
+    try:
+        _local.loading_from = connection
+        return connection.load(payload)
+    finally:
+        _local.loading_from = outer
+
+
+_UNREADABLE: Any = object()  # stands for a message that nobody gets
+
+
+class _RemoteEntry(_Entry):
+    """An entry from another node: its payload is loaded by the thread that takes it."""
+
+    __slots__ = ("payload", "connection", "target")
+    needs_loading = True
+
+    def __init__(self, payload: "bytes | memoryview", connection: "_Connection",
+                 target: "int | str", cause: _EventId | None) -> None:
+        self.payload: bytes | memoryview | None = payload
+        self.connection = connection
+        self.target = target
+        self.cause = cause
+
+    def load(self) -> bool:
+        if self.payload is None:
+            return self.message is not _UNREADABLE
+        try:
+            self.message = _load(self.connection, self.payload)
+        except (Exception, SystemExit) as error:
+            self.message = _UNREADABLE
+            self._tell_sender(error)
+        self.payload = None
+        if self.message.__class__ is Reply:
+            # A reply has a header of its own.  This one is forged, and belongs to no mailbox.
+            self._answer_call(self.message)
+        return self.message is not _UNREADABLE
+
+    def _answer_call(self, reply: Reply) -> None:
+        self.message = _UNREADABLE
+        if isinstance(reply.tag, str):
+            _pending.resolve(reply.tag, _Entry(reply.data, self.cause))
+
+    def _tell_sender(self, error: BaseException) -> None:
+        """Report that the message could not be loaded."""
+        why = str(self.connection._delivery_error(error))
+        self.connection.post(("undelivered", self.target, why, 1, self.cause))
+
+
+class _RemoteCallEntry(_RemoteEntry):
+    """A call from another node: its message is a Synchronous."""
+
+    __slots__ = ("caller", "tag")
+
+    def __init__(self, payload: "bytes | memoryview", connection: "_Connection",
+                 caller: "RemoteThread", tag: str, cause: _EventId | None) -> None:
+        self.payload = payload
+        self.connection = connection
+        self.cause = cause
+        self.caller = caller
+        self.tag = tag
+
+    def load(self) -> bool:
+        is_loaded = self.payload is None
+        is_readable = super().load()
+        if is_readable and not is_loaded:
+            self.message = Synchronous(self.message, self.caller, self.tag)
+        return is_readable
+
+    def _tell_sender(self, error: BaseException) -> None:
+        _registry.remove_watcher(self.tag)
+        self.connection._fail_call(self.tag, error, self.cause)
+
+
+class _RemoteReply(_Entry):
+    """A reply from another node, loaded by the thread that has called."""
+
+    __slots__ = ("payload", "connection")
+
+    def __init__(self, payload: "bytes | memoryview", connection: "_Connection",
+                 cause: _EventId | None) -> None:
+        self.payload = payload
+        self.connection = connection
+        self.cause = cause
+
+    def load(self) -> bool:
+        try:
+            self.message = _load(self.connection, self.payload)
+        except (Exception, SystemExit) as error:
+            text = f"the reply cannot be read here: {_last_line(error)}"
+            raise RemoteError(type(error).__name__, text) from None
+        return True
+
+
 ######## Handshake: from a socket and a key to a connection
 
 
@@ -3545,14 +3551,13 @@ class _Handshake:
             connection = self._connect()
         except BaseException as error:
             self._fail(error)
-        else:
-            self._node._handshake_ended(self)
-            self.connection = connection
-            self._finish()
-            timer.cancel()
-            connection.read_loop()
+            return
         finally:
             timer.cancel()
+        self._node._handshake_ended(self)
+        self.connection = connection
+        self._finish()
+        connection.read_loop()
 
     def _fail(self, error: BaseException) -> None:
         if self._socket:
@@ -4434,6 +4439,8 @@ class RemoteThread(_Handle):
         except Exception as error:
             _record_lost(error, cause)
             raise
+        # The caller has its outcome, and need not hear of the called thread's end any more: see
+        # `_Connection._find_and_watch`.
         _registry.remove_watcher(tag)
 
     def _connection_for_reply(self) -> _Connection:

@@ -1577,7 +1577,7 @@ class AllowTests(AllowCase):
         self.assertEqual(self.trip(1j), 1j)
 
     def test_a_class_itself_is_refused_wherever_it_hides(self):
-        down = Down(Monitor(1, "t"), RemoteThread(9000, 1), ValueError)
+        down = Down(Monitor(1, "t"), ValueError, None)
         for value in (ValueError, [complex], {"k": (NodeDown,)}, Reply(RemoteThread, "t"), down,
                       ValueError(complex), [RemoteThread(9000, 1), RemoteThread],
                       [uuid.uuid4(), RemoteThread], [RemoteThread] * 3):
