@@ -2912,7 +2912,7 @@ class TheWire(Net):
         self.addCleanup(peer.close)
         self.assertTrue(dialler.join(T))
         self.assertEqual(peer.peer[1], "dialler")
-        self.assertEqual(peer.peer[7:], [address, address])
+        self.assertEqual(peer.peer[7:], [address, address, "distconc"])
         return peer, address
 
     def test_the_node_dials_a_raw_peer_and_speaks_to_it(self):
