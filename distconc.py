@@ -538,7 +538,9 @@ class Mailbox:
     def _snapshot(self) -> list[_Entry]:
         """Return the entries that are here now, without taking any."""
         with self._lock:
-            return [*self._examined, *self._arrived.copy()]
+            # Others put while this goes on, so `_arrived` itself cannot be iterated over.
+            self._number_arrivals()
+            return list(self._examined)
 
 
 def _as_predicate(pred: Predicate) -> Callable[[Any], Any]:
@@ -5665,6 +5667,7 @@ def _run_node(address: str, script: str, advertise: str | None) -> None:
         print(f"node {node}, pid {os.getpid()}", flush=True)
         if script:
             _run_script(script, main_module)
+            # Stay up until Ctrl-C.
             _WaitQueue().wait_until(lambda: False, None)
         else:
             _run_prompt(main_module)
