@@ -581,7 +581,9 @@ class Mailbox:
     def _snapshot(self) -> list[_Entry]:
         """Return the entries that are here now, without taking any."""
         with self._lock:
-            return [*self._numbered, *self._arrived.copy()]
+            # Others put while this goes on, so `_arrived` itself cannot be iterated over.
+            self._number_arrivals()
+            return list(self._numbered)
 
 
 def _as_predicate(pred: Predicate) -> Callable[[Any], Any]:
@@ -6742,6 +6744,7 @@ def _run_node(address: str, script: str, advertise: str | None) -> None:
         print(f"node {node}, pid {os.getpid()}", flush=True)
         if script:
             _run_script(script, main_module)
+            # Stay up until Ctrl-C.
             _WaitQueue().wait_until(lambda: False, None)
         else:
             _run_prompt(main_module)
