@@ -553,12 +553,9 @@ class Mailbox:
         deadline = _deadline(timeout)
         while True:
             with self._lock:
+                self._number_arrivals()
                 entries = list(self._numbered)
                 self._numbered.clear()
-                # No more than these: others may put faster than this loop takes.
-                with suppress(IndexError):
-                    for _ in range(len(self._arrived)):
-                        entries.append(self._arrived.popleft())
             try:
                 messages = [entry.message for entry in entries if entry.load()]
             except BaseException:
