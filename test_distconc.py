@@ -10367,9 +10367,44 @@ WRONG["vector_clocks"] = [
     ("one.get(name, 0) >= count", "one.get(name, 0) > count"),
 ]
 
-SOLUTIONS["concurrent"] = "from distconc import *\n\n\n" + (
-    exercises()["concurrent"].skeleton.replace(
-        "raise NotImplementedError", "return {'ac', 'ea', 'bc', 'bd', 'be', 'de', 'ef'}"))
+SOLUTIONS["concurrent"] = """
+from distconc import *
+
+
+STEPS = {
+    "ann": [("writes", "a", "bob"), ("writes", "b", "dan"), ("reads", "e", "cat")],
+    "bob": [("writes", "c", "cat"), ("reads", "a", "ann"), ("writes", "d", "dan")],
+    "cat": [("reads", "c", "bob"), ("writes", "e", "ann"), ("reads", "f", "dan")],
+    "dan": [("reads", "b", "ann"), ("reads", "d", "bob"), ("writes", "f", "cat")],
+}
+
+
+def follow(steps):
+    friends = receive_if(dict)
+    for verb, letter, friend in steps:
+        if verb == "writes":
+            send(letter, friends[friend])
+        else:
+            receive_if(letter.__eq__)
+
+
+def play(directory):
+    trace(directory)
+    friends = {name: spawn(follow, steps, name=name) for name, steps in STEPS.items()}
+    for friend in friends.values():
+        send(friends, friend)
+    for friend in friends.values():
+        friend.join()
+    trace(None)
+
+
+def concurrent():
+    return {'ac', 'ea', 'bc', 'bd', 'be', 'de', 'ef'}
+
+
+if __name__ == "__main__":
+    play("letters")
+"""
 WRONG["concurrent"] = [
     ("'be', ", ""),  # by their numbers, b comes before e
     ("'ef'", "'ef', 'af'"),  # a chain of three messages is one
