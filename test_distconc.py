@@ -9247,7 +9247,7 @@ def keep(request):
 spawn_server(handle_synchronous, keep, name="board", register=True)
 """
 STUDENT = """
-start_node(*sys.argv[1:], heartbeat=1.0, connect_timeout=2.0)
+start_node(*sys.argv[1:], heartbeat=1.0)
 board = RemoteThread("192.168.77.1:9000", "board")
 print(local_node(), flush=True)
 for line in sys.stdin:
