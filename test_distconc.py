@@ -32,6 +32,7 @@ import operator
 import os
 import pickle
 import platform
+import py_compile
 import queue
 import random
 import re
@@ -1996,6 +1997,16 @@ class Types(unittest.TestCase):
 
     def test_pyright_is_content(self):
         self.checked("pyright")
+
+
+def setUpModule():
+    """Compile what children import, once.
+
+    Where no bytecode is kept (PYTHONDONTWRITEBYTECODE), each child would do that, and hold its
+    interpreter meanwhile for longer than some heartbeats here.
+    """
+    for path in MODULE, os.path.abspath(__file__):
+        py_compile.compile(path)
 
 
 def tearDownModule():
@@ -9420,6 +9431,12 @@ EXERCISE = re.compile(r"^### Exercise: (?P<name>[\w-]+)\n\s*"
                       r"^```python check (?P=name)\n(?P<check>.*?)^```\n", re.M | re.S)
 TUTORIAL = "tutorial.md"
 LIMIT = 60.0  # seconds that a check may take
+PARSING = threading.Lock()  # CPython 3.11 cannot parse in two threads at the same time
+
+
+def parsed(source):
+    with PARSING:
+        return ast.parse(source)
 
 
 @dataclass
@@ -9439,7 +9456,7 @@ class Exercise:
     @property
     def wanted(self):
         """The names that a student is to define."""
-        return [part.name for part in ast.parse(self.skeleton).body if hasattr(part, "name")]
+        return [part.name for part in parsed(self.skeleton).body if hasattr(part, "name")]
 
     @property
     def is_lab(self):
@@ -9466,7 +9483,7 @@ class Exercise:
         """Whether the file defines all that is wanted."""
         try:
             with open(file, "rb") as source:
-                tree = ast.parse(source.read())
+                tree = parsed(source.read())
         except (OSError, SyntaxError, ValueError):
             return False
         names = {part.name for part in tree.body if hasattr(part, "name")}
@@ -9731,7 +9748,7 @@ if __name__ == "__main__":
 
 
 HANDOUT_IMPORTS = ("argparse", "ast", "difflib", "inspect", "json", "keyword", "os", "re",
-                   "signal", "subprocess", "sys", "tempfile", "textwrap")
+                   "signal", "subprocess", "sys", "tempfile", "textwrap", "threading")
 
 
 def examined(exercise, file, limit=LIMIT, stdout=None):
@@ -9798,14 +9815,14 @@ def fault_of(exercise, file):
         return f"there is a module {module} already; name it like {exercise.suggested}"
     try:
         with open(file, "rb") as source:
-            tree = ast.parse(source.read())
+            tree = parsed(source.read())
     except SyntaxError as error:
         return f"{file}, line {error.lineno}, is no Python: {error.msg}"
     except ValueError as error:
         return f"{file} is no Python: {error}"
     if exercise.is_lab and re.search(r"(?m)^\s*(from|import) +distconc\b", ast.unparse(tree)):
         return f"{file} imports distconc; a lab's file is to do without"
-    names = {part.name for part in ast.walk(ast.parse(exercise.skeleton))
+    names = {part.name for part in ast.walk(parsed(exercise.skeleton))
              if isinstance(part, ast.FunctionDef)}
     unwritten = [part.name for part in ast.walk(tree)
                  if isinstance(part, ast.FunctionDef) and part.name in names
@@ -9909,11 +9926,11 @@ OTHERS = {}  # other right solutions, which a check has refused once, or might
 def answers(name):
     """(a label, the text, whether it is right) for all that we have to hand in."""
     yield "skeleton", exercises()[name].beginning, False
-    yield "solution", SOLUTIONS[name], True
+    yield "solution", solution(name), True
     for number, text in enumerate(OTHERS.get(name, ()), 1):
         yield f"other solution {number}", text, True
     for number, (what, by) in enumerate(WRONG[name], 1):
-        yield f"wrong {number}", SOLUTIONS[name].replace(what, by), False
+        yield f"wrong {number}", solution(name).replace(what, by), False
 
 
 def handed_in(exercise, label, text, right):
@@ -9948,7 +9965,7 @@ class Exercises(unittest.TestCase):
             self.assertTrue(exercise.wanted)
             self.assertTrue(WRONG[name])
             for what, by in WRONG[name]:
-                self.assertEqual(SOLUTIONS[name].count(what), 1, (name, what))
+                self.assertEqual(solution(name).count(what), 1, (name, what))
 
     def run_check(self, *arguments, where=HERE):
         """Run the command as a teacher would: (status, what it prints)."""
@@ -9978,7 +9995,7 @@ class Exercises(unittest.TestCase):
             "prints.py": echo + "while True: print('x' * 10000)\n",
             "never_loads.py": echo + "pass\nwhile True: pass\n",
             "no_python.py": "def echo(:\n",
-            "carl/mini.py": SOLUTIONS["lab-mailbox"]}
+            "carl/mini.py": solution("lab-mailbox")}
         directory = self.solutions_of_a_class(texts)
         status, said = self.run_check("echo", "--limit", "15", "--json", directory)
         self.assertEqual(1, status)
@@ -10018,10 +10035,11 @@ class Exercises(unittest.TestCase):
         for name in "Makefile", "test_distconc.py", TUTORIAL:
             with open(os.path.join(copy, name)) as file:
                 given += file.read()
-        all_ = exercises()
-        for name, solution in SOLUTIONS.items():
-            answer = [line for line in solution.splitlines() if line not in all_[name].skeleton]
-            self.assertFalse("\n".join(answer[-2:]) in given, name)
+        for name, exercise in exercises().items():
+            if name in SOLUTIONS:
+                lines = solution(name).splitlines()
+                answer = [line for line in lines if line not in exercise.skeleton]
+                self.assertFalse("\n".join(answer[-2:]) in given, name)
         self.assertEqual((0, "echo: passed\n"),
                          self.run_check("echo", "my_echo.py", where=copy))
         listed = self.run_check(where=copy)
@@ -11057,9 +11075,13 @@ def file_of_the_tutorial(name):
     raise LookupError(f"the tutorial has no file {name}")
 
 
-SOLUTIONS.update(dict.fromkeys(
-    (name for name, exercise in exercises().items() if exercise.is_lab),
-    file_of_the_tutorial("mini.py")))
+# Read when it is needed: other nodes import this module, while their heartbeat waits.
+def solution(name):
+    return SOLUTIONS[name] or file_of_the_tutorial("mini.py")
+
+
+SOLUTIONS.update(dict.fromkeys(("lab-mailbox", "lab-threads", "lab-handles", "lab-nodes",
+                                "lab-calls", "lab-monitors")))
 WRONG["lab-mailbox"] = [
     # It wakes one of those who wait, who may want another message.
     ("self.changed.notify_all()", "self.changed.notify()"),
