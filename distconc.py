@@ -1778,8 +1778,8 @@ def serialize(obj: Any) -> bytes:
 def deserialize(data: bytes) -> Any:
     """Return the object that `data` was made of, if this node's `allow` lets it in.
 
-    Never blocks, unless an object's own code does.  Raises UnpicklingError for what
-    is not allowed, and whatever else unpickling raises, which may be anything.
+    Never blocks, unless an object's own code does.  Raises UnpicklingError for an
+    object that is not allowed.  Unpickling may raise any other exception, too.
 
     Factor: bytes>object.  Erlang: binary_to_term.
     """
@@ -1790,7 +1790,7 @@ MAX_PATH = 500  # letters
 
 
 def _why_unpicklable(obj: Any, error: Exception, path: str = "message") -> str:
-    """Say which part of `obj` cannot be pickled, as small as it can be told, and why."""
+    """Say which part of `obj` cannot be pickled, and why.  The part is as small as possible."""
     children = _children(obj)
     if len(path) >= MAX_PATH:
         # The object may contain itself, and then its path has no end.
@@ -1807,7 +1807,7 @@ def _why_unpicklable(obj: Any, error: Exception, path: str = "message") -> str:
 
 
 def _children(obj: Any) -> list[tuple[str, Any]]:
-    """Return what `obj` consists of, each part with the step that leads to it."""
+    """Return the parts of `obj`, each with the step that leads there."""
     if isinstance(obj, dict):
         return [(f"[{_short_repr(key)}]", value) for key, value in obj.items()]
     if isinstance(obj, (list, tuple)):
@@ -1816,7 +1816,8 @@ def _children(obj: Any) -> list[tuple[str, Any]]:
     return [(f".{name}", value) for name, value in attributes.items()]
 
 
-_Names = dict[tuple[str, str], Any]  # (module, name) -> what a pickle means by them
+# A module and a name -> the class or function that a pickle means by them.
+_Names = dict[tuple[str, str], Any]
 
 
 class _NotAllowed(pickle.UnpicklingError):
@@ -1828,10 +1829,10 @@ class _NeedsCare(Exception):
 
 
 def _check_allow(allow: Any) -> "str | tuple[Any, ...]":
-    """Return `allow` as "anything" or a tuple; raise TypeError if it is neither.
+    """Return `allow` as "anything" or a tuple; raise TypeError for any other value.
 
     The tuple has classes and functions of modules, and nothing else: a pickle can
-    name no other callable, so that to list one would be a mistake.
+    name no other callable, so to list one would be a mistake.
     """
     if isinstance(allow, str):
         if allow == "anything":
@@ -1862,9 +1863,9 @@ def _is_function(item: Any) -> bool:
 
 
 def _make_loader(allow: Any, module: str = __name__) -> Callable[[Any], Any]:
-    """Return the function that unpickles messages: anything, or what `allow` lets in.
+    """Return the function that unpickles messages: all of them, or those that `allow` lets in.
 
-    `module` is the name of this file at the sender.
+    `module` is the name by which the sender imports this file.
     """
     allow = _check_allow(allow)
     if allow == "anything":
@@ -1874,7 +1875,7 @@ def _make_loader(allow: Any, module: str = __name__) -> Callable[[Any], Any]:
     import copyreg
     import uuid
 
-    # The pickle of a UUID makes an empty one first, for which it needs the class itself.  So
+    # The pickle of a UUID makes an empty UUID first, for which the class itself is needed.  So
     # UUIDs go to the careful unpickler, too.
     as_listed = {_pickled_name(item): item for item in (uuid.UUID, *allow)}
     # A listed class stands before the constructor of the same name.
@@ -1883,7 +1884,7 @@ def _make_loader(allow: Any, module: str = __name__) -> Callable[[Any], Any]:
     simple = _named_as_in(module, simple)
     all_constructors = {**simple, **_named_as_in(module, exceptions)}
     as_listed = _named_as_in(module, as_listed)
-    # The table has no public name, but each pickle module imports it by this one.
+    # The table has no public name, but each pickle module imports the table by this name.
     extension_codes: dict[int, Any] = copyreg._inverted_registry  # type: ignore[attr-defined]
 
     def load(data: Any) -> Any:
@@ -1892,14 +1893,14 @@ def _make_loader(allow: Any, module: str = __name__) -> Callable[[Any], Any]:
                 return _unpickle(_RestrictedUnpickler, data, simple, {})
             except _NeedsCare:
                 pass
-        # Nothing of the user's has run so far, so it may well start again.
+        # No code of the user's has run so far, so the message may be loaded from the start.
         return _unpickle(_CarefulUnpickler, data, all_constructors, as_listed)
 
     return load
 
 
 def _named_as_in(module: str, names: _Names) -> _Names:
-    """Return a table of names, where this file's own are as pickles of that copy have them."""
+    """Return the table with this file's own names as the pickles of that copy have them."""
     renamed = {}
     for (own, name), item in names.items():
         if own == __name__:
@@ -1909,12 +1910,12 @@ def _named_as_in(module: str, names: _Names) -> _Names:
 
 
 def _load_from_copy(module: str, data: Any) -> Any:
-    """Unpickle what a node has sent on which this file has the name `module`."""
+    """Return the message in `data`, from a node on which this file has the name `module`."""
     return _CopyUnpickler(module, data).load()
 
 
 class _CopyUnpickler(pickle.Unpickler):
-    """Takes names of another copy of this file for those of this one."""
+    """Takes the names of another copy of this file for the names of this file."""
 
     def __init__(self, module: str, data: Any) -> None:
         super().__init__(io.BytesIO(data))
@@ -1936,15 +1937,15 @@ def _without_listed(constructors: _Names, as_listed: _Names) -> _Names:
 
 
 def _unpickle(kind: Any, data: Any, constructors: _Names, as_listed: _Names) -> Any:
-    """Return the message in `data`; raise what that kind of unpickler raises."""
+    """Return the message in `data`; raise the errors of that kind of unpickler."""
     unpickler = kind(io.BytesIO(data))
     unpickler.constructors = constructors
     unpickler.as_listed = as_listed
     unpickler.handed_out = []
     handed_out = unpickler.handed_out
     message = unpickler.load()
-    # All that the unpickler remembers goes with it.  A constructor that still lives is a
-    # part of the message.
+    # The unpickler's memory goes with the unpickler.  A constructor that still lives is a part
+    # of the message.
     del unpickler
     if any(constructor() is not None for constructor in handed_out):
         raise _NotAllowed("a class itself is not plain data; allow= must list it")
@@ -1952,35 +1953,37 @@ def _unpickle(kind: Any, data: Any, constructors: _Names, as_listed: _Names) -> 
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Unpickles messages of plain data fast, and leaves all others to the careful one.
+    """Unpickles messages of plain data fast, and leaves all others to the careful unpickler.
 
-    Who has the key writes the pickle, which is a program for a small machine.  These
-    are the attacks, and what stops each of them:
+    A pickle is a program for a small machine, and any peer with the key can write one.
+    These are the attacks, each with its defence:
 
     - To name something that is not allowed.  `find_class` looks names up in a table
       and never imports a module.
-    - To change a class through what `find_class` returns: the instruction BUILD calls
-      its `__setstate__`, writes into its `__dict__` or sets its attributes, and APPEND
-      and SETITEM call other methods.  The pickle therefore gets no class, but a
-      `_Constructor` in its place, which can be called and is otherwise inert.
+    - To change a class through the object that `find_class` returns: the instruction
+      BUILD calls its `__setstate__`, writes into its `__dict__` or sets its attributes,
+      and APPEND and SETITEM call other methods.  The pickle therefore gets no class, but
+      a `_Constructor` in its place, which can be called and is otherwise inert.
     - To chain such stand-ins through their state until C's stack overflows, as can be
       done with `functools.partial`.  A `_Constructor` has no state that BUILD could set.
-    - To pass a class itself off as plain data.  A constructor that is left in the
-      message is found by `_unpickle`.
+    - To pass a class itself off as plain data.  `_unpickle` finds a constructor that is
+      left in the message.
     - To name something by a number that the program registered with `copyreg`.  A
       number seen before bypasses `find_class`, so a program which registers any gets
       the careful unpickler for all its messages.
-    - To fill an exception with values that do harm when it is printed, and to change a
-      listed class or function.  Both need an eye on each BUILD.  C offers none, so a
-      message which names an exception, or anything listed, goes to the careful
-      unpickler, as one that names the unknown does, to be refused there.
+    - To fill an exception with values that do harm when the exception is printed, and to
+      change a listed class or function.  To refuse both, each BUILD must be checked, and
+      C offers no way.  So a message which names an exception, or anything listed, goes
+      to the careful unpickler.  One that names the unknown goes there to be refused.
 
     The functions that can run here have no effects but their results, so a message
     may be loaded half, dropped, and loaded again.
     """
 
-    constructors: _Names  # the functions that make plain data
-    handed_out: list[Any]  # weak references to the constructors that the pickle got
+    # The functions that make plain data.
+    constructors: _Names
+    # Weak references to the constructors that the pickle got.
+    handed_out: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         function = self.constructors.get((module, name))
@@ -1991,20 +1994,20 @@ class _RestrictedUnpickler(pickle.Unpickler):
         return constructor
 
 
-# The unpickler in Python is what the one in C replaces, on every version.
+# Every version of Python has this unpickler, written in Python, which the one in C replaces.
 class _CarefulUnpickler(pickle._Unpickler):
-    """Unpickles what needs an eye on each BUILD, in Python, about ten times slower.
+    """Unpickles in Python, about ten times slower, messages whose every BUILD is checked.
 
-    What is listed comes as itself: it may be called, and may be a part of the message.
-    So BUILD is refused for every class, function and module, be it listed or what a
-    listed function returned, and an exception's state is checked.
+    A listed class or function comes as itself: the pickle may call it, and it may be a part
+    of the message.  So BUILD is refused for every class, function and module, whether listed
+    or returned by a listed function, and an exception's state is checked.
     """
 
     stack: list[Any]
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {**pickle._Unpickler.dispatch}
-    constructors: _Names  # the functions that make plain data
+    constructors: _Names
     as_listed: _Names
-    handed_out: list[Any]  # weak references to the constructors that the pickle got
+    handed_out: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.as_listed:
@@ -2038,7 +2041,7 @@ _UNCHANGEABLE = (type, types.ModuleType, types.FunctionType, types.MethodType,
 
 
 class _Constructor:
-    """Stands for a class while a message is loaded: to be called, and nothing else."""
+    """Stands for a class while a message is loaded, and can only be called."""
 
     __slots__ = ("_function", "__weakref__")
 
@@ -2053,7 +2056,7 @@ class _Constructor:
 
 
 def _simple_constructors() -> _Names:
-    """Return the functions that make plain data which needs no care."""
+    """Return the functions that make plain data which the fast unpickler can load."""
     import datetime
     import decimal
     import fractions
@@ -2068,12 +2071,12 @@ def _simple_constructors() -> _Names:
 
 
 def _build_date(kind: Any, *arguments: Any) -> Any:
-    """Return a date or time that is one; from a pickle, its fields come unchecked."""
+    """Return a valid date or time, or raise ValueError; a pickle's fields come unchecked."""
     return kind(*arguments).replace()
 
 
 def _exception_constructors() -> _Names:
-    """Return the functions that make built-in exceptions, and our own."""
+    """Return the functions that make Python's built-in exceptions, and this file's own."""
     import builtins
 
     constructors: _Names = {}
@@ -2091,10 +2094,10 @@ _UNICODE_ERROR_FIELDS: dict[type[BaseException], list[type]] = {
 
 
 def _build_exception(kind: type[BaseException], *arguments: Any) -> BaseException:
-    """Return an exception of that kind, if it can be printed without harm.
+    """Return an exception of that kind, if printing the exception does no harm.
 
     Printing a Unicode error reads memory at its offsets.  Printing a syntax error opens
-    the file that it names, and writes as many carets as it says.
+    the file that the error names, and writes as many carets as the error says.
     """
     if kind in _UNICODE_ERROR_FIELDS and not _has_good_offsets(kind, arguments):
         raise _NotAllowed(f"a {kind.__name__} with offsets outside of its object")
@@ -2104,7 +2107,7 @@ def _build_exception(kind: type[BaseException], *arguments: Any) -> BaseExceptio
 
 
 def _has_good_offsets(kind: type[BaseException], arguments: tuple[Any, ...]) -> bool:
-    """Say whether the offsets of a Unicode error are in the object that is at fault."""
+    """Say whether the offsets of a Unicode error are within the object at fault."""
     if list(map(type, arguments)) != _UNICODE_ERROR_FIELDS[kind]:
         return False
     *_, faulty, start, end, _ = arguments
@@ -2120,18 +2123,19 @@ def _has_plain_exception_state(instance: Any) -> bool:
 
 
 def _set_exception_state(error: BaseException, state: Any) -> None:
-    """Give `error` those attributes that do no harm when it is printed.
+    """Give `error` those attributes that do no harm when the error is printed.
 
-    What the class itself knows, such as a `__cause__` or a Unicode error's offsets, is
-    refused, as it was checked when the exception was made, or no pickle sets it.  The
-    names that an ImportError or AttributeError is about are texts.  Python 3.12 imports
-    the module of an ImportError that has a `name_from`, to give a hint: this is dropped.
+    Attributes of the class itself, such as a `__cause__` or a Unicode error's offsets,
+    are refused: they were checked when the exception was made, or no pickle sets them.
+    The names that an ImportError or AttributeError is about are texts.  To give a hint,
+    Python 3.12 imports the module of an ImportError that has a `name_from`, so
+    `name_from` is dropped.
     """
     if type(state) is not dict:
         raise _NotAllowed("the state of an exception is a dict")
     for name, value in state.items():
         if name == "__notes__" and type(value) is list and set(map(type, value)) <= {str}:
-            # The pickle may still add to its list, but not to this copy.
+            # The pickle may still add notes to its own list, but not to this copy.
             vars(error)[name] = value.copy()
         elif name in ("name", "path") and isinstance(value, (str, type(None))):
             setattr(error, name, value)
