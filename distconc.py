@@ -2162,10 +2162,9 @@ _SPELLINGS = "9000, 'host:9000', ('host', 9000), or a path with a slash"
 
 
 def _parse_address(node: Any) -> Address | None:
-    """Return the one spelling of all that may stand where a node is asked for.
+    """Return the address of `node`, which may be spelled in many ways, in its one form.
 
-    None stands for a node that does not listen.  Raises ValueError for everything that
-    is no node.
+    None stands for a node that does not listen.  Raises ValueError if `node` is no node.
     """
     address = getattr(node, "address", node)
     if address is None and node is not None:
@@ -2177,7 +2176,7 @@ def _parse_address(node: Any) -> Address | None:
 
 
 def _ipv6_hint(address: Any) -> str:
-    """Return what an error adds for an address of IPv6, which no node has."""
+    """Return the words that an error adds for an IPv6 address, which no node has."""
     if isinstance(address, tuple) and address:
         address = f"{address[0]}:"
     if isinstance(address, str) and address.count(":") > 1:
@@ -2190,9 +2189,9 @@ _UNPRINTABLE = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2
 
 
 def _parse_path(address: Any) -> str | None:
-    """Return the absolute path of a Unix socket, or None for what is no path.
+    """Return the absolute path of a Unix socket, or None if `address` is no path.
 
-    Bytes that are no text stand in it as Python's file names have them.
+    Bytes that are no text stand in the path as they do in Python's file names.
     """
     if not isinstance(address, (str, bytes, os.PathLike)):
         return None
@@ -2203,7 +2202,7 @@ def _parse_path(address: Any) -> str | None:
 
 
 def _parse_host_and_port(address: Any) -> tuple[str, int] | None:
-    """Return the host and port that are meant, or None for what is no such address."""
+    """Return the host and the port that are meant, or None if `address` has no such form."""
     if isinstance(address, str):
         address = _split_host_and_port(address)
     elif isinstance(address, int):
@@ -2228,17 +2227,18 @@ def _split_host_and_port(text: str) -> tuple[str, int] | None:
     host, colon, digits = text.rpartition(":")
     if not colon:
         host = "127.0.0.1"
-    # A text of a million digits must not be made a number.
+    # A text of a million digits must not be turned into a number.
     if not digits.isdecimal() or len(digits) > MAX_PORT_DIGITS:
         return None
     return host, int(digits)
 
 
-MAX_HOST = 253  # letters, by the rules of DNS
+# By the rules of DNS.
+MAX_HOST = 253  # letters
 
 
 def _is_host(host: str) -> bool:
-    """Say whether this can be a host's name or its IPv4 address."""
+    """Say whether `host` can be a host's name or its IPv4 address."""
     if not 0 < len(host) <= MAX_HOST or not host.isprintable():
         return False
     return not any(character in host for character in " :/")
@@ -2250,9 +2250,9 @@ MAX_CACHED_ADDRESS = 256  # letters
 def _parse_address_cached(node: Any) -> Address | None:
     """Return the same as `_parse_address`, fast for the addresses that come again.
 
-    What is long is not kept: strangers' paths must not fill the memory.
+    Long addresses are not kept: strangers' paths must not fill the memory.
     """
-    # A host that is too long is an error, and errors are not kept.
+    # In a tuple, a host that is too long is an error, and errors are not kept.
     if isinstance(node, tuple):
         return _parse_and_keep(node)
     if isinstance(node, str) and len(node) <= MAX_CACHED_ADDRESS:
@@ -2264,7 +2264,7 @@ _parse_and_keep: Callable[[Any], Address | None] = lru_cache(1024)(_parse_addres
 
 
 def _format_address(address: Address | None) -> str:
-    """Return the text of `address` that means the same node; '' if it does not listen."""
+    """Return `address` as a text that means the same node; '' for a node that does not listen."""
     if address is None:
         return ""
     if isinstance(address, str):
@@ -2274,19 +2274,19 @@ def _format_address(address: Address | None) -> str:
 
 
 def _address_family(address: Address | None) -> int:
-    """Return the family of sockets at such an address."""
+    """Return the family of the sockets at such an address."""
     return socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
 
 
 def _is_loopback(address: Address | None) -> bool:
-    """Say whether only this machine can reach that address."""
+    """Say whether only this machine can reach the address."""
     if not isinstance(address, tuple):
         return True
     return _numeric_host(address[0]).startswith(b"\x7f")
 
 
 def _is_wildcard(address: Address | None) -> bool:
-    """Say whether this address stands for all that this machine has."""
+    """Say whether the address stands for all addresses of this machine."""
     return isinstance(address, tuple) and _numeric_host(address[0]) == bytes(4)
 
 
@@ -2299,10 +2299,10 @@ def _numeric_host(host: str) -> bytes:
 
 
 def _advertised_address(bound: Address | None, advertise: Any) -> Address | None:
-    """Return the address that other nodes dial to reach the one that is bound.
+    """Return the address that other nodes dial to reach the bound address.
 
-    It is `advertise`, if given; there a host alone takes the port that is bound.
-    Raises ValueError where nobody could dial it.
+    If `advertise` is given, that is the address; a host alone takes the port that is bound.
+    Raises ValueError if no node could dial the address.
     """
     if advertise is None:
         if isinstance(bound, tuple) and _is_wildcard(bound):
@@ -2322,7 +2322,7 @@ def _advertised_address(bound: Address | None, advertise: Any) -> Address | None
 
 
 def _is_host_alone(advertise: Any) -> bool:
-    """Say whether this is a host without a port; digits alone are a port."""
+    """Say whether `advertise` is a host without a port; digits alone are a port."""
     if not isinstance(advertise, str) or advertise.isdecimal():
         return False
     return _is_host(advertise)
@@ -2331,12 +2331,12 @@ def _is_host_alone(advertise: Any) -> bool:
 def _network_host() -> str:
     """Return the IPv4 address at which this machine is reached from its network.
 
-    It is not a name, for in a classroom nobody can look that up.  To connect a UDP
-    socket sends nothing; it only has the system choose the address to send from.
-    Without a network it is the loopback address.
+    Names would be of no use, for in a classroom nobody can look them up.  Connecting a
+    UDP socket sends nothing: the system only chooses the address to send from.  Without
+    a network, the loopback address is returned.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # Any address beyond the router will do, also one that nobody has.
+        # Any address beyond the router will do, even one that no machine has.
         with suppress(OSError):
             probe.connect(("10.255.255.255", 1))
             return str(probe.getsockname()[0])
@@ -2349,12 +2349,12 @@ def _network_host() -> str:
 
 
 def _host_of_interface(index: int) -> str:
-    """Return the IPv4 address of that network interface; if it has none, another.
+    """Return the IPv4 address of that network interface, or another if there is none.
 
-    This finds the address on a network without a router: the system need not know a
-    way to a multicast address, as the socket is told which interface to use.
+    This works on a network without a router, too: the system need not know a way to a
+    multicast address, as the socket is told which interface to use.
     """
-    # This is C's ip_mreqn: two addresses that do not matter, and the interface.
+    # The bytes are C's ip_mreqn: two addresses that do not matter, and the interface.
     interface = struct.pack("@8xi", index)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
         probe.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface)
@@ -2363,15 +2363,16 @@ def _host_of_interface(index: int) -> str:
     return "127.0.0.1"
 
 
-MIN_KEY = 16  # bytes, off loopback
+# A node that other machines can reach needs a key of this length.
+MIN_KEY = 16  # bytes
 MAKE_KEY = f"python3 {os.path.basename(__file__)} key"
 
 
 def _find_key(key: bytes | str | None, address: Address | None) -> bytes:
     """Return `key`, or the parent's, the environment's, or the cookie file's: the first given.
 
-    Raises TypeError for what is no key, and ValueError for one that is empty, or too
-    short for an address that other machines reach.
+    Raises TypeError if `key` is neither bytes nor text, and ValueError for a key that is
+    empty, or too short for an address that other machines reach.
     """
     source = "authkey="
     if key is None:
@@ -2396,7 +2397,7 @@ def _find_key(key: bytes | str | None, address: Address | None) -> bytes:
 
 
 def _environment_key() -> bytes | None:
-    """Return the key in the environment, in the bytes that it has there."""
+    """Return the key in the environment, byte for byte, or None."""
     key = os.environ.get("DISTCONC_AUTHKEY")
     if key is None:
         return None
@@ -2404,16 +2405,16 @@ def _environment_key() -> bytes | None:
 
 
 def _cookie_path() -> str:
-    """Return the path of the file that has the key of this user's nodes."""
+    """Return the path of the file with the key of this user's nodes."""
     return os.environ.get("DISTCONC_COOKIE") or os.path.expanduser("~/.distconc.cookie")
 
 
 def _read_cookie(path: str) -> bytes:
     """Return the key in the cookie file, which is made at first use.
 
-    Raises OSError where there can be no such file, PermissionError if it is not this
-    user's alone, ValueError if it is empty.  Blocks for a second at most, while
-    another process makes the file.
+    Raises OSError where there can be no such file, PermissionError if the file is not
+    this user's alone, ValueError if the file is empty.  Blocks for a second at most,
+    while another process makes the file.
     """
     try:
         if not os.path.lexists(path):
@@ -2435,7 +2436,7 @@ def _read_cookie(path: str) -> bytes:
 def _create_cookie(path: str) -> None:
     """Make the cookie file with a fresh random key, unless another process is first.
 
-    The file is made in its place and has no draft that could be left behind.  Of all
+    The file is made in its place, without a draft that could be left behind.  Of all
     processes that try, O_EXCL lets one make the file; the others wait for its key.
     """
     key = os.urandom(32).hex() + "\n"
@@ -2447,13 +2448,13 @@ def _create_cookie(path: str) -> None:
         with open(descriptor, "wb") as file:
             file.write(key.encode())
     except BaseException:
-        # The disk may be full: an empty file would be in the way of the next try.
+        # The disk may be full, and an empty file would be in the way of the next try.
         os.unlink(path)
         raise
 
 
 def _check_private(descriptor: int, path: str) -> None:
-    """Raise PermissionError if anybody but this user could have read the key, or set it."""
+    """Raise PermissionError if another user could have read the key, or set it."""
     # On Windows neither owners nor modes say who can read a file.
     if os.name != "posix":
         return
@@ -2466,7 +2467,7 @@ def _check_private(descriptor: int, path: str) -> None:
 
 
 def _read_when_written(file: Any) -> bytes:
-    """Return the key in `file`; wait for it if the process that makes it just began."""
+    """Return the key in `file`; wait for the key if another process has just made the file."""
     deadline = monotonic() + 1.0
     key: bytes = file.read().strip()
     while not key and monotonic() < deadline:
