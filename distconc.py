@@ -2071,7 +2071,7 @@ def _simple_constructors() -> _Names:
 
 
 def _build_date(kind: Any, *arguments: Any) -> Any:
-    """Return a valid date or time, or raise ValueError; a pickle's fields come unchecked."""
+    """Return a date or time whose fields have been checked; a pickle's fields have not."""
     return kind(*arguments).replace()
 
 
@@ -2264,7 +2264,7 @@ _parse_and_keep: Callable[[Any], Address | None] = lru_cache(1024)(_parse_addres
 
 
 def _format_address(address: Address | None) -> str:
-    """Return `address` as a text that means the same node; '' for a node that does not listen."""
+    """Return the text of `address`, which means the same node; '' if the node does not listen."""
     if address is None:
         return ""
     if isinstance(address, str):
@@ -2484,7 +2484,7 @@ def _read_when_written(file: Any) -> bytes:
 #
 #      dialler                                 acceptor
 #   1  answers the challenge          <--      sends a challenge
-#   2  sends a challenge              -->      answers it
+#   2  sends a challenge              -->      answers the challenge
 #   3  sends its hello                <->      sends its hello
 #   4  sends "serials"                -->      waits for older connections to end
 #   5  waits for older connections    <--      sends "serials"
@@ -2498,8 +2498,8 @@ def _read_when_written(file: Any) -> bytes:
 #   incarnation    of the sender, in hex
 #   heartbeat      seconds; the smaller of the two counts
 #   max_message    bytes
-#   address        where the sender listens: "host:port", a path, or "" if it does not
-#   dialled        from the dialler alone: the address that it wanted to reach
+#   address        where the sender listens: "host:port", a path, or "" for nowhere
+#   dialled        from the dialler alone: the address that the dialler wanted to reach
 #   reached        from the dialler alone: the address that its socket is connected to
 #   module         the name by which the sender imports this file; its pickles say so, too
 #
@@ -2518,11 +2518,11 @@ def _read_when_written(file: Any) -> bytes:
 # is longer than 2048 bytes in its place.  Its key is HMAC-SHA256(authkey, role of the sender +
 # SHA-256(dialler's hello) + SHA-256(acceptor's hello)).
 #
-# A frame whose lengths are 0 has no body.  It is a tick: a side that has nothing to send sends
-# one every fifth of the heartbeat.  Silence for four fifths of it ends the connection.  The
-# last frame of a side has the header "end"; after it that side shuts down its writing half, and
-# reads to the other's end.  A direction that ends without "end" was cut off: messages that were
-# sent last may be lost.
+# A frame with lengths of 0 has no body.  Such a frame is a tick: a side that has nothing to send
+# sends one every fifth of the heartbeat.  Silence for four fifths of a heartbeat ends the
+# connection.  The last frame of a side has the header "end"; then that side shuts down its
+# writing half, and reads to the other's end.  A direction that ends without "end" was cut off:
+# messages that were sent last may be lost.
 #
 # An envelope holds plain data only: of each header, at least one payload; in all, at most
 # 65,536.  These are the headers, and their payloads:
@@ -2531,24 +2531,24 @@ def _read_when_written(file: Any) -> bytes:
 #   "send"         incarnation, id, cause         the message, pickled
 #   "call"         incarnation, id, caller, tag, cause             the message, pickled
 #   "monitor"      incarnation, id, tag, cause    empty; the answer is "failed", at the end
-#   "request"      tag, cause                     what the node itself shall do, pickled
+#   "request"      tag, cause                     the request to the node itself, pickled
 #   "reply"        tag, cause                     the reply, pickled
 #   "failed"       tag, kind, text, traceback, cause      the reason, pickled, or empty
 #   "unwatch"      tag                            empty; the end need not be reported any more
 #   "undelivered"  id, why, count, cause          empty; sends that nobody could take
 #   "end"                                         empty; nothing follows
 #
-#   incarnation    of the process that the handle is from; None: of whichever has that address
+#   incarnation    of the process that the handle is from; None: of any that has that address
 #   id             a thread's id, or its registered name
 #   caller         the id of the thread that calls
 #   tag            a random text, by which the outcome is told
 #   cause          the event that the message was sent by: (incarnation in hex, thread, clock);
-#                  None if it was not recorded
+#                  None if the event was not recorded
 #   kind           "no thread", "returned", "died", or "unreadable"
-#   traceback      a pair: the error's name, and its traceback or the reason it is unreadable
+#   traceback      a pair: the error's name, and its traceback or why the message is unreadable
 #
 # A thread may pass a call on to a third node, which knows no way to the caller.  The reply then
-# goes to the node that has passed the call on, and this one sends it to the caller's.
+# goes to the node that passed the call on, and that node sends the reply to the caller's node.
 #
 # A request is ("ps",), ("is alive", id), or ("spawn", func, args, name, register, is_server,
 # link): link is a tag, for which a failure of the new thread is reported, or None.
@@ -2557,29 +2557,36 @@ PROTOCOL = "distconc 5"
 MAX_HELLO = 4096  # bytes
 FRAME_LENGTHS = struct.Struct(">IQ")
 MAC_SIZE = 16  # bytes
-MAX_ENVELOPE = 1 << 26  # bytes; MAX_BATCH failures of MAX_ERROR_TEXT each are less
-MIN_PAYLOADS = 1 << 20  # bytes, which every node accepts; MAX_BATCH small payloads are less
+# MAX_BATCH failures of MAX_ERROR_TEXT each are less.
+MAX_ENVELOPE = 1 << 26  # bytes
+# Every node accepts so much.  MAX_BATCH small payloads are less.
+MIN_PAYLOADS = 1 << 20  # bytes
 MAX_PAYLOADS = 1 << 16  # in a frame
-MAX_REASON = 1 << 16  # bytes of a pickled reason; of a larger one only the text is sent
-SMALL_PAYLOAD = 2048  # bytes; a larger one has a frame of its own, as copying it costs more
+# Of a larger reason, pickled, only the text is sent.
+MAX_REASON = 1 << 16  # bytes
+# A larger payload has a frame of its own, as copying costs more.
+SMALL_PAYLOAD = 2048  # bytes
 READ_BUFFER = 1 << 16  # bytes
 MAX_CLOCK = 1 << 63  # of a cause
 
 _Header = tuple[Any, ...]
-_Group = tuple[_Header, Sequence["bytes | memoryview"]]  # a header, and the payloads it is for
+# A header, and its payloads.
+_Group = tuple[_Header, Sequence["bytes | memoryview"]]
 
 
 class _Hello(NamedTuple):
-    """What each side says about itself, once both challenges are passed."""
+    """The introduction that each side sends, once both challenges are passed."""
 
     role: str
     incarnation: int
     heartbeat: float
     max_message: int
     address: Address | None
-    dialled: tuple[str, ...]  # of the dialler: the address it dialled, the one it reached
+    # From the dialler alone: the address that was dialled, and the address that was reached.
+    dialled: tuple[str, ...]
     module: str
-    line: bytes  # all of it, as it is sent
+    # The whole hello, as sent.
+    line: bytes
 
     @classmethod
     def make(cls, role: str, node: "Node", dialled: Sequence[str]) -> "_Hello":
@@ -2590,8 +2597,11 @@ class _Hello(NamedTuple):
 
     @classmethod
     def decode(cls, line: bytes) -> "_Hello":
-        """Raise ValueError or AuthenticationError for what is no hello of this protocol."""
-        # A path has the bytes that it has in the file system, whatever the locale is.
+        """Return the hello in `line`.
+
+        Raises ValueError or AuthenticationError if `line` is no hello of this protocol.
+        """
+        # A path keeps its bytes of the file system, in every locale.
         fields = os.fsdecode(line).split("\0")
         if fields[0] != PROTOCOL:
             raise AuthenticationError(
@@ -2616,8 +2626,8 @@ class _Hello(NamedTuple):
 class _Seal:
     """Makes the MACs of one direction of a connection.
 
-    Each MAC is of all bytes of that direction so far.  So nothing can be altered, left out,
-    repeated or moved without the next MAC being wrong.
+    Each MAC is of all bytes of that direction so far.  So if a piece is altered, left out,
+    repeated or moved, the next MAC is wrong.
     """
 
     def __init__(self, key: bytes, sender: _Hello, dialler: _Hello, acceptor: _Hello) -> None:
@@ -2627,7 +2637,7 @@ class _Seal:
         self._state = hashlib.blake2b(key=direction_key, digest_size=MAC_SIZE)
 
     def mac(self, *pieces: "bytes | memoryview") -> bytes:
-        """Return the MAC of all before, and then of these pieces."""
+        """Return the MAC of all earlier pieces followed by these."""
         if sum(map(len, pieces)) > SMALL_PAYLOAD:
             # SHA-256 is twice as fast per byte as BLAKE2b, but slower to begin.
             digest = hashlib.sha256()
@@ -2640,14 +2650,14 @@ class _Seal:
 
 
 class _EnvelopeUnpickler(pickle.Unpickler):
-    """Loads envelopes: these are plain data, whatever `allow` lets into messages."""
+    """Loads envelopes, which are plain data only, even if `allow` lets more into messages."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"an envelope names {module}.{name}"[:300])
 
 
 def _decode_frame(envelope: memoryview, payloads: memoryview) -> list[_Group]:
-    """Return the headers of a frame, each with its payloads; raise for nonsense."""
+    """Return the headers of a frame, each with its payloads; raise an error for nonsense."""
     decoded: list[_Group] = []
     start = 0
     count = 0
@@ -2657,7 +2667,7 @@ def _decode_frame(envelope: memoryview, payloads: memoryview) -> list[_Group]:
         if not lengths or count > MAX_PAYLOADS:
             raise ValueError(f"a header has {len(lengths)} payloads, its frame {count}")
         if lengths == [len(payloads)]:
-            # The only message of the frame, which may be large: it is not copied.
+            # The only message of a frame may be large, and is not copied.
             decoded.append((header, [payloads]))
             start += len(payloads)
             continue
@@ -2665,7 +2675,7 @@ def _decode_frame(envelope: memoryview, payloads: memoryview) -> list[_Group]:
         for length in lengths:
             if length < 0:
                 raise ValueError(f"a payload of {length} bytes")
-            # A copy, so that a message that nobody takes does not hold all others in memory.
+            # A payload is copied, lest a message that nobody takes keep all others in memory.
             parts.append(bytes(payloads[start:start + length]))
             start += length
         decoded.append((header, parts))
@@ -2678,10 +2688,10 @@ _PLAIN_FIELDS = frozenset([str, int, float, type(None)])
 
 
 def _check_header(header: Any) -> None:
-    """Raise ValueError for a header whose fields are neither plain nor short plain tuples.
+    """Raise ValueError for a header with fields that are neither plain nor short plain tuples.
 
     Nothing else may be hashed, compared or shown: a pickle of some kilobytes can stand for a
-    tuple of a thousand million items, or crash the interpreter by its depth.
+    tuple of a thousand million items, or be so deep that the interpreter crashes.
     """
     if type(header) is not tuple or not header or type(header[0]) is not str:
         raise ValueError("a header names no kind")
@@ -2694,7 +2704,7 @@ def _check_header(header: Any) -> None:
 
 
 def _check_cause(cause: Any) -> _EventId | None:
-    """Return a peer's cause, or None if it is none that ours could follow."""
+    """Return a peer's cause, or None for a value that no event here could follow."""
     # A Python before 3.10 stops here, and its SyntaxError shows the line.
     match cause:  # needs Python 3.10 or later
         case (str(incarnation), int(thread), int(clock)):
@@ -2704,7 +2714,7 @@ def _check_cause(cause: Any) -> _EventId | None:
 
 
 def _one_line(text: object, limit: int = MAX_LINE) -> str:
-    """Return a peer's text fit for a log: in one line, without control characters, and cut."""
+    """Return a peer's text fit for a log: one line, without control characters, cut to `limit`."""
     line = str(text)[:limit]
     if line.isprintable():
         return line
@@ -2720,20 +2730,25 @@ def _clean_lines(text: object) -> str:
 ######## Connection: one sealed connection, its outbox, its reader and its writer
 
 MAX_BATCH = 400  # messages in a frame
-MAX_QUEUED = 2000  # messages in an outbox; a sender of more waits for the network
-MAX_UNREAD = 64_000  # answers in an outbox; a peer that asks for more reads none of them
-MAX_REQUESTS = 1000  # requests that wait for the node; a peer that asks for more is cut off
-BURST_SECONDS = 50e-6  # a message so soon after a write is one of many
-NO_SIGPIPE = getattr(socket, "MSG_NOSIGNAL", 0)  # a write to a lost peer must not kill
+# A sender of more messages waits for the network.
+MAX_QUEUED = 2000  # messages in an outbox
+# A peer that asks for more answers reads none of them, and is cut off.
+MAX_UNREAD = 64_000  # answers in an outbox
+# A peer with more requests that wait for the node is cut off.
+MAX_REQUESTS = 1000
+# A message so soon after a write is one of many.
+BURST_SECONDS = 50e-6
+# A write to a lost peer must not kill the process.
+NO_SIGPIPE = getattr(socket, "MSG_NOSIGNAL", 0)
 
 
 class _Peer(NamedTuple):
-    """The node at the other end of a connection, as what watches the threads there."""
+    """The node at the other end of a connection, which watches threads for this node."""
 
     incarnation: int
 
     def remove_watcher(self, tag: str) -> None:
-        """Tell the node that the end need not be reported any more.  Never blocks."""
+        """Tell the node that the thread's end need not be reported any more.  Never blocks."""
         local_node()._post(self.incarnation, ("unwatch", tag))
 
 
