@@ -2264,7 +2264,7 @@ _parse_and_keep: Callable[[Any], Address | None] = lru_cache(1024)(_parse_addres
 
 
 def _format_address(address: Address | None) -> str:
-    """Return the text of `address`, which means the same node; '' if the node does not listen."""
+    """Return the text of `address`; '' for a node that does not listen."""
     if address is None:
         return ""
     if isinstance(address, str):
@@ -2518,11 +2518,11 @@ def _read_when_written(file: Any) -> bytes:
 # is longer than 2048 bytes in its place.  Its key is HMAC-SHA256(authkey, role of the sender +
 # SHA-256(dialler's hello) + SHA-256(acceptor's hello)).
 #
-# A frame with lengths of 0 has no body.  Such a frame is a tick: a side that has nothing to send
-# sends one every fifth of the heartbeat.  Silence for four fifths of a heartbeat ends the
-# connection.  The last frame of a side has the header "end"; then that side shuts down its
-# writing half, and reads to the other's end.  A direction that ends without "end" was cut off:
-# messages that were sent last may be lost.
+# A frame with lengths of 0 has no body, and is a tick: a side that has nothing to send sends
+# one every fifth of the heartbeat.  Silence for four fifths of a heartbeat ends the connection.
+# The last frame of a side has the header "end"; then that side shuts down its writing half, and
+# reads to the other's end.  A direction that ends without "end" was cut off: messages that were
+# sent last may be lost.
 #
 # An envelope holds plain data only: of each header, at least one payload; in all, at most
 # 65,536.  These are the headers, and their payloads:
@@ -2714,7 +2714,7 @@ def _check_cause(cause: Any) -> _EventId | None:
 
 
 def _one_line(text: object, limit: int = MAX_LINE) -> str:
-    """Return a peer's text fit for a log: one line, without control characters, cut to `limit`."""
+    """Return a peer's text fit for a log: one line, cut, and without control characters."""
     line = str(text)[:limit]
     if line.isprintable():
         return line
@@ -2757,19 +2757,20 @@ class _Connection:
 
     A message that comes alone is written by its sender, at once.  Of many, each goes into the
     outbox.  The *writer* thread takes all that wait there and writes them as one frame, or
-    writes a tick when nothing came for a while.  The *reader*
-    thread, which has shaken hands before, reads frames and hands out their messages.  It never
-    writes, so two nodes that flood each other both go on reading; and it runs no code of the
-    user's, so nothing holds it up.
+    writes a tick when nothing came for a while.  The *reader* thread, which has shaken hands
+    before, reads frames and hands out their messages.  The reader never writes, so two nodes
+    that flood each other both go on reading.  Nor does it run any code of the user's, which
+    could hold the connection up.
 
-        established --close--> closing: takes no more messages, the writer writes what waits
+        established --close--> closing: takes no more messages, the writer empties the outbox
              |                    |
              | abort              | the writer has written all, and "end"
              v                    v
            aborted ----------> closed: the reader has read to the peer's end, and cleans up
 
     `close` is called by `disconnect` and `stop_node`, and by the reader after the peer's "end".
-    `abort` is called by whichever thread finds the connection broken or silent.
+    `abort` is called by the reader when the connection is broken, silent, or slow to close;
+    when another connection to that node has ended; and when `stop_node` runs out of patience.
     """
 
     def __init__(self, node: "Node", sock: socket.socket, key: bytes, mine: _Hello,
@@ -2778,7 +2779,7 @@ class _Connection:
         self._socket = sock
         self._file: Any = _open_for_reading(sock)
 
-        # What the handshake agreed on.
+        # The results of the handshake.
         self.peer = _Peer(peer.incarnation)
         self.address: Address | None = peer.address
         self.addresses = {peer.address, dialled} - {None}
@@ -2787,7 +2788,7 @@ class _Connection:
 
         # A daemonic process of multiprocessing, such as a pool's worker, is ended by a signal
         # once its tasks are done.  So there a sender writes by itself, and leaves nothing to
-        # the writer that may have no time for it.
+        # the writer, which may have no time left.
         self._leaves_nothing_queued = current_process().daemon
         self._max_incoming = max(mine.max_message, MIN_PAYLOADS)
         dialler, acceptor = (mine, peer) if dialled else (peer, mine)
@@ -2796,39 +2797,49 @@ class _Connection:
         self.is_local = _is_same_host(sock)
         self.load = node._loader_for(self.is_local, peer.module)
 
-        # Each side's number for this connection, and 0 before it is known; see
+        # Each side's number for this connection, and 0 before the number is known; see
         # `_Handshake._exchange_serials`.
         self.serial = 0
         self.peer_serial = 0
 
         # `deque.append` and `popleft` are atomic, so putting messages here needs no lock: see
-        # `post`.  Only a holder of `_write_lock` takes any out, but for `post` its own.
+        # `post`.  Only a holder of `_write_lock` takes messages out; `post` may take its own.
         self._outbox: deque[tuple[_Header, bytes]] = deque()
         self.closing = False
-        self._work = _WaitQueue()  # the writer waits here for messages, or the end
-        self._room = _WaitQueue()  # senders wait here while too much is queued
-        self.delayed_until = 0.0  # a fault holds the outbox up until then
+        # The writer waits here for messages, or for the connection to close.
+        self._work = _WaitQueue()
+        # Senders wait here while too much is queued.
+        self._room = _WaitQueue()
+        # A fault holds the outbox up until then.
+        self.delayed_until = 0.0
 
-        # Held while a frame is made and written, by the writer or by a sender: so frames, and
-        # the MACs in them, are in one order.  The only lock that is held while the network may
+        # The writer or a sender holds this lock while it makes and writes a frame.  So frames,
+        # and the MACs in them, are in one order.  No other lock is held while the network may
         # make its holder wait.
         self._write_lock = _Lock()
-        self._is_writing = False  # somebody makes or writes a frame just now
-        self._last_write = 0.0  # 0 after something was read: what follows may be an answer
-        self._has_ended_output = False  # no frame may follow
+        # Whether a thread is making or writing a frame just now.
+        self._is_writing = False
+        # The time of the last write; 0 after a read, as the next message may be an answer.
+        self._last_write = 0.0
+        # Whether no frame may follow.
+        self._has_ended_output = False
 
         self._writer_has_ended = False
-        self._writer_end = _WaitQueue()  # the reader waits here for the writer's end
-        self._has_read_end = False  # the peer's "end"
-        self.broken_by = ""  # the error, if the connection ended without that
-        self.sent = 0  # messages; guarded by _write_lock
+        # The reader waits here for the writer's end.
+        self._writer_end = _WaitQueue()
+        # Whether the peer's "end" has come, and the error that ended the connection if not.
+        self._has_read_end = False
+        self.broken_by = ""
+        # How many messages were sent, guarded by `_write_lock`, and how many were received.
+        self.sent = 0
         self.received = 0
-        self._requests: Mailbox | None = None  # what the peer asks of this node
+        # The peer's requests to this node.
+        self._requests: Mailbox | None = None
         self._last_caller: RemoteThread | None = None
 
     @property
     def name(self) -> str:
-        """The peer's address, as an error tells it."""
+        """The peer's address, in the form for errors."""
         return _one_line(_format_address(self.address)) or "a node that does not listen"
 
     # Sending
@@ -2837,13 +2848,13 @@ class _Connection:
         """Have a message written; wait while too much is queued.
 
         Returns False if the connection closes and does not take the message.  Raises NodeDown
-        if contact was lost while it was written.
+        if contact was lost during the write.
         """
         if _local.must_not_wait:
             return self.post(header, payload)
         try:
-            # Nor must a `__del__` that runs in this thread while it writes: it would wait for
-            # its own thread, or for another that waits for this one.
+            # A `__del__` that runs in this thread during the write must not wait either: it
+            # would wait for its own thread, or for a thread that waits for this one.
             _local.must_not_wait = True
             if self._write_if_lone(header, payload):
                 return True
@@ -2851,22 +2862,22 @@ class _Connection:
                 self._room.wait_until(self._has_room, None)
             was_taken = self.post(header, payload)
             if was_taken and (self._leaves_nothing_queued or len(payload) > SMALL_PAYLOAD):
-                # The sender writes it by itself, so it cannot queue a second large message.
+                # The sender writes a large message by itself, so it cannot queue a second one.
                 self._write_waiting()
             return was_taken
         finally:
             _local.must_not_wait = False
 
     def post(self, header: _Header, payload: bytes = b"") -> bool:
-        """Queue a message; return False if the connection closes untaken.  Never blocks.
+        """Queue a message; return False if the connection closes without taking the message.
 
-        For threads that must not wait: readers, and threads that end.
+        Never blocks.  For threads that must not wait: readers, and threads that end.
         """
         message = (header, payload)
         self._outbox.append(message)
         if self.closing:
-            # After `closing` was set, the writer empties the outbox once more.  It has taken
-            # this message, or comes too early, and then the message is still there.
+            # After `closing` was set, the writer empties the outbox once more.  Either the
+            # writer has taken this message, or the message came too late and is still there.
             try:
                 self._outbox.remove(message)
             except ValueError:
@@ -2877,7 +2888,7 @@ class _Connection:
 
     def encode_reply(self, tag: str, payload: bytes,
                      cause: _EventId | None) -> tuple[_Header, bytes]:
-        """Return the header and payload of a reply, or of its failure if it is too large."""
+        """Return the header and payload of a reply, or of a failure if the reply is too large."""
         if len(payload) <= self.max_outgoing:
             return ("reply", tag, cause), payload
         error = RemoteError("SerializationError", f"the reply has {len(payload)} bytes, more "
@@ -2888,12 +2899,12 @@ class _Connection:
         return self.closing or len(self._outbox) < MAX_QUEUED
 
     def _write_if_lone(self, header: _Header, payload: bytes) -> bool:
-        """Write a message at once, if that is better than to queue it; return whether it was.
+        """Write a message at once if that is better than queueing; return whether it was written.
 
-        To write it in the sender's thread saves waking the writer, which costs as much as all
-        the rest of a call.  But a message that follows a write at once is one of many: hundreds
-        share a frame if they queue up while the writer waits for its turn, and that makes a
-        flood four times as fast.
+        A write in the sender's thread saves waking the writer, which costs as much as all the
+        rest of a call.  But a message right after a write is one of many: hundreds share a
+        frame if they queue up while the writer waits for its turn, and that makes a flood four
+        times as fast.
         """
         if self._outbox or self._is_writing or _faults.are_active:
             return False
@@ -2907,7 +2918,7 @@ class _Connection:
             return True
 
     def _write_waiting(self) -> None:
-        """Write what is in the outbox, also what others put there meanwhile.
+        """Write the messages in the outbox, including those that other threads put there meanwhile.
 
         When this returns, the frame that another thread was writing is out, too.
         """
@@ -2918,7 +2929,7 @@ class _Connection:
                 self._write_frame(*self._next_batch())
 
     def _next_batch(self) -> tuple[list[tuple[_Header, list[int]]], list[bytes]]:
-        """Take from the outbox what goes into one frame: many small messages, or a large one.
+        """Take the messages of one frame from the outbox: many small ones, or a large one.
 
         Returns each header, with the lengths of its payloads, and all payloads.
         """
@@ -2943,17 +2954,17 @@ class _Connection:
 
     def _write_frame(self, groups: list[tuple[_Header, list[int]]],
                      payloads: list[bytes]) -> None:
-        """Write one frame; `_write_lock` is held.  No messages make a tick.
+        """Write one frame, or a tick if there are no messages; `_write_lock` is held.
 
         If the network fails, or Ctrl-C interrupts the write, half a frame may be out, and
-        nothing can follow it: this side's output ends.
+        no other can follow: this side's output ends.
         """
         if _faults.are_active and _faults.cut_off(self.addresses):
             return
         self._is_writing = True
         try:
             pieces = self._make_frame(groups, payloads)
-            # It is set before the answer can be read, which resets it.
+            # The time is set before the answer can be read, as a read resets the time.
             self._last_write = monotonic()
             for piece in pieces:
                 self._socket.sendall(piece, NO_SIGPIPE)
@@ -2970,7 +2981,7 @@ class _Connection:
 
     def _make_frame(self, groups: list[tuple[_Header, list[int]]],
                     payloads: list[bytes]) -> "Sequence[bytes | memoryview]":
-        """Return the bytes of a frame, with its MACs; as one, unless joining costs too much."""
+        """Return the bytes of a frame and its MACs, in one piece unless joining costs too much."""
         seal = self._outgoing
         if not groups:
             lengths = FRAME_LENGTHS.pack(0, 0)
@@ -2989,7 +3000,7 @@ class _Connection:
     # The writer
 
     def _write_loop(self) -> None:
-        """The writer thread: write what is queued, or a tick if nothing is for a while."""
+        """Write queued messages, or a tick if none come for a while: the writer thread."""
         _local.must_not_wait = True
         try:
             while not (self.closing and not self._outbox):
@@ -3001,7 +3012,8 @@ class _Connection:
                     break
             self._write_end()
         except NodeDown:
-            pass  # The reader finds that, too, and reports it.
+            # The reader finds that contact is lost, too, and reports the loss.
+            pass
         finally:
             self._end_output()
             self._writer_has_ended = True
@@ -3013,7 +3025,7 @@ class _Connection:
         return bool(self._outbox) and monotonic() >= self.delayed_until
 
     def _write_tick(self) -> None:
-        """Show that this node lives.  Needless if a sender writes, or has just written."""
+        """Show the peer that this node lives, unless a sender has just written."""
         if monotonic() - self._last_write < self.heartbeat / 10:
             return
         with self._write_lock:
@@ -3025,7 +3037,8 @@ class _Connection:
         with self._write_lock:
             if not self._has_ended_output:
                 self._write_frame([(("end",), [0])], [b""])
-                self.sent -= 1  # It is no message.
+                # The "end" is no message.
+                self.sent -= 1
 
     def _end_output(self) -> None:
         with self._write_lock:
@@ -3033,7 +3046,7 @@ class _Connection:
         self._shut_down_writing()
 
     def _shut_down_writing(self) -> None:
-        """Write nothing more; the peer reads to that end, and then ends the connection, too."""
+        """Write nothing more; the peer reads to the end of this side, and then ends, too."""
         self.closing = True
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
@@ -3047,10 +3060,11 @@ class _Connection:
         oldest = self._node._add_connection(self)
         with self._write_lock:
             self._write_frame([(("serials", self.serial, oldest), [0])], [b""])
-            self.sent = 0  # It is no message.
+            # The introduction is no message.
+            self.sent = 0
 
     def read_serials(self) -> int:
-        """Read the peer's number for this connection; return that of its oldest."""
+        """Read the peer's number for this connection; return the number of its oldest one."""
         [(header, _)] = self._read_frame()
         kind, serial, oldest = header
         if kind != "serials" or not (0 < oldest <= serial < 1 << 64):
@@ -3063,12 +3077,12 @@ class _Connection:
         _start_daemon("writer", self._write_loop)
 
     def read_loop(self) -> None:
-        """The reader: hand out what comes until the connection ends; then clean up."""
+        """Hand out messages until the connection ends, then clean up: the reader thread."""
         _local.must_not_wait = True
         try:
             while not self._has_read_end:
                 groups = self._read_frame()
-                # Something was read, so what is sent next may be an answer: not one of many.
+                # After a read, the next message may be an answer, which is not one of many.
                 self._last_write = 0.0
                 for header, payloads in groups:
                     self._dispatch(header, payloads)
@@ -3092,10 +3106,10 @@ class _Connection:
         self._release()
 
     def _read_frame(self) -> list[_Group]:
-        """Wait for a frame, check it, and return what is in it.
+        """Wait for a frame, check its MACs, and return its headers, each with its payloads.
 
-        Raises EOFError or OSError if the connection ends, is silent for too long, or what
-        comes is not what the peer has written.
+        Raises EOFError or OSError if the connection ends, if it is silent for too long, or if
+        bytes come that the peer has not written.
         """
         lengths = self._read_piece(FRAME_LENGTHS.size)
         envelope_length, payloads_length = FRAME_LENGTHS.unpack(lengths)
@@ -3108,7 +3122,7 @@ class _Connection:
         return _decode_frame(body[:envelope_length], body[envelope_length:])
 
     def _read_piece(self, size: int) -> memoryview:
-        """Read so many bytes and their MAC; return the bytes if that is right."""
+        """Read so many bytes and their MAC; return the bytes if the MAC is right."""
         data: bytes | None = self._file.read(size + MAC_SIZE)
         if data is None:
             raise OSError("nothing was heard for too long")
@@ -3122,7 +3136,7 @@ class _Connection:
         return piece
 
     def _dispatch(self, header: _Header, payloads: "Sequence[bytes | memoryview]") -> None:
-        """Do what the messages with this header say."""
+        """Handle the messages with this header."""
         kind = header[0]
         self.received += len(payloads)
         if kind == "send":
@@ -3148,7 +3162,8 @@ class _Connection:
                     self._on_undelivered(id, why, count, cause)
                 case ("end",):
                     self._has_read_end = True
-                    self.received -= 1  # It is no message.
+                    # The "end" is no message.
+                    self.received -= 1
                 case _:
                     raise ValueError(f"{header!r:.100} is no header")
         if len(self._outbox) > MAX_UNREAD:
@@ -3156,7 +3171,7 @@ class _Connection:
 
     def _on_send(self, incarnation: int | None, id: "int | str", cause: Any,
                  payloads: "Sequence[bytes | memoryview]") -> None:
-        """Put them into the mailbox, each to be loaded by the thread that takes it."""
+        """Put messages into the mailbox; the thread that takes one loads its payload."""
         cause = _check_cause(cause)
         try:
             thread = self._node._find(incarnation, id)
@@ -3170,7 +3185,7 @@ class _Connection:
 
     def _on_call(self, incarnation: int | None, id: "int | str", caller: int, tag: str,
                  cause: Any, payload: "bytes | memoryview") -> None:
-        """Put the request into the mailbox; see to it that the caller hears of a failure."""
+        """Put a call into the mailbox; see to it that the caller hears of a failure."""
         cause = _check_cause(cause)
         thread = self._find_and_watch(incarnation, id, tag, cause)
         if thread is not None:
@@ -3178,7 +3193,7 @@ class _Connection:
             thread._mailbox._put(entry)
 
     def _caller(self, id: int) -> "RemoteThread":
-        """Return the handle of a thread of the peer's.  The next call is likely its, too."""
+        """Return the handle of a thread of the peer, kept as the next call may be its, too."""
         handle = self._last_caller
         if handle is None or handle._id != id:
             handle = RemoteThread(self.address, id, self.peer.incarnation)
@@ -3188,7 +3203,10 @@ class _Connection:
 
     def _find_and_watch(self, incarnation: int | None, id: "int | str", tag: str,
                         cause: _EventId | None) -> "Thread | None":
-        """Return the thread, of whose end the peer will be told; None if it was told now."""
+        """Return the thread and watch it for the peer; tell the peer if there is no such thread.
+
+        In that case, returns None.
+        """
         if not isinstance(tag, str):
             raise TypeError(f"{tag!r:.100} is no tag")
         try:
@@ -3202,7 +3220,7 @@ class _Connection:
         return thread
 
     def _on_reply(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
-        """Give the reply to the call that waits for it, and loads it."""
+        """Give the reply to the waiting caller, which loads the payload."""
         if not isinstance(tag, str):
             raise TypeError(f"{tag!r:.100} is no tag")
         reply = _RemoteReply(payload, self, _check_cause(cause))
@@ -3212,7 +3230,7 @@ class _Connection:
     def _pass_reply_on(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
         """Hand on the reply to a call that a thread of this node has passed on to the peer.
 
-        The caller's node watches the thread that was called here, until it gets its reply.
+        Until its reply comes, the caller's node watches the thread that was called here.
         """
         watcher = _registry.remove_watcher(tag)
         if isinstance(watcher, _RemoteWatcher):
@@ -3221,7 +3239,7 @@ class _Connection:
                 caller.post(*caller.encode_reply(tag, bytes(payload), _check_cause(cause)))
 
     def _on_request(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
-        """Have the node do something: in a thread of its own, as that may run user's code."""
+        """Queue a request for the connection's requests thread, as it may run the user's code."""
         if self._requests is None:
             self._requests = Mailbox()
             _start_daemon("requests", _serve_requests, self, self._requests)
@@ -3236,7 +3254,7 @@ class _Connection:
         _losses.add(target, _one_line(why), count, _check_cause(cause))
 
     def _delivery_error(self, error: BaseException) -> DistconcError:
-        """Count a message that nobody got; return the error that its sender is told."""
+        """Count a message that no thread got; return the error for its sender."""
         if isinstance(error, NoSuchThread):
             self._node._count("undelivered")
             return NoSuchThread(str(error)[:MAX_ERROR_TEXT])
@@ -3251,20 +3269,20 @@ class _Connection:
         return RemoteError(type(error).__name__, text)
 
     def _fail_call(self, tag: str, error: BaseException, cause: _EventId | None) -> None:
-        """Tell the peer that what `tag` waits for, which `cause` asked for, cannot be had."""
+        """Tell the peer that its call, monitor or request `tag`, sent by `cause`, has failed."""
         self.post(*_encode_failure(tag, self._delivery_error(error), cause))
 
     # Ending
 
     def abort(self) -> None:
-        """End now.  Never blocks."""
+        """End the connection now.  Never blocks."""
         _shut_down_socket(self._socket)
-        # So the writer does not try to say "end".
+        # The writer need not try to say "end".
         self._has_ended_output = True
         self.close()
 
     def close(self) -> None:
-        """Take no more messages, write what is queued, then end.  Never blocks."""
+        """Take no more messages, have the queued ones written, then end.  Never blocks."""
         self.closing = True
         self._work.wake_all()
         self._room.wake_all()
@@ -3278,22 +3296,22 @@ class _Connection:
 
 
 def _open_for_reading(sock: socket.socket) -> Any:
-    """Return a buffered file of what comes in."""
+    """Return a buffered file that reads from the socket."""
     if os.name == "posix":
-        # Twice as fast as `makefile`, whose every read runs Python code.
+        # This is twice as fast as `makefile`, where every read runs Python code.
         return open(sock.fileno(), "rb", READ_BUFFER, closefd=False)
     return sock.makefile("rb", READ_BUFFER)
 
 
 # Whether `shutdown` wakes a thread that is blocked in a read or a write of that socket.  On
-# Windows it does not: there both have a time-out, in handshakes as well.
+# Windows the thread sleeps on, so there both have a time-out, in handshakes as well.
 SHUTDOWN_WAKES = sys.platform != "win32"
 
 
 def _limit_silence(sock: socket.socket, seconds: float) -> None:
     """Have a read end after so many seconds without a byte.
 
-    `settimeout` would do that for writes as well, and for all duplicates of the socket.
+    `settimeout` would limit writes as well, and all duplicates of the socket.
     """
     _set_timeout(sock, socket.SO_RCVTIMEO, seconds)
     if not SHUTDOWN_WAKES:
@@ -3301,10 +3319,10 @@ def _limit_silence(sock: socket.socket, seconds: float) -> None:
 
 
 def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
-    """Set a time-out of the system's own, in the form that it has there.
+    """Set one of the system's own time-outs, in the form of that system.
 
-    Two numbers, seconds and microseconds, of 8 bytes each or, on some machines of 32 bits, of
-    4; or one number, of milliseconds (Windows).
+    The form is two numbers, seconds and microseconds, of 8 bytes each or, on some machines of
+    32 bits, of 4; or one number, of milliseconds (Windows).
     """
     microseconds = round(seconds * 1_000_000)
     size = len(sock.getsockopt(socket.SOL_SOCKET, option, 16))
@@ -3317,7 +3335,7 @@ def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
 
 
 def _cut(body: bytes) -> "Sequence[bytes | memoryview]":
-    """Return what is to be written at a time: where writes have a time-out, not all at once."""
+    """Return `body` in the pieces to write: small ones where each write has a time-out."""
     if SHUTDOWN_WAKES:
         return [body]
     view = memoryview(body)
@@ -3325,7 +3343,7 @@ def _cut(body: bytes) -> "Sequence[bytes | memoryview]":
 
 
 def _shut_down_socket(sock: socket.socket) -> None:
-    """Wake all threads that read or write `sock` with its end; its owner closes it."""
+    """Have all reads and writes of `sock` end; the owner of the socket still closes it."""
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
