@@ -2899,7 +2899,7 @@ class _Connection:
         return self.closing or len(self._outbox) < MAX_QUEUED
 
     def _write_if_lone(self, header: _Header, payload: bytes) -> bool:
-        """Write a message at once if that is better than queueing; return whether it was written.
+        """Write a message at once if that is better than queueing; return whether it is out.
 
         A write in the sender's thread saves waking the writer, which costs as much as all the
         rest of a call.  But a message right after a write is one of many: hundreds share a
@@ -2918,7 +2918,7 @@ class _Connection:
             return True
 
     def _write_waiting(self) -> None:
-        """Write the messages in the outbox, including those that other threads put there meanwhile.
+        """Write the messages in the outbox, also those that other threads put there meanwhile.
 
         When this returns, the frame that another thread was writing is out, too.
         """
@@ -3359,7 +3359,7 @@ def _start_daemon(name: str, function: Callable[..., None], *args: Any) -> threa
 
 
 class _RemoteWatcher:
-    """Somebody on another node who must be told when a thread of this node ends."""
+    """A caller or watcher on another node, to be told when a thread of this node ends."""
 
     def __init__(self, tag: str, peer: _Peer, is_link: bool = False) -> None:
         self.tag = tag
@@ -3368,7 +3368,7 @@ class _RemoteWatcher:
         self.watched: Thread | None = None
 
     def notify(self, error: DistconcError, cause: _EventId | None) -> bool:
-        """Send the failure; return False if contact with that node is lost."""
+        """Send the failure to that node; return False if contact is lost."""
         header, payload = _encode_failure(self.tag, error, cause)
         return local_node()._post(self.peer.incarnation, header, payload)
 
@@ -3386,7 +3386,7 @@ def _encode_failure(tag: str, error: DistconcError,
     remote_error: Any = error.__cause__
     traceback = (remote_error.type, str(remote_error))
     payload = b""
-    # A reason that cannot be pickled, or is too large, is told by its traceback.
+    # Of a reason that cannot be pickled, or is too large, only the traceback is sent.
     with suppress(BaseException):
         payload = serialize(error.reason)
     if len(payload) > MAX_REASON:
@@ -3395,7 +3395,7 @@ def _encode_failure(tag: str, error: DistconcError,
 
 
 class _RemoteFailure(_Failure):
-    """A failure that another node told of.  Its reason is loaded by the waiter."""
+    """A failure that another node has reported.  The waiter loads the reason."""
 
     def __init__(self, connection: "_Connection", kind: str, text: str,
                  traceback: tuple[str, str] | None, payload: "bytes | memoryview") -> None:
@@ -3431,10 +3431,10 @@ class _RemoteFailure(_Failure):
 
 
 def _load(connection: "_Connection", payload: "bytes | memoryview | None") -> Any:
-    """Load what came over a connection.
+    """Return the object that came over a connection as `payload`.
 
-    Code of the user's that runs meanwhile can make no call: it would wait for a thread that
-    may wait for this one.  See `_PendingCall`.
+    The user's code that runs meanwhile can make no call, for the call would wait for a thread
+    that may wait for this one.  See `_PendingCall`.
     """
     outer = _local.loading_from
     try:
@@ -3444,11 +3444,12 @@ def _load(connection: "_Connection", payload: "bytes | memoryview | None") -> An
         _local.loading_from = outer
 
 
-_UNREADABLE: Any = object()  # stands for a message that nobody gets
+# Stands for a message that no thread gets.
+_UNREADABLE: Any = object()
 
 
 class _RemoteEntry(_Entry):
-    """An entry from another node: its payload is loaded by the thread that takes it."""
+    """An entry from another node.  The thread that takes the entry loads its payload."""
 
     __slots__ = ("payload", "connection", "target")
     needs_loading = True
@@ -3470,7 +3471,7 @@ class _RemoteEntry(_Entry):
             self._tell_sender(error)
         self.payload = None
         if self.message.__class__ is Reply:
-            # A reply has a header of its own.  This one is forged, and belongs to no mailbox.
+            # Replies have a header of their own.  This one is forged, and belongs to no mailbox.
             self._answer_call(self.message)
         return self.message is not _UNREADABLE
 
@@ -3486,7 +3487,7 @@ class _RemoteEntry(_Entry):
 
 
 class _RemoteCallEntry(_RemoteEntry):
-    """A call from another node: its message is a Synchronous."""
+    """A call from another node.  Its message becomes a Synchronous."""
 
     __slots__ = ("caller", "tag")
 
@@ -3511,7 +3512,7 @@ class _RemoteCallEntry(_RemoteEntry):
 
 
 class _RemoteReply(_Entry):
-    """A reply from another node, loaded by the thread that has called."""
+    """A reply from another node.  The caller loads the payload."""
 
     __slots__ = ("payload", "connection")
 
@@ -3534,36 +3535,42 @@ class _RemoteReply(_Entry):
 
 
 class _Handshake:
-    """A connection in the making: with a node that we dial, or with a stranger who knocks.
+    """A connection in the making: with a node that we dial, or with a stranger that knocks.
 
     A thread of its own shakes hands, and goes on as the connection's reader.  A timer aborts
-    the handshake when it takes too long.  All who want to reach the node wait for its end.
+    a handshake that takes too long.  All threads that want to reach the node wait for the end
+    of the handshake.
     """
 
     def __init__(self, node: "Node", dialled: Address | None, key: bytes,
                  channel: Any = None) -> None:
         self.dialled = dialled
-        self.host = ""  # where a stranger comes from
-        self.has_proved_key = False  # the stranger has answered our challenge
-        self.peer_name = ""  # the address that the peer's hello says
+        # The host that a stranger comes from.
+        self.host = ""
+        # Whether the stranger has answered our challenge.
+        self.has_proved_key = False
+        # The address in the peer's hello.
+        self.peer_name = ""
         self.connection: _Connection | None = None
         self.error: Exception | None = None
         self._node = node
         self._key = key
-        self._channel = channel  # a stranger's `multiprocessing.connection.Connection`
+        # A stranger's `multiprocessing.connection.Connection`.
+        self._channel = channel
         self._socket: socket.socket | None = None
         self._is_over = False
-        self._end = _WaitQueue()  # those who wait for the connection
+        # Threads wait here for the connection.
+        self._end = _WaitQueue()
 
     def start(self) -> None:
         _start_daemon("reader", self._run)
 
     def wait(self, deadline: float) -> bool:
-        """Wait for its end; return False at the deadline."""
+        """Wait for the end of the handshake; return False at the deadline."""
         return self._end.wait_until(lambda: self._is_over, deadline)
 
     def abort(self, error: Exception) -> None:
-        """Let nobody wait for it any more, and its thread end.  Never blocks."""
+        """Have the thread end, and all that wait for the connection.  Never blocks."""
         if not self._is_over:
             self.error = error
             self._finish()
@@ -3575,7 +3582,7 @@ class _Handshake:
         self._end.wake_all()
 
     def _run(self) -> None:
-        """The thread of this handshake, and then the reader of its connection."""
+        """Shake hands, and then read from the connection: the thread of this handshake."""
         _local.must_not_wait = True
         seconds = self._node._connect_timeout
         timeout = NodeUnreachable(
@@ -3609,7 +3616,7 @@ class _Handshake:
         """Dial, if this side dials; shake hands; return the established connection."""
         with self._channel or Client(self.dialled or "") as channel:
             sock = self._duplicate(channel)
-            # It is `channel` that writes, and it knows nothing of NO_SIGPIPE.
+            # Here `channel` writes, which knows nothing of NO_SIGPIPE.
             with _without_broken_pipe_signal():
                 self._exchange_challenges(channel)
                 mine, peer = self._exchange_hellos(channel, sock)
@@ -3624,7 +3631,7 @@ class _Handshake:
         return connection
 
     def _duplicate(self, channel: Any) -> socket.socket:
-        """Return a socket for the channel's connection, which others can shut down."""
+        """Return a socket for the channel's connection, which other threads can shut down."""
         family = _address_family(self.dialled or self._node._listen_address)
         sock = socket.fromfd(channel.fileno(), family, socket.SOCK_STREAM)
         # The program may have set a default time-out, which would make `channel` fail, too.
@@ -3634,7 +3641,7 @@ class _Handshake:
         if self._is_over or self._node._stopped:
             raise NodeDown("nobody waits for it any more")
         if family == socket.AF_INET:
-            # Else a second small frame would wait for the peer's acknowledgement (Nagle).
+            # Otherwise a second small frame would wait for the peer's acknowledgement (Nagle).
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not SHUTDOWN_WAKES:
             _limit_silence(sock, self._node._connect_timeout)
@@ -3650,11 +3657,12 @@ class _Handshake:
             answer_challenge(channel, self._key)
 
     def _exchange_hellos(self, channel: Any, sock: socket.socket) -> tuple[_Hello, _Hello]:
-        """Tell each other who we are.
+        """Send this side's hello; return both sides' hellos.
 
-        The challenges alone are not enough: whoever sits between two nodes can pass them on.
+        The challenges alone are not enough: an attacker between two nodes can pass them on.
         But the keys of the seals come from both hellos, which name the roles and the address
-        that was meant; one who passes a hello on, or alters it, cannot make one valid frame.
+        that was meant; an attacker who passes a hello on, or alters one, cannot make a single
+        valid frame.
         """
         if self.dialled:
             reached = _format_address(sock.getpeername())
@@ -3685,17 +3693,18 @@ class _Handshake:
         """Have older connections to that node end before this one speaks.
 
         Messages may still be on their way over a connection that the peer has lost.  They must
-        come before all that comes over this one:
+        come before all messages over this one:
 
             peer   serial 1  lost ......   serial 2  dials, and says: 2, oldest 2
             here   serial 1  being read    serial 2  waits until 1 is read to its end
 
         So each side numbers its connections, and tells the number of this one, and that of its
-        oldest connection to the other side.  What is older than that is over for the peer;
-        its end is on its way here, be it the peer's own or silence.  It is waited for, not
-        brought about.  So who claims to be the peer of a connection that lives does not take
-        its place; but all who have the key are equal, and who was let in as that peer, over a
-        connection of his own, ends both when he ends his: see `Node._connection_closed`.
+        oldest connection to the other side.  Connections older than that are over for the peer;
+        their end is on its way here, as the peer's "end" or as silence.  This node waits for
+        the end, and does not bring it about.  So a node that claims to be the peer of a living
+        connection does not take its place.  But all nodes that have the key are equal: one that
+        was let in as that peer, over a connection of its own, ends both connections by ending
+        its own: see `Node._connection_closed`.
         """
         if self.dialled:
             connection.send_serials()
@@ -3706,9 +3715,9 @@ class _Handshake:
 
 
 def _dial_error(address: Address | None, why: BaseException, own_name: str = "") -> Exception:
-    """Return the error for those who dialled a node: what failed, and what may mend it.
+    """Return the error for the threads that dialled a node, with the cause and a likely remedy.
 
-    `own_name` is the address that the node has told us, if it came to that.
+    `own_name` is the address in the node's hello, or '' if none came.
     """
     name = _format_address(address)
     if isinstance(why, AuthenticationError):
@@ -3737,7 +3746,7 @@ NO_WAY_THERE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT)
 
 
 def _network_hint(address: Address | None) -> str:
-    """Return what to look at when a machine cannot be reached, or does not answer."""
+    """Return a hint for a machine that cannot be reached, or does not answer."""
     if not isinstance(address, tuple) or _is_loopback(address):
         return ""
     return (f"; is that machine on this network, and does its firewall let port {address[1]} "
