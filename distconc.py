@@ -1863,7 +1863,7 @@ def _is_function(item: Any) -> bool:
 
 
 def _make_loader(allow: Any, module: str = __name__) -> Callable[[Any], Any]:
-    """Return the function that unpickles messages: all of them, or those that `allow` lets in.
+    """Return the function that unpickles messages: any message, or those that `allow` lets in.
 
     `module` is the name by which the sender imports this file.
     """
@@ -1980,9 +1980,8 @@ class _RestrictedUnpickler(pickle.Unpickler):
     may be loaded half, dropped, and loaded again.
     """
 
-    # The functions that make plain data.
+    # These are the functions that make plain data, and weak references to those handed out.
     constructors: _Names
-    # Weak references to the constructors that the pickle got.
     handed_out: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
@@ -2127,9 +2126,8 @@ def _set_exception_state(error: BaseException, state: Any) -> None:
 
     Attributes of the class itself, such as a `__cause__` or a Unicode error's offsets,
     are refused: they were checked when the exception was made, or no pickle sets them.
-    The names that an ImportError or AttributeError is about are texts.  To give a hint,
-    Python 3.12 imports the module of an ImportError that has a `name_from`, so
-    `name_from` is dropped.
+    The names that an ImportError or AttributeError is about are texts.  A `name_from` is
+    dropped: for a hint, Python 3.12 would import the module of an ImportError with one.
     """
     if type(state) is not dict:
         raise _NotAllowed("the state of an exception is a dict")
@@ -2184,7 +2182,7 @@ def _ipv6_hint(address: Any) -> str:
     return ""
 
 
-# The control characters, and the two separators at which Python splits lines.
+# These are the control characters, and the two separators at which Python splits lines.
 _UNPRINTABLE = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)))
 
 
@@ -2363,7 +2361,7 @@ def _host_of_interface(index: int) -> str:
     return "127.0.0.1"
 
 
-# A node that other machines can reach needs a key of this length.
+# A node that other machines can reach needs a key of at least this length.
 MIN_KEY = 16  # bytes
 MAKE_KEY = f"python3 {os.path.basename(__file__)} key"
 
@@ -2559,10 +2557,10 @@ FRAME_LENGTHS = struct.Struct(">IQ")
 MAC_SIZE = 16  # bytes
 # MAX_BATCH failures of MAX_ERROR_TEXT each are less.
 MAX_ENVELOPE = 1 << 26  # bytes
-# Every node accepts so much.  MAX_BATCH small payloads are less.
+# Every node accepts this much.  MAX_BATCH small payloads are less.
 MIN_PAYLOADS = 1 << 20  # bytes
 MAX_PAYLOADS = 1 << 16  # in a frame
-# Of a larger reason, pickled, only the text is sent.
+# Of an error with a larger pickled reason, only the text and the traceback are sent.
 MAX_REASON = 1 << 16  # bytes
 # A larger payload has a frame of its own, as copying costs more.
 SMALL_PAYLOAD = 2048  # bytes
@@ -2597,10 +2595,7 @@ class _Hello(NamedTuple):
 
     @classmethod
     def decode(cls, line: bytes) -> "_Hello":
-        """Return the hello in `line`.
-
-        Raises ValueError or AuthenticationError if `line` is no hello of this protocol.
-        """
+        """Return the hello in `line`; raise ValueError or AuthenticationError for any other."""
         # A path keeps its bytes of the file system, in every locale.
         fields = os.fsdecode(line).split("\0")
         if fields[0] != PROTOCOL:
@@ -2770,7 +2765,8 @@ class _Connection:
 
     `close` is called by `disconnect` and `stop_node`, and by the reader after the peer's "end".
     `abort` is called by the reader when the connection is broken, silent, or slow to close;
-    when another connection to that node has ended; and when `stop_node` runs out of patience.
+    by the node when an established connection to that peer has ended; and by a `disconnect` or
+    `stop_node` that has waited long enough.
     """
 
     def __init__(self, node: "Node", sock: socket.socket, key: bytes, mine: _Hello,
@@ -2827,7 +2823,7 @@ class _Connection:
         self._writer_has_ended = False
         # The reader waits here for the writer's end.
         self._writer_end = _WaitQueue()
-        # Whether the peer's "end" has come, and the error that ended the connection if not.
+        # Whether the peer's "end" has come, or else the error that ended the connection.
         self._has_read_end = False
         self.broken_by = ""
         # How many messages were sent, guarded by `_write_lock`, and how many were received.
@@ -2888,7 +2884,7 @@ class _Connection:
 
     def encode_reply(self, tag: str, payload: bytes,
                      cause: _EventId | None) -> tuple[_Header, bytes]:
-        """Return the header and payload of a reply, or of a failure if the reply is too large."""
+        """Return the header and payload of a reply, or of a failure in place of a large one."""
         if len(payload) <= self.max_outgoing:
             return ("reply", tag, cause), payload
         error = RemoteError("SerializationError", f"the reply has {len(payload)} bytes, more "
@@ -2981,7 +2977,7 @@ class _Connection:
 
     def _make_frame(self, groups: list[tuple[_Header, list[int]]],
                     payloads: list[bytes]) -> "Sequence[bytes | memoryview]":
-        """Return the bytes of a frame and its MACs, in one piece unless joining costs too much."""
+        """Return a frame's bytes with its MACs, in one piece unless joining costs too much."""
         seal = self._outgoing
         if not groups:
             lengths = FRAME_LENGTHS.pack(0, 0)
@@ -3000,7 +2996,7 @@ class _Connection:
     # The writer
 
     def _write_loop(self) -> None:
-        """Write queued messages, or a tick if none come for a while: the writer thread."""
+        """Run the writer: write queued messages, or a tick if none come for a while."""
         _local.must_not_wait = True
         try:
             while not (self.closing and not self._outbox):
@@ -3077,7 +3073,7 @@ class _Connection:
         _start_daemon("writer", self._write_loop)
 
     def read_loop(self) -> None:
-        """Hand out messages until the connection ends, then clean up: the reader thread."""
+        """Run the reader: hand out messages until the connection ends, then clean up."""
         _local.must_not_wait = True
         try:
             while not self._has_read_end:
@@ -3193,7 +3189,7 @@ class _Connection:
             thread._mailbox._put(entry)
 
     def _caller(self, id: int) -> "RemoteThread":
-        """Return the handle of a thread of the peer, kept as the next call may be its, too."""
+        """Return the handle of a peer's thread, kept as the next call is likely that thread's."""
         handle = self._last_caller
         if handle is None or handle._id != id:
             handle = RemoteThread(self.address, id, self.peer.incarnation)
@@ -3203,10 +3199,7 @@ class _Connection:
 
     def _find_and_watch(self, incarnation: int | None, id: "int | str", tag: str,
                         cause: _EventId | None) -> "Thread | None":
-        """Return the thread and watch it for the peer; tell the peer if there is no such thread.
-
-        In that case, returns None.
-        """
+        """Watch a thread for the peer and return it; if there is none, tell the peer instead."""
         if not isinstance(tag, str):
             raise TypeError(f"{tag!r:.100} is no tag")
         try:
@@ -3239,7 +3232,7 @@ class _Connection:
                 caller.post(*caller.encode_reply(tag, bytes(payload), _check_cause(cause)))
 
     def _on_request(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
-        """Queue a request for the connection's requests thread, as it may run the user's code."""
+        """Queue a request for a separate thread, since requests may run the user's code."""
         if self._requests is None:
             self._requests = Mailbox()
             _start_daemon("requests", _serve_requests, self, self._requests)
@@ -3269,7 +3262,7 @@ class _Connection:
         return RemoteError(type(error).__name__, text)
 
     def _fail_call(self, tag: str, error: BaseException, cause: _EventId | None) -> None:
-        """Tell the peer that its call, monitor or request `tag`, sent by `cause`, has failed."""
+        """Tell the peer that its call, monitor or request `tag`, sent by `cause`, failed."""
         self.post(*_encode_failure(tag, self._delivery_error(error), cause))
 
     # Ending
@@ -3386,7 +3379,7 @@ def _encode_failure(tag: str, error: DistconcError,
     remote_error: Any = error.__cause__
     traceback = (remote_error.type, str(remote_error))
     payload = b""
-    # Of a reason that cannot be pickled, or is too large, only the traceback is sent.
+    # A reason that cannot be pickled, or is too large, is sent as its traceback alone.
     with suppress(BaseException):
         payload = serialize(error.reason)
     if len(payload) > MAX_REASON:
@@ -3471,7 +3464,7 @@ class _RemoteEntry(_Entry):
             self._tell_sender(error)
         self.payload = None
         if self.message.__class__ is Reply:
-            # Replies have a header of their own.  This one is forged, and belongs to no mailbox.
+            # Replies have a header of their own.  A forged one like this belongs to no mailbox.
             self._answer_call(self.message)
         return self.message is not _UNREADABLE
 
@@ -3538,8 +3531,7 @@ class _Handshake:
     """A connection in the making: with a node that we dial, or with a stranger that knocks.
 
     A thread of its own shakes hands, and goes on as the connection's reader.  A timer aborts
-    a handshake that takes too long.  All threads that want to reach the node wait for the end
-    of the handshake.
+    a handshake that takes too long.  Threads that want to reach the node wait for the end.
     """
 
     def __init__(self, node: "Node", dialled: Address | None, key: bytes,
@@ -3570,7 +3562,7 @@ class _Handshake:
         return self._end.wait_until(lambda: self._is_over, deadline)
 
     def abort(self, error: Exception) -> None:
-        """Have the thread end, and all that wait for the connection.  Never blocks."""
+        """End the handshake and its thread; wake all that wait for the end.  Never blocks."""
         if not self._is_over:
             self.error = error
             self._finish()
@@ -3582,7 +3574,7 @@ class _Handshake:
         self._end.wake_all()
 
     def _run(self) -> None:
-        """Shake hands, and then read from the connection: the thread of this handshake."""
+        """Shake hands, then run the connection's reader, all in the handshake's thread."""
         _local.must_not_wait = True
         seconds = self._node._connect_timeout
         timeout = NodeUnreachable(
@@ -3661,8 +3653,7 @@ class _Handshake:
 
         The challenges alone are not enough: an attacker between two nodes can pass them on.
         But the keys of the seals come from both hellos, which name the roles and the address
-        that was meant; an attacker who passes a hello on, or alters one, cannot make a single
-        valid frame.
+        that was meant: an attacker that passes on or alters a hello cannot make a valid frame.
         """
         if self.dialled:
             reached = _format_address(sock.getpeername())
@@ -3701,10 +3692,10 @@ class _Handshake:
         So each side numbers its connections, and tells the number of this one, and that of its
         oldest connection to the other side.  Connections older than that are over for the peer;
         their end is on its way here, as the peer's "end" or as silence.  This node waits for
-        the end, and does not bring it about.  So a node that claims to be the peer of a living
-        connection does not take its place.  But all nodes that have the key are equal: one that
-        was let in as that peer, over a connection of its own, ends both connections by ending
-        its own: see `Node._connection_closed`.
+        that end, and does nothing to hasten the end.  So a node that claims to be the peer of a
+        living connection does not take its place.  But all nodes with the key are equal: one
+        that was let in as that peer, over a connection of its own, ends both connections when
+        its own ends: see `Node._connection_closed`.
         """
         if self.dialled:
             connection.send_serials()
