@@ -2802,9 +2802,8 @@ class _Connection:
         # `post`.  Only a holder of `_write_lock` takes messages out; `post` may take its own.
         self._outbox: deque[tuple[_Header, bytes]] = deque()
         self.closing = False
-        # The writer waits here for messages, or for the connection to close.
+        # The writer waits for messages, or for the connection to close; senders wait for room.
         self._work = _WaitQueue()
-        # Senders wait here while too much is queued.
         self._room = _WaitQueue()
         # A fault holds the outbox up until then.
         self.delayed_until = 0.0
@@ -3189,7 +3188,7 @@ class _Connection:
             thread._mailbox._put(entry)
 
     def _caller(self, id: int) -> "RemoteThread":
-        """Return the handle of a peer's thread, kept as the next call is likely that thread's."""
+        """Return the handle of a peer's thread; keep it, as more calls are likely to follow."""
         handle = self._last_caller
         if handle is None or handle._id != id:
             handle = RemoteThread(self.address, id, self.peer.incarnation)
@@ -3199,7 +3198,7 @@ class _Connection:
 
     def _find_and_watch(self, incarnation: int | None, id: "int | str", tag: str,
                         cause: _EventId | None) -> "Thread | None":
-        """Watch a thread for the peer and return it; if there is none, tell the peer instead."""
+        """Watch a thread for the peer and return it; if there is none, tell the peer so."""
         if not isinstance(tag, str):
             raise TypeError(f"{tag!r:.100} is no tag")
         try:
@@ -3537,9 +3536,8 @@ class _Handshake:
     def __init__(self, node: "Node", dialled: Address | None, key: bytes,
                  channel: Any = None) -> None:
         self.dialled = dialled
-        # The host that a stranger comes from.
+        # A stranger's host, and whether the stranger has answered our challenge.
         self.host = ""
-        # Whether the stranger has answered our challenge.
         self.has_proved_key = False
         # The address in the peer's hello.
         self.peer_name = ""
