@@ -1778,8 +1778,8 @@ def serialize(obj: Any) -> bytes:
 def deserialize(data: bytes) -> Any:
     """Return the object that `data` was made of, if this node's `allow` lets it in.
 
-    Never blocks, unless an object's own code does.  Raises UnpicklingError for what
-    is not allowed, and whatever else unpickling raises, which may be anything.
+    Never blocks, unless an object's own code does.  Raises UnpicklingError for an
+    object that is not allowed.  Unpickling may raise any other exception, too.
 
     Factor: bytes>object.  Erlang: binary_to_term.
     """
@@ -1790,7 +1790,7 @@ MAX_PATH = 500  # letters
 
 
 def _why_unpicklable(obj: Any, error: Exception, path: str = "message") -> str:
-    """Say which part of `obj` cannot be pickled, as small as it can be told, and why."""
+    """Say which part of `obj` cannot be pickled, and why.  The part is as small as possible."""
     children = _children(obj)
     if len(path) >= MAX_PATH:
         # The object may contain itself, and then its path has no end.
@@ -1807,7 +1807,7 @@ def _why_unpicklable(obj: Any, error: Exception, path: str = "message") -> str:
 
 
 def _children(obj: Any) -> list[tuple[str, Any]]:
-    """Return what `obj` consists of, each part with the step that leads to it."""
+    """Return the parts of `obj`, each with the step that leads there."""
     if isinstance(obj, dict):
         return [(f"[{_short_repr(key)}]", value) for key, value in obj.items()]
     if isinstance(obj, (list, tuple)):
@@ -1816,7 +1816,8 @@ def _children(obj: Any) -> list[tuple[str, Any]]:
     return [(f".{name}", value) for name, value in attributes.items()]
 
 
-_Names = dict[tuple[str, str], Any]  # (module, name) -> what a pickle means by them
+# A module and a name -> the class or function that a pickle means by them.
+_Names = dict[tuple[str, str], Any]
 
 
 class _NotAllowed(pickle.UnpicklingError):
@@ -1828,10 +1829,10 @@ class _NeedsCare(Exception):
 
 
 def _check_allow(allow: Any) -> "str | tuple[Any, ...]":
-    """Return `allow` as "anything" or a tuple; raise TypeError if it is neither.
+    """Return `allow` as "anything" or a tuple; raise TypeError for any other value.
 
     The tuple has classes and functions of modules, and nothing else: a pickle can
-    name no other callable, so that to list one would be a mistake.
+    name no other callable, so to list one would be a mistake.
     """
     if isinstance(allow, str):
         if allow == "anything":
@@ -1862,9 +1863,9 @@ def _is_function(item: Any) -> bool:
 
 
 def _make_loader(allow: Any, module: str = __name__) -> Callable[[Any], Any]:
-    """Return the function that unpickles messages: anything, or what `allow` lets in.
+    """Return the function that unpickles messages: any message, or those that `allow` lets in.
 
-    `module` is the name of this file at the sender.
+    `module` is the name by which the sender imports this file.
     """
     allow = _check_allow(allow)
     if allow == "anything":
@@ -1874,7 +1875,7 @@ def _make_loader(allow: Any, module: str = __name__) -> Callable[[Any], Any]:
     import copyreg
     import uuid
 
-    # The pickle of a UUID makes an empty one first, for which it needs the class itself.  So
+    # The pickle of a UUID makes an empty UUID first, for which the class itself is needed.  So
     # UUIDs go to the careful unpickler, too.
     as_listed = {_pickled_name(item): item for item in (uuid.UUID, *allow)}
     # A listed class stands before the constructor of the same name.
@@ -1883,7 +1884,7 @@ def _make_loader(allow: Any, module: str = __name__) -> Callable[[Any], Any]:
     simple = _named_as_in(module, simple)
     all_constructors = {**simple, **_named_as_in(module, exceptions)}
     as_listed = _named_as_in(module, as_listed)
-    # The table has no public name, but each pickle module imports it by this one.
+    # The table has no public name, but each pickle module imports the table by this name.
     extension_codes: dict[int, Any] = copyreg._inverted_registry  # type: ignore[attr-defined]
 
     def load(data: Any) -> Any:
@@ -1892,14 +1893,14 @@ def _make_loader(allow: Any, module: str = __name__) -> Callable[[Any], Any]:
                 return _unpickle(_RestrictedUnpickler, data, simple, {})
             except _NeedsCare:
                 pass
-        # Nothing of the user's has run so far, so it may well start again.
+        # No code of the user's has run so far, so the message may be loaded from the start.
         return _unpickle(_CarefulUnpickler, data, all_constructors, as_listed)
 
     return load
 
 
 def _named_as_in(module: str, names: _Names) -> _Names:
-    """Return a table of names, where this file's own are as pickles of that copy have them."""
+    """Return the table with this file's own names as the pickles of that copy have them."""
     renamed = {}
     for (own, name), item in names.items():
         if own == __name__:
@@ -1909,12 +1910,12 @@ def _named_as_in(module: str, names: _Names) -> _Names:
 
 
 def _load_from_copy(module: str, data: Any) -> Any:
-    """Unpickle what a node has sent on which this file has the name `module`."""
+    """Return the message in `data`, from a node on which this file has the name `module`."""
     return _CopyUnpickler(module, data).load()
 
 
 class _CopyUnpickler(pickle.Unpickler):
-    """Takes names of another copy of this file for those of this one."""
+    """Takes the names of another copy of this file for the names of this file."""
 
     def __init__(self, module: str, data: Any) -> None:
         super().__init__(io.BytesIO(data))
@@ -1936,15 +1937,15 @@ def _without_listed(constructors: _Names, as_listed: _Names) -> _Names:
 
 
 def _unpickle(kind: Any, data: Any, constructors: _Names, as_listed: _Names) -> Any:
-    """Return the message in `data`; raise what that kind of unpickler raises."""
+    """Return the message in `data`; raise the errors of that kind of unpickler."""
     unpickler = kind(io.BytesIO(data))
     unpickler.constructors = constructors
     unpickler.as_listed = as_listed
     unpickler.handed_out = []
     handed_out = unpickler.handed_out
     message = unpickler.load()
-    # All that the unpickler remembers goes with it.  A constructor that still lives is a
-    # part of the message.
+    # The unpickler's memory goes with the unpickler.  A constructor that still lives is a part
+    # of the message.
     del unpickler
     if any(constructor() is not None for constructor in handed_out):
         raise _NotAllowed("a class itself is not plain data; allow= must list it")
@@ -1952,35 +1953,36 @@ def _unpickle(kind: Any, data: Any, constructors: _Names, as_listed: _Names) -> 
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Unpickles messages of plain data fast, and leaves all others to the careful one.
+    """Unpickles messages of plain data fast, and leaves all others to the careful unpickler.
 
-    Who has the key writes the pickle, which is a program for a small machine.  These
-    are the attacks, and what stops each of them:
+    A pickle is a program for a small machine, and any peer with the key can write one.
+    These are the attacks, each with its defence:
 
     - To name something that is not allowed.  `find_class` looks names up in a table
       and never imports a module.
-    - To change a class through what `find_class` returns: the instruction BUILD calls
-      its `__setstate__`, writes into its `__dict__` or sets its attributes, and APPEND
-      and SETITEM call other methods.  The pickle therefore gets no class, but a
-      `_Constructor` in its place, which can be called and is otherwise inert.
+    - To change a class through the object that `find_class` returns: the instruction
+      BUILD calls its `__setstate__`, writes into its `__dict__` or sets its attributes,
+      and APPEND and SETITEM call other methods.  The pickle therefore gets no class, but
+      a `_Constructor` in its place, which can be called and is otherwise inert.
     - To chain such stand-ins through their state until C's stack overflows, as can be
       done with `functools.partial`.  A `_Constructor` has no state that BUILD could set.
-    - To pass a class itself off as plain data.  A constructor that is left in the
-      message is found by `_unpickle`.
+    - To pass a class itself off as plain data.  `_unpickle` finds a constructor that is
+      left in the message.
     - To name something by a number that the program registered with `copyreg`.  A
       number seen before bypasses `find_class`, so a program which registers any gets
       the careful unpickler for all its messages.
-    - To fill an exception with values that do harm when it is printed, and to change a
-      listed class or function.  Both need an eye on each BUILD.  C offers none, so a
-      message which names an exception, or anything listed, goes to the careful
-      unpickler, as one that names the unknown does, to be refused there.
+    - To fill an exception with values that do harm when the exception is printed, and to
+      change a listed class or function.  To refuse both, each BUILD must be checked, and
+      C offers no way.  So a message which names an exception, or anything listed, goes
+      to the careful unpickler.  One that names the unknown goes there to be refused.
 
     The functions that can run here have no effects but their results, so a message
     may be loaded half, dropped, and loaded again.
     """
 
-    constructors: _Names  # the functions that make plain data
-    handed_out: list[Any]  # weak references to the constructors that the pickle got
+    # These are the functions that make plain data, and weak references to those handed out.
+    constructors: _Names
+    handed_out: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         function = self.constructors.get((module, name))
@@ -1991,20 +1993,20 @@ class _RestrictedUnpickler(pickle.Unpickler):
         return constructor
 
 
-# The unpickler in Python is what the one in C replaces, on every version.
+# Every version of Python has this unpickler, written in Python, which the one in C replaces.
 class _CarefulUnpickler(pickle._Unpickler):
-    """Unpickles what needs an eye on each BUILD, in Python, about ten times slower.
+    """Unpickles in Python, about ten times slower, messages whose every BUILD is checked.
 
-    What is listed comes as itself: it may be called, and may be a part of the message.
-    So BUILD is refused for every class, function and module, be it listed or what a
-    listed function returned, and an exception's state is checked.
+    A listed class or function comes as itself: the pickle may call it, and it may be a part
+    of the message.  So BUILD is refused for every class, function and module, whether listed
+    or returned by a listed function, and an exception's state is checked.
     """
 
     stack: list[Any]
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {**pickle._Unpickler.dispatch}
-    constructors: _Names  # the functions that make plain data
+    constructors: _Names
     as_listed: _Names
-    handed_out: list[Any]  # weak references to the constructors that the pickle got
+    handed_out: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.as_listed:
@@ -2038,7 +2040,7 @@ _UNCHANGEABLE = (type, types.ModuleType, types.FunctionType, types.MethodType,
 
 
 class _Constructor:
-    """Stands for a class while a message is loaded: to be called, and nothing else."""
+    """Stands for a class while a message is loaded, and can only be called."""
 
     __slots__ = ("_function", "__weakref__")
 
@@ -2053,7 +2055,7 @@ class _Constructor:
 
 
 def _simple_constructors() -> _Names:
-    """Return the functions that make plain data which needs no care."""
+    """Return the functions that make plain data which the fast unpickler can load."""
     import datetime
     import decimal
     import fractions
@@ -2068,12 +2070,12 @@ def _simple_constructors() -> _Names:
 
 
 def _build_date(kind: Any, *arguments: Any) -> Any:
-    """Return a date or time that is one; from a pickle, its fields come unchecked."""
+    """Return a date or time whose fields have been checked; a pickle's fields have not."""
     return kind(*arguments).replace()
 
 
 def _exception_constructors() -> _Names:
-    """Return the functions that make built-in exceptions, and our own."""
+    """Return the functions that make Python's built-in exceptions, and this file's own."""
     import builtins
 
     constructors: _Names = {}
@@ -2091,10 +2093,10 @@ _UNICODE_ERROR_FIELDS: dict[type[BaseException], list[type]] = {
 
 
 def _build_exception(kind: type[BaseException], *arguments: Any) -> BaseException:
-    """Return an exception of that kind, if it can be printed without harm.
+    """Return an exception of that kind, if printing the exception does no harm.
 
     Printing a Unicode error reads memory at its offsets.  Printing a syntax error opens
-    the file that it names, and writes as many carets as it says.
+    the file that the error names, and writes as many carets as the error says.
     """
     if kind in _UNICODE_ERROR_FIELDS and not _has_good_offsets(kind, arguments):
         raise _NotAllowed(f"a {kind.__name__} with offsets outside of its object")
@@ -2104,7 +2106,7 @@ def _build_exception(kind: type[BaseException], *arguments: Any) -> BaseExceptio
 
 
 def _has_good_offsets(kind: type[BaseException], arguments: tuple[Any, ...]) -> bool:
-    """Say whether the offsets of a Unicode error are in the object that is at fault."""
+    """Say whether the offsets of a Unicode error are within the object at fault."""
     if list(map(type, arguments)) != _UNICODE_ERROR_FIELDS[kind]:
         return False
     *_, faulty, start, end, _ = arguments
@@ -2120,18 +2122,18 @@ def _has_plain_exception_state(instance: Any) -> bool:
 
 
 def _set_exception_state(error: BaseException, state: Any) -> None:
-    """Give `error` those attributes that do no harm when it is printed.
+    """Give `error` those attributes that do no harm when the error is printed.
 
-    What the class itself knows, such as a `__cause__` or a Unicode error's offsets, is
-    refused, as it was checked when the exception was made, or no pickle sets it.  The
-    names that an ImportError or AttributeError is about are texts.  Python 3.12 imports
-    the module of an ImportError that has a `name_from`, to give a hint: this is dropped.
+    Attributes of the class itself, such as a `__cause__` or a Unicode error's offsets,
+    are refused: they were checked when the exception was made, or no pickle sets them.
+    The names that an ImportError or AttributeError is about are texts.  A `name_from` is
+    dropped: for a hint, Python 3.12 would import the module of an ImportError with one.
     """
     if type(state) is not dict:
         raise _NotAllowed("the state of an exception is a dict")
     for name, value in state.items():
         if name == "__notes__" and type(value) is list and set(map(type, value)) <= {str}:
-            # The pickle may still add to its list, but not to this copy.
+            # The pickle may still add notes to its own list, but not to this copy.
             vars(error)[name] = value.copy()
         elif name in ("name", "path") and isinstance(value, (str, type(None))):
             setattr(error, name, value)
@@ -2158,10 +2160,9 @@ _SPELLINGS = "9000, 'host:9000', ('host', 9000), or a path with a slash"
 
 
 def _parse_address(node: Any) -> Address | None:
-    """Return the one spelling of all that may stand where a node is asked for.
+    """Return the address of `node`, which may be spelled in many ways, in its one form.
 
-    None stands for a node that does not listen.  Raises ValueError for everything that
-    is no node.
+    None stands for a node that does not listen.  Raises ValueError if `node` is no node.
     """
     address = getattr(node, "address", node)
     if address is None and node is not None:
@@ -2173,7 +2174,7 @@ def _parse_address(node: Any) -> Address | None:
 
 
 def _ipv6_hint(address: Any) -> str:
-    """Return what an error adds for an address of IPv6, which no node has."""
+    """Return the words that an error adds for an IPv6 address, which no node has."""
     if isinstance(address, tuple) and address:
         address = f"{address[0]}:"
     if isinstance(address, str) and address.count(":") > 1:
@@ -2181,14 +2182,14 @@ def _ipv6_hint(address: Any) -> str:
     return ""
 
 
-# The control characters, and the two separators at which Python splits lines.
+# These are the control characters, and the two separators at which Python splits lines.
 _UNPRINTABLE = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)))
 
 
 def _parse_path(address: Any) -> str | None:
-    """Return the absolute path of a Unix socket, or None for what is no path.
+    """Return the absolute path of a Unix socket, or None if `address` is no path.
 
-    Bytes that are no text stand in it as Python's file names have them.
+    Bytes that are no text stand in the path as they do in Python's file names.
     """
     if not isinstance(address, (str, bytes, os.PathLike)):
         return None
@@ -2199,7 +2200,7 @@ def _parse_path(address: Any) -> str | None:
 
 
 def _parse_host_and_port(address: Any) -> tuple[str, int] | None:
-    """Return the host and port that are meant, or None for what is no such address."""
+    """Return the host and the port that are meant, or None if `address` has no such form."""
     if isinstance(address, str):
         address = _split_host_and_port(address)
     elif isinstance(address, int):
@@ -2224,17 +2225,18 @@ def _split_host_and_port(text: str) -> tuple[str, int] | None:
     host, colon, digits = text.rpartition(":")
     if not colon:
         host = "127.0.0.1"
-    # A text of a million digits must not be made a number.
+    # A text of a million digits must not be turned into a number.
     if not digits.isdecimal() or len(digits) > MAX_PORT_DIGITS:
         return None
     return host, int(digits)
 
 
-MAX_HOST = 253  # letters, by the rules of DNS
+# By the rules of DNS.
+MAX_HOST = 253  # letters
 
 
 def _is_host(host: str) -> bool:
-    """Say whether this can be a host's name or its IPv4 address."""
+    """Say whether `host` can be a host's name or its IPv4 address."""
     if not 0 < len(host) <= MAX_HOST or not host.isprintable():
         return False
     return not any(character in host for character in " :/")
@@ -2246,9 +2248,9 @@ MAX_CACHED_ADDRESS = 256  # letters
 def _parse_address_cached(node: Any) -> Address | None:
     """Return the same as `_parse_address`, fast for the addresses that come again.
 
-    What is long is not kept: strangers' paths must not fill the memory.
+    Long addresses are not kept: strangers' paths must not fill the memory.
     """
-    # A host that is too long is an error, and errors are not kept.
+    # In a tuple, a host that is too long is an error, and errors are not kept.
     if isinstance(node, tuple):
         return _parse_and_keep(node)
     if isinstance(node, str) and len(node) <= MAX_CACHED_ADDRESS:
@@ -2260,7 +2262,7 @@ _parse_and_keep: Callable[[Any], Address | None] = lru_cache(1024)(_parse_addres
 
 
 def _format_address(address: Address | None) -> str:
-    """Return the text of `address` that means the same node; '' if it does not listen."""
+    """Return the text of `address`; '' for a node that does not listen."""
     if address is None:
         return ""
     if isinstance(address, str):
@@ -2270,19 +2272,19 @@ def _format_address(address: Address | None) -> str:
 
 
 def _address_family(address: Address | None) -> int:
-    """Return the family of sockets at such an address."""
+    """Return the family of the sockets at such an address."""
     return socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
 
 
 def _is_loopback(address: Address | None) -> bool:
-    """Say whether only this machine can reach that address."""
+    """Say whether only this machine can reach the address."""
     if not isinstance(address, tuple):
         return True
     return _numeric_host(address[0]).startswith(b"\x7f")
 
 
 def _is_wildcard(address: Address | None) -> bool:
-    """Say whether this address stands for all that this machine has."""
+    """Say whether the address stands for all addresses of this machine."""
     return isinstance(address, tuple) and _numeric_host(address[0]) == bytes(4)
 
 
@@ -2295,10 +2297,10 @@ def _numeric_host(host: str) -> bytes:
 
 
 def _advertised_address(bound: Address | None, advertise: Any) -> Address | None:
-    """Return the address that other nodes dial to reach the one that is bound.
+    """Return the address that other nodes dial to reach the bound address.
 
-    It is `advertise`, if given; there a host alone takes the port that is bound.
-    Raises ValueError where nobody could dial it.
+    If `advertise` is given, that is the address; a host alone takes the port that is bound.
+    Raises ValueError if no node could dial the address.
     """
     if advertise is None:
         if isinstance(bound, tuple) and _is_wildcard(bound):
@@ -2318,7 +2320,7 @@ def _advertised_address(bound: Address | None, advertise: Any) -> Address | None
 
 
 def _is_host_alone(advertise: Any) -> bool:
-    """Say whether this is a host without a port; digits alone are a port."""
+    """Say whether `advertise` is a host without a port; digits alone are a port."""
     if not isinstance(advertise, str) or advertise.isdecimal():
         return False
     return _is_host(advertise)
@@ -2327,12 +2329,12 @@ def _is_host_alone(advertise: Any) -> bool:
 def _network_host() -> str:
     """Return the IPv4 address at which this machine is reached from its network.
 
-    It is not a name, for in a classroom nobody can look that up.  To connect a UDP
-    socket sends nothing; it only has the system choose the address to send from.
-    Without a network it is the loopback address.
+    Names would be of no use, for in a classroom nobody can look them up.  Connecting a
+    UDP socket sends nothing: the system only chooses the address to send from.  Without
+    a network, the loopback address is returned.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # Any address beyond the router will do, also one that nobody has.
+        # Any address beyond the router will do, even one that no machine has.
         with suppress(OSError):
             probe.connect(("10.255.255.255", 1))
             return str(probe.getsockname()[0])
@@ -2345,12 +2347,12 @@ def _network_host() -> str:
 
 
 def _host_of_interface(index: int) -> str:
-    """Return the IPv4 address of that network interface; if it has none, another.
+    """Return the IPv4 address of that network interface, or another if there is none.
 
-    This finds the address on a network without a router: the system need not know a
-    way to a multicast address, as the socket is told which interface to use.
+    This works on a network without a router, too: the system need not know a way to a
+    multicast address, as the socket is told which interface to use.
     """
-    # This is C's ip_mreqn: two addresses that do not matter, and the interface.
+    # The bytes are C's ip_mreqn: two addresses that do not matter, and the interface.
     interface = struct.pack("@8xi", index)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
         probe.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface)
@@ -2359,15 +2361,16 @@ def _host_of_interface(index: int) -> str:
     return "127.0.0.1"
 
 
-MIN_KEY = 16  # bytes, off loopback
+# A node that other machines can reach needs a key of at least this length.
+MIN_KEY = 16  # bytes
 MAKE_KEY = f"python3 {os.path.basename(__file__)} key"
 
 
 def _find_key(key: bytes | str | None, address: Address | None) -> bytes:
     """Return `key`, or the parent's, the environment's, or the cookie file's: the first given.
 
-    Raises TypeError for what is no key, and ValueError for one that is empty, or too
-    short for an address that other machines reach.
+    Raises TypeError if `key` is neither bytes nor text, and ValueError for a key that is
+    empty, or too short for an address that other machines reach.
     """
     source = "authkey="
     if key is None:
@@ -2392,7 +2395,7 @@ def _find_key(key: bytes | str | None, address: Address | None) -> bytes:
 
 
 def _environment_key() -> bytes | None:
-    """Return the key in the environment, in the bytes that it has there."""
+    """Return the key in the environment, byte for byte, or None."""
     key = os.environ.get("DISTCONC_AUTHKEY")
     if key is None:
         return None
@@ -2400,16 +2403,16 @@ def _environment_key() -> bytes | None:
 
 
 def _cookie_path() -> str:
-    """Return the path of the file that has the key of this user's nodes."""
+    """Return the path of the file with the key of this user's nodes."""
     return os.environ.get("DISTCONC_COOKIE") or os.path.expanduser("~/.distconc.cookie")
 
 
 def _read_cookie(path: str) -> bytes:
     """Return the key in the cookie file, which is made at first use.
 
-    Raises OSError where there can be no such file, PermissionError if it is not this
-    user's alone, ValueError if it is empty.  Blocks for a second at most, while
-    another process makes the file.
+    Raises OSError where there can be no such file, PermissionError if the file is not
+    this user's alone, ValueError if the file is empty.  Blocks for a second at most,
+    while another process makes the file.
     """
     try:
         if not os.path.lexists(path):
@@ -2431,7 +2434,7 @@ def _read_cookie(path: str) -> bytes:
 def _create_cookie(path: str) -> None:
     """Make the cookie file with a fresh random key, unless another process is first.
 
-    The file is made in its place and has no draft that could be left behind.  Of all
+    The file is made in its place, without a draft that could be left behind.  Of all
     processes that try, O_EXCL lets one make the file; the others wait for its key.
     """
     key = os.urandom(32).hex() + "\n"
@@ -2443,13 +2446,13 @@ def _create_cookie(path: str) -> None:
         with open(descriptor, "wb") as file:
             file.write(key.encode())
     except BaseException:
-        # The disk may be full: an empty file would be in the way of the next try.
+        # The disk may be full, and an empty file would be in the way of the next try.
         os.unlink(path)
         raise
 
 
 def _check_private(descriptor: int, path: str) -> None:
-    """Raise PermissionError if anybody but this user could have read the key, or set it."""
+    """Raise PermissionError if another user could have read the key, or set it."""
     # On Windows neither owners nor modes say who can read a file.
     if os.name != "posix":
         return
@@ -2462,7 +2465,7 @@ def _check_private(descriptor: int, path: str) -> None:
 
 
 def _read_when_written(file: Any) -> bytes:
-    """Return the key in `file`; wait for it if the process that makes it just began."""
+    """Return the key in `file`; wait for the key if another process has just made the file."""
     deadline = monotonic() + 1.0
     key: bytes = file.read().strip()
     while not key and monotonic() < deadline:
@@ -2479,7 +2482,7 @@ def _read_when_written(file: Any) -> bytes:
 #
 #      dialler                                 acceptor
 #   1  answers the challenge          <--      sends a challenge
-#   2  sends a challenge              -->      answers it
+#   2  sends a challenge              -->      answers the challenge
 #   3  sends its hello                <->      sends its hello
 #   4  sends "serials"                -->      waits for older connections to end
 #   5  waits for older connections    <--      sends "serials"
@@ -2493,8 +2496,8 @@ def _read_when_written(file: Any) -> bytes:
 #   incarnation    of the sender, in hex
 #   heartbeat      seconds; the smaller of the two counts
 #   max_message    bytes
-#   address        where the sender listens: "host:port", a path, or "" if it does not
-#   dialled        from the dialler alone: the address that it wanted to reach
+#   address        where the sender listens: "host:port", a path, or "" for nowhere
+#   dialled        from the dialler alone: the address that the dialler wanted to reach
 #   reached        from the dialler alone: the address that its socket is connected to
 #   module         the name by which the sender imports this file; its pickles say so, too
 #
@@ -2513,9 +2516,9 @@ def _read_when_written(file: Any) -> bytes:
 # is longer than 2048 bytes in its place.  Its key is HMAC-SHA256(authkey, role of the sender +
 # SHA-256(dialler's hello) + SHA-256(acceptor's hello)).
 #
-# A frame whose lengths are 0 has no body.  It is a tick: a side that has nothing to send sends
-# one every fifth of the heartbeat.  Silence for four fifths of it ends the connection.  The
-# last frame of a side has the header "end"; after it that side shuts down its writing half, and
+# A frame with lengths of 0 has no body, and is a tick: a side that has nothing to send sends
+# one every fifth of the heartbeat.  Silence for four fifths of a heartbeat ends the connection.
+# The last frame of a side has the header "end"; then that side shuts down its writing half, and
 # reads to the other's end.  A direction that ends without "end" was cut off: messages that were
 # sent last may be lost.
 #
@@ -2526,24 +2529,24 @@ def _read_when_written(file: Any) -> bytes:
 #   "send"         incarnation, id, cause         the message, pickled
 #   "call"         incarnation, id, caller, tag, cause             the message, pickled
 #   "monitor"      incarnation, id, tag, cause    empty; the answer is "failed", at the end
-#   "request"      tag, cause                     what the node itself shall do, pickled
+#   "request"      tag, cause                     the request to the node itself, pickled
 #   "reply"        tag, cause                     the reply, pickled
 #   "failed"       tag, kind, text, traceback, cause      the reason, pickled, or empty
 #   "unwatch"      tag                            empty; the end need not be reported any more
 #   "undelivered"  id, why, count, cause          empty; sends that nobody could take
 #   "end"                                         empty; nothing follows
 #
-#   incarnation    of the process that the handle is from; None: of whichever has that address
+#   incarnation    of the process that the handle is from; None: of any that has that address
 #   id             a thread's id, or its registered name
 #   caller         the id of the thread that calls
 #   tag            a random text, by which the outcome is told
 #   cause          the event that the message was sent by: (incarnation in hex, thread, clock);
-#                  None if it was not recorded
+#                  None if the event was not recorded
 #   kind           "no thread", "returned", "died", or "unreadable"
-#   traceback      a pair: the error's name, and its traceback or the reason it is unreadable
+#   traceback      a pair: the error's name, and its traceback or why the message is unreadable
 #
 # A thread may pass a call on to a third node, which knows no way to the caller.  The reply then
-# goes to the node that has passed the call on, and this one sends it to the caller's.
+# goes to the node that passed the call on, and that node sends the reply to the caller's node.
 #
 # A request is ("ps",), ("is alive", id), or ("spawn", func, args, name, register, is_server,
 # link): link is a tag, for which a failure of the new thread is reported, or None.
@@ -2552,29 +2555,36 @@ PROTOCOL = "distconc 5"
 MAX_HELLO = 4096  # bytes
 FRAME_LENGTHS = struct.Struct(">IQ")
 MAC_SIZE = 16  # bytes
-MAX_ENVELOPE = 1 << 26  # bytes; MAX_BATCH failures of MAX_ERROR_TEXT each are less
-MIN_PAYLOADS = 1 << 20  # bytes, which every node accepts; MAX_BATCH small payloads are less
+# MAX_BATCH failures of MAX_ERROR_TEXT each are less.
+MAX_ENVELOPE = 1 << 26  # bytes
+# Every node accepts this much.  MAX_BATCH small payloads are less.
+MIN_PAYLOADS = 1 << 20  # bytes
 MAX_PAYLOADS = 1 << 16  # in a frame
-MAX_REASON = 1 << 16  # bytes of a pickled reason; of a larger one only the text is sent
-SMALL_PAYLOAD = 2048  # bytes; a larger one has a frame of its own, as copying it costs more
+# Of an error with a larger pickled reason, only the text and the traceback are sent.
+MAX_REASON = 1 << 16  # bytes
+# A larger payload has a frame of its own, as copying costs more.
+SMALL_PAYLOAD = 2048  # bytes
 READ_BUFFER = 1 << 16  # bytes
 MAX_CLOCK = 1 << 63  # of a cause
 
 _Header = tuple[Any, ...]
-_Group = tuple[_Header, Sequence["bytes | memoryview"]]  # a header, and the payloads it is for
+# A header, and its payloads.
+_Group = tuple[_Header, Sequence["bytes | memoryview"]]
 
 
 class _Hello(NamedTuple):
-    """What each side says about itself, once both challenges are passed."""
+    """The introduction that each side sends, once both challenges are passed."""
 
     role: str
     incarnation: int
     heartbeat: float
     max_message: int
     address: Address | None
-    dialled: tuple[str, ...]  # of the dialler: the address it dialled, the one it reached
+    # From the dialler alone: the address that was dialled, and the address that was reached.
+    dialled: tuple[str, ...]
     module: str
-    line: bytes  # all of it, as it is sent
+    # The whole hello, as sent.
+    line: bytes
 
     @classmethod
     def make(cls, role: str, node: "Node", dialled: Sequence[str]) -> "_Hello":
@@ -2585,8 +2595,8 @@ class _Hello(NamedTuple):
 
     @classmethod
     def decode(cls, line: bytes) -> "_Hello":
-        """Raise ValueError or AuthenticationError for what is no hello of this protocol."""
-        # A path has the bytes that it has in the file system, whatever the locale is.
+        """Return the hello in `line`; raise ValueError or AuthenticationError for any other."""
+        # A path keeps its bytes of the file system, in every locale.
         fields = os.fsdecode(line).split("\0")
         if fields[0] != PROTOCOL:
             raise AuthenticationError(
@@ -2611,8 +2621,8 @@ class _Hello(NamedTuple):
 class _Seal:
     """Makes the MACs of one direction of a connection.
 
-    Each MAC is of all bytes of that direction so far.  So nothing can be altered, left out,
-    repeated or moved without the next MAC being wrong.
+    Each MAC is of all bytes of that direction so far.  So if a piece is altered, left out,
+    repeated or moved, the next MAC is wrong.
     """
 
     def __init__(self, key: bytes, sender: _Hello, dialler: _Hello, acceptor: _Hello) -> None:
@@ -2622,7 +2632,7 @@ class _Seal:
         self._state = hashlib.blake2b(key=direction_key, digest_size=MAC_SIZE)
 
     def mac(self, *pieces: "bytes | memoryview") -> bytes:
-        """Return the MAC of all before, and then of these pieces."""
+        """Return the MAC of all earlier pieces followed by these."""
         if sum(map(len, pieces)) > SMALL_PAYLOAD:
             # SHA-256 is twice as fast per byte as BLAKE2b, but slower to begin.
             digest = hashlib.sha256()
@@ -2635,14 +2645,14 @@ class _Seal:
 
 
 class _EnvelopeUnpickler(pickle.Unpickler):
-    """Loads envelopes: these are plain data, whatever `allow` lets into messages."""
+    """Loads envelopes, which are plain data only, even if `allow` lets more into messages."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"an envelope names {module}.{name}"[:300])
 
 
 def _decode_frame(envelope: memoryview, payloads: memoryview) -> list[_Group]:
-    """Return the headers of a frame, each with its payloads; raise for nonsense."""
+    """Return the headers of a frame, each with its payloads; raise an error for nonsense."""
     decoded: list[_Group] = []
     start = 0
     count = 0
@@ -2652,7 +2662,7 @@ def _decode_frame(envelope: memoryview, payloads: memoryview) -> list[_Group]:
         if not lengths or count > MAX_PAYLOADS:
             raise ValueError(f"a header has {len(lengths)} payloads, its frame {count}")
         if lengths == [len(payloads)]:
-            # The only message of the frame, which may be large: it is not copied.
+            # The only message of a frame may be large, and is not copied.
             decoded.append((header, [payloads]))
             start += len(payloads)
             continue
@@ -2660,7 +2670,7 @@ def _decode_frame(envelope: memoryview, payloads: memoryview) -> list[_Group]:
         for length in lengths:
             if length < 0:
                 raise ValueError(f"a payload of {length} bytes")
-            # A copy, so that a message that nobody takes does not hold all others in memory.
+            # A payload is copied, lest a message that nobody takes keep all others in memory.
             parts.append(bytes(payloads[start:start + length]))
             start += length
         decoded.append((header, parts))
@@ -2673,10 +2683,10 @@ _PLAIN_FIELDS = frozenset([str, int, float, type(None)])
 
 
 def _check_header(header: Any) -> None:
-    """Raise ValueError for a header whose fields are neither plain nor short plain tuples.
+    """Raise ValueError for a header with fields that are neither plain nor short plain tuples.
 
     Nothing else may be hashed, compared or shown: a pickle of some kilobytes can stand for a
-    tuple of a thousand million items, or crash the interpreter by its depth.
+    tuple of a thousand million items, or be so deep that the interpreter crashes.
     """
     if type(header) is not tuple or not header or type(header[0]) is not str:
         raise ValueError("a header names no kind")
@@ -2689,7 +2699,7 @@ def _check_header(header: Any) -> None:
 
 
 def _check_cause(cause: Any) -> _EventId | None:
-    """Return a peer's cause, or None if it is none that ours could follow."""
+    """Return a peer's cause, or None for a value that no event here could follow."""
     # A Python before 3.10 stops here, and its SyntaxError shows the line.
     match cause:  # needs Python 3.10 or later
         case (str(incarnation), int(thread), int(clock)):
@@ -2699,7 +2709,7 @@ def _check_cause(cause: Any) -> _EventId | None:
 
 
 def _one_line(text: object, limit: int = MAX_LINE) -> str:
-    """Return a peer's text fit for a log: in one line, without control characters, and cut."""
+    """Return a peer's text fit for a log: one line, cut, and without control characters."""
     line = str(text)[:limit]
     if line.isprintable():
         return line
@@ -2715,20 +2725,25 @@ def _clean_lines(text: object) -> str:
 ######## Connection: one sealed connection, its outbox, its reader and its writer
 
 MAX_BATCH = 400  # messages in a frame
-MAX_QUEUED = 2000  # messages in an outbox; a sender of more waits for the network
-MAX_UNREAD = 64_000  # answers in an outbox; a peer that asks for more reads none of them
-MAX_REQUESTS = 1000  # requests that wait for the node; a peer that asks for more is cut off
-BURST_SECONDS = 50e-6  # a message so soon after a write is one of many
-NO_SIGPIPE = getattr(socket, "MSG_NOSIGNAL", 0)  # a write to a lost peer must not kill
+# A sender of more messages waits for the network.
+MAX_QUEUED = 2000  # messages in an outbox
+# A peer that asks for more answers reads none of them, and is cut off.
+MAX_UNREAD = 64_000  # answers in an outbox
+# A peer with more requests that wait for the node is cut off.
+MAX_REQUESTS = 1000
+# A message so soon after a write is one of many.
+BURST_SECONDS = 50e-6
+# A write to a lost peer must not kill the process.
+NO_SIGPIPE = getattr(socket, "MSG_NOSIGNAL", 0)
 
 
 class _Peer(NamedTuple):
-    """The node at the other end of a connection, as what watches the threads there."""
+    """The node at the other end of a connection, which watches threads for this node."""
 
     incarnation: int
 
     def remove_watcher(self, tag: str) -> None:
-        """Tell the node that the end need not be reported any more.  Never blocks."""
+        """Tell the node that the thread's end need not be reported any more.  Never blocks."""
         local_node()._post(self.incarnation, ("unwatch", tag))
 
 
@@ -2737,19 +2752,21 @@ class _Connection:
 
     A message that comes alone is written by its sender, at once.  Of many, each goes into the
     outbox.  The *writer* thread takes all that wait there and writes them as one frame, or
-    writes a tick when nothing came for a while.  The *reader*
-    thread, which has shaken hands before, reads frames and hands out their messages.  It never
-    writes, so two nodes that flood each other both go on reading; and it runs no code of the
-    user's, so nothing holds it up.
+    writes a tick when nothing came for a while.  The *reader* thread, which has shaken hands
+    before, reads frames and hands out their messages.  The reader never writes, so two nodes
+    that flood each other both go on reading.  Nor does it run any code of the user's, which
+    could hold the connection up.
 
-        established --close--> closing: takes no more messages, the writer writes what waits
+        established --close--> closing: takes no more messages, the writer empties the outbox
              |                    |
              | abort              | the writer has written all, and "end"
              v                    v
            aborted ----------> closed: the reader has read to the peer's end, and cleans up
 
     `close` is called by `disconnect` and `stop_node`, and by the reader after the peer's "end".
-    `abort` is called by whichever thread finds the connection broken or silent.
+    `abort` is called by the reader when the connection is broken, silent, or slow to close;
+    by the node when an established connection to that peer has ended; and by a `disconnect` or
+    `stop_node` that has waited long enough.
     """
 
     def __init__(self, node: "Node", sock: socket.socket, key: bytes, mine: _Hello,
@@ -2758,7 +2775,7 @@ class _Connection:
         self._socket = sock
         self._file: Any = _open_for_reading(sock)
 
-        # What the handshake agreed on.
+        # The results of the handshake.
         self.peer = _Peer(peer.incarnation)
         self.address: Address | None = peer.address
         self.addresses = {peer.address, dialled} - {None}
@@ -2767,7 +2784,7 @@ class _Connection:
 
         # A daemonic process of multiprocessing, such as a pool's worker, is ended by a signal
         # once its tasks are done.  So there a sender writes by itself, and leaves nothing to
-        # the writer that may have no time for it.
+        # the writer, which may have no time left.
         self._leaves_nothing_queued = current_process().daemon
         self._max_incoming = max(mine.max_message, MIN_PAYLOADS)
         dialler, acceptor = (mine, peer) if dialled else (peer, mine)
@@ -2776,39 +2793,48 @@ class _Connection:
         self.is_local = _is_same_host(sock)
         self.load = node._loader_for(self.is_local, peer.module)
 
-        # Each side's number for this connection, and 0 before it is known; see
+        # Each side's number for this connection, and 0 before the number is known; see
         # `_Handshake._exchange_serials`.
         self.serial = 0
         self.peer_serial = 0
 
         # `deque.append` and `popleft` are atomic, so putting messages here needs no lock: see
-        # `post`.  Only a holder of `_write_lock` takes any out, but for `post` its own.
+        # `post`.  Only a holder of `_write_lock` takes messages out; `post` may take its own.
         self._outbox: deque[tuple[_Header, bytes]] = deque()
         self.closing = False
-        self._work = _WaitQueue()  # the writer waits here for messages, or the end
-        self._room = _WaitQueue()  # senders wait here while too much is queued
-        self.delayed_until = 0.0  # a fault holds the outbox up until then
+        # The writer waits for messages, or for the connection to close; senders wait for room.
+        self._work = _WaitQueue()
+        self._room = _WaitQueue()
+        # A fault holds the outbox up until then.
+        self.delayed_until = 0.0
 
-        # Held while a frame is made and written, by the writer or by a sender: so frames, and
-        # the MACs in them, are in one order.  The only lock that is held while the network may
+        # The writer or a sender holds this lock while it makes and writes a frame.  So frames,
+        # and the MACs in them, are in one order.  No other lock is held while the network may
         # make its holder wait.
         self._write_lock = _Lock()
-        self._is_writing = False  # somebody makes or writes a frame just now
-        self._last_write = 0.0  # 0 after something was read: what follows may be an answer
-        self._has_ended_output = False  # no frame may follow
+        # Whether a thread is making or writing a frame just now.
+        self._is_writing = False
+        # The time of the last write; 0 after a read, as the next message may be an answer.
+        self._last_write = 0.0
+        # Whether no frame may follow.
+        self._has_ended_output = False
 
         self._writer_has_ended = False
-        self._writer_end = _WaitQueue()  # the reader waits here for the writer's end
-        self._has_read_end = False  # the peer's "end"
-        self.broken_by = ""  # the error, if the connection ended without that
-        self.sent = 0  # messages; guarded by _write_lock
+        # The reader waits here for the writer's end.
+        self._writer_end = _WaitQueue()
+        # Whether the peer's "end" has come, or else the error that ended the connection.
+        self._has_read_end = False
+        self.broken_by = ""
+        # How many messages were sent, guarded by `_write_lock`, and how many were received.
+        self.sent = 0
         self.received = 0
-        self._requests: Mailbox | None = None  # what the peer asks of this node
+        # The peer's requests to this node.
+        self._requests: Mailbox | None = None
         self._last_caller: RemoteThread | None = None
 
     @property
     def name(self) -> str:
-        """The peer's address, as an error tells it."""
+        """The peer's address, in the form for errors."""
         return _one_line(_format_address(self.address)) or "a node that does not listen"
 
     # Sending
@@ -2817,13 +2843,13 @@ class _Connection:
         """Have a message written; wait while too much is queued.
 
         Returns False if the connection closes and does not take the message.  Raises NodeDown
-        if contact was lost while it was written.
+        if contact was lost during the write.
         """
         if _local.must_not_wait:
             return self.post(header, payload)
         try:
-            # Nor must a `__del__` that runs in this thread while it writes: it would wait for
-            # its own thread, or for another that waits for this one.
+            # A `__del__` that runs in this thread during the write must not wait either: it
+            # would wait for its own thread, or for a thread that waits for this one.
             _local.must_not_wait = True
             if self._write_if_lone(header, payload):
                 return True
@@ -2831,22 +2857,22 @@ class _Connection:
                 self._room.wait_until(self._has_room, None)
             was_taken = self.post(header, payload)
             if was_taken and (self._leaves_nothing_queued or len(payload) > SMALL_PAYLOAD):
-                # The sender writes it by itself, so it cannot queue a second large message.
+                # The sender writes a large message by itself, so it cannot queue a second one.
                 self._write_waiting()
             return was_taken
         finally:
             _local.must_not_wait = False
 
     def post(self, header: _Header, payload: bytes = b"") -> bool:
-        """Queue a message; return False if the connection closes untaken.  Never blocks.
+        """Queue a message; return False if the connection closes without taking the message.
 
-        For threads that must not wait: readers, and threads that end.
+        Never blocks.  For threads that must not wait: readers, and threads that end.
         """
         message = (header, payload)
         self._outbox.append(message)
         if self.closing:
-            # After `closing` was set, the writer empties the outbox once more.  It has taken
-            # this message, or comes too early, and then the message is still there.
+            # After `closing` was set, the writer empties the outbox once more.  Either the
+            # writer has taken this message, or the message came too late and is still there.
             try:
                 self._outbox.remove(message)
             except ValueError:
@@ -2857,7 +2883,7 @@ class _Connection:
 
     def encode_reply(self, tag: str, payload: bytes,
                      cause: _EventId | None) -> tuple[_Header, bytes]:
-        """Return the header and payload of a reply, or of its failure if it is too large."""
+        """Return the header and payload of a reply, or of a failure in place of a large one."""
         if len(payload) <= self.max_outgoing:
             return ("reply", tag, cause), payload
         error = RemoteError("SerializationError", f"the reply has {len(payload)} bytes, more "
@@ -2868,12 +2894,12 @@ class _Connection:
         return self.closing or len(self._outbox) < MAX_QUEUED
 
     def _write_if_lone(self, header: _Header, payload: bytes) -> bool:
-        """Write a message at once, if that is better than to queue it; return whether it was.
+        """Write a message at once if that is better than queueing; return whether it is out.
 
-        To write it in the sender's thread saves waking the writer, which costs as much as all
-        the rest of a call.  But a message that follows a write at once is one of many: hundreds
-        share a frame if they queue up while the writer waits for its turn, and that makes a
-        flood four times as fast.
+        A write in the sender's thread saves waking the writer, which costs as much as all the
+        rest of a call.  But a message right after a write is one of many: hundreds share a
+        frame if they queue up while the writer waits for its turn, and that makes a flood four
+        times as fast.
         """
         if self._outbox or self._is_writing or _faults.are_active:
             return False
@@ -2887,7 +2913,7 @@ class _Connection:
             return True
 
     def _write_waiting(self) -> None:
-        """Write what is in the outbox, also what others put there meanwhile.
+        """Write the messages in the outbox, also those that other threads put there meanwhile.
 
         When this returns, the frame that another thread was writing is out, too.
         """
@@ -2898,7 +2924,7 @@ class _Connection:
                 self._write_frame(*self._next_batch())
 
     def _next_batch(self) -> tuple[list[tuple[_Header, list[int]]], list[bytes]]:
-        """Take from the outbox what goes into one frame: many small messages, or a large one.
+        """Take the messages of one frame from the outbox: many small ones, or a large one.
 
         Returns each header, with the lengths of its payloads, and all payloads.
         """
@@ -2923,17 +2949,17 @@ class _Connection:
 
     def _write_frame(self, groups: list[tuple[_Header, list[int]]],
                      payloads: list[bytes]) -> None:
-        """Write one frame; `_write_lock` is held.  No messages make a tick.
+        """Write one frame, or a tick if there are no messages; `_write_lock` is held.
 
         If the network fails, or Ctrl-C interrupts the write, half a frame may be out, and
-        nothing can follow it: this side's output ends.
+        no other can follow: this side's output ends.
         """
         if _faults.are_active and _faults.cut_off(self.addresses):
             return
         self._is_writing = True
         try:
             pieces = self._make_frame(groups, payloads)
-            # It is set before the answer can be read, which resets it.
+            # The time is set before the answer can be read, as a read resets the time.
             self._last_write = monotonic()
             for piece in pieces:
                 self._socket.sendall(piece, NO_SIGPIPE)
@@ -2950,7 +2976,7 @@ class _Connection:
 
     def _make_frame(self, groups: list[tuple[_Header, list[int]]],
                     payloads: list[bytes]) -> "Sequence[bytes | memoryview]":
-        """Return the bytes of a frame, with its MACs; as one, unless joining costs too much."""
+        """Return a frame's bytes with its MACs, in one piece unless joining costs too much."""
         seal = self._outgoing
         if not groups:
             lengths = FRAME_LENGTHS.pack(0, 0)
@@ -2969,7 +2995,7 @@ class _Connection:
     # The writer
 
     def _write_loop(self) -> None:
-        """The writer thread: write what is queued, or a tick if nothing is for a while."""
+        """Run the writer: write queued messages, or a tick if none come for a while."""
         _local.must_not_wait = True
         try:
             while not (self.closing and not self._outbox):
@@ -2981,7 +3007,8 @@ class _Connection:
                     break
             self._write_end()
         except NodeDown:
-            pass  # The reader finds that, too, and reports it.
+            # The reader finds that contact is lost, too, and reports the loss.
+            pass
         finally:
             self._end_output()
             self._writer_has_ended = True
@@ -2993,7 +3020,7 @@ class _Connection:
         return bool(self._outbox) and monotonic() >= self.delayed_until
 
     def _write_tick(self) -> None:
-        """Show that this node lives.  Needless if a sender writes, or has just written."""
+        """Show the peer that this node lives, unless a sender has just written."""
         if monotonic() - self._last_write < self.heartbeat / 10:
             return
         with self._write_lock:
@@ -3005,7 +3032,8 @@ class _Connection:
         with self._write_lock:
             if not self._has_ended_output:
                 self._write_frame([(("end",), [0])], [b""])
-                self.sent -= 1  # It is no message.
+                # The "end" is no message.
+                self.sent -= 1
 
     def _end_output(self) -> None:
         with self._write_lock:
@@ -3013,7 +3041,7 @@ class _Connection:
         self._shut_down_writing()
 
     def _shut_down_writing(self) -> None:
-        """Write nothing more; the peer reads to that end, and then ends the connection, too."""
+        """Write nothing more; the peer reads to the end of this side, and then ends, too."""
         self.closing = True
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
@@ -3027,10 +3055,11 @@ class _Connection:
         oldest = self._node._add_connection(self)
         with self._write_lock:
             self._write_frame([(("serials", self.serial, oldest), [0])], [b""])
-            self.sent = 0  # It is no message.
+            # The introduction is no message.
+            self.sent = 0
 
     def read_serials(self) -> int:
-        """Read the peer's number for this connection; return that of its oldest."""
+        """Read the peer's number for this connection; return the number of its oldest one."""
         [(header, _)] = self._read_frame()
         kind, serial, oldest = header
         if kind != "serials" or not (0 < oldest <= serial < 1 << 64):
@@ -3043,12 +3072,12 @@ class _Connection:
         _start_daemon("writer", self._write_loop)
 
     def read_loop(self) -> None:
-        """The reader: hand out what comes until the connection ends; then clean up."""
+        """Run the reader: hand out messages until the connection ends, then clean up."""
         _local.must_not_wait = True
         try:
             while not self._has_read_end:
                 groups = self._read_frame()
-                # Something was read, so what is sent next may be an answer: not one of many.
+                # After a read, the next message may be an answer, which is not one of many.
                 self._last_write = 0.0
                 for header, payloads in groups:
                     self._dispatch(header, payloads)
@@ -3072,10 +3101,10 @@ class _Connection:
         self._release()
 
     def _read_frame(self) -> list[_Group]:
-        """Wait for a frame, check it, and return what is in it.
+        """Wait for a frame, check its MACs, and return its headers, each with its payloads.
 
-        Raises EOFError or OSError if the connection ends, is silent for too long, or what
-        comes is not what the peer has written.
+        Raises EOFError or OSError if the connection ends, if it is silent for too long, or if
+        bytes come that the peer has not written.
         """
         lengths = self._read_piece(FRAME_LENGTHS.size)
         envelope_length, payloads_length = FRAME_LENGTHS.unpack(lengths)
@@ -3088,7 +3117,7 @@ class _Connection:
         return _decode_frame(body[:envelope_length], body[envelope_length:])
 
     def _read_piece(self, size: int) -> memoryview:
-        """Read so many bytes and their MAC; return the bytes if that is right."""
+        """Read so many bytes and their MAC; return the bytes if the MAC is right."""
         data: bytes | None = self._file.read(size + MAC_SIZE)
         if data is None:
             raise OSError("nothing was heard for too long")
@@ -3102,7 +3131,7 @@ class _Connection:
         return piece
 
     def _dispatch(self, header: _Header, payloads: "Sequence[bytes | memoryview]") -> None:
-        """Do what the messages with this header say."""
+        """Handle the messages with this header."""
         kind = header[0]
         self.received += len(payloads)
         if kind == "send":
@@ -3128,7 +3157,8 @@ class _Connection:
                     self._on_undelivered(id, why, count, cause)
                 case ("end",):
                     self._has_read_end = True
-                    self.received -= 1  # It is no message.
+                    # The "end" is no message.
+                    self.received -= 1
                 case _:
                     raise ValueError(f"{header!r:.100} is no header")
         if len(self._outbox) > MAX_UNREAD:
@@ -3136,7 +3166,7 @@ class _Connection:
 
     def _on_send(self, incarnation: int | None, id: "int | str", cause: Any,
                  payloads: "Sequence[bytes | memoryview]") -> None:
-        """Put them into the mailbox, each to be loaded by the thread that takes it."""
+        """Put messages into the mailbox; the thread that takes one loads its payload."""
         cause = _check_cause(cause)
         try:
             thread = self._node._find(incarnation, id)
@@ -3150,7 +3180,7 @@ class _Connection:
 
     def _on_call(self, incarnation: int | None, id: "int | str", caller: int, tag: str,
                  cause: Any, payload: "bytes | memoryview") -> None:
-        """Put the request into the mailbox; see to it that the caller hears of a failure."""
+        """Put a call into the mailbox; see to it that the caller hears of a failure."""
         cause = _check_cause(cause)
         thread = self._find_and_watch(incarnation, id, tag, cause)
         if thread is not None:
@@ -3158,7 +3188,7 @@ class _Connection:
             thread._mailbox._put(entry)
 
     def _caller(self, id: int) -> "RemoteThread":
-        """Return the handle of a thread of the peer's.  The next call is likely its, too."""
+        """Return the handle of a peer's thread; keep it, as more calls are likely to follow."""
         handle = self._last_caller
         if handle is None or handle._id != id:
             handle = RemoteThread(self.address, id, self.peer.incarnation)
@@ -3168,7 +3198,7 @@ class _Connection:
 
     def _find_and_watch(self, incarnation: int | None, id: "int | str", tag: str,
                         cause: _EventId | None) -> "Thread | None":
-        """Return the thread, of whose end the peer will be told; None if it was told now."""
+        """Watch a thread for the peer and return it; if there is none, tell the peer so."""
         if not isinstance(tag, str):
             raise TypeError(f"{tag!r:.100} is no tag")
         try:
@@ -3182,7 +3212,7 @@ class _Connection:
         return thread
 
     def _on_reply(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
-        """Give the reply to the call that waits for it, and loads it."""
+        """Give the reply to the waiting caller, which loads the payload."""
         if not isinstance(tag, str):
             raise TypeError(f"{tag!r:.100} is no tag")
         reply = _RemoteReply(payload, self, _check_cause(cause))
@@ -3192,7 +3222,7 @@ class _Connection:
     def _pass_reply_on(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
         """Hand on the reply to a call that a thread of this node has passed on to the peer.
 
-        The caller's node watches the thread that was called here, until it gets its reply.
+        Until its reply comes, the caller's node watches the thread that was called here.
         """
         watcher = _registry.remove_watcher(tag)
         if isinstance(watcher, _RemoteWatcher):
@@ -3201,7 +3231,7 @@ class _Connection:
                 caller.post(*caller.encode_reply(tag, bytes(payload), _check_cause(cause)))
 
     def _on_request(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
-        """Have the node do something: in a thread of its own, as that may run user's code."""
+        """Queue a request for a separate thread, since requests may run the user's code."""
         if self._requests is None:
             self._requests = Mailbox()
             _start_daemon("requests", _serve_requests, self, self._requests)
@@ -3216,7 +3246,7 @@ class _Connection:
         _losses.add(target, _one_line(why), count, _check_cause(cause))
 
     def _delivery_error(self, error: BaseException) -> DistconcError:
-        """Count a message that nobody got; return the error that its sender is told."""
+        """Count a message that no thread got; return the error for its sender."""
         if isinstance(error, NoSuchThread):
             self._node._count("undelivered")
             return NoSuchThread(str(error)[:MAX_ERROR_TEXT])
@@ -3231,20 +3261,20 @@ class _Connection:
         return RemoteError(type(error).__name__, text)
 
     def _fail_call(self, tag: str, error: BaseException, cause: _EventId | None) -> None:
-        """Tell the peer that what `tag` waits for, which `cause` asked for, cannot be had."""
+        """Tell the peer that its call, monitor or request `tag`, sent by `cause`, failed."""
         self.post(*_encode_failure(tag, self._delivery_error(error), cause))
 
     # Ending
 
     def abort(self) -> None:
-        """End now.  Never blocks."""
+        """End the connection now.  Never blocks."""
         _shut_down_socket(self._socket)
-        # So the writer does not try to say "end".
+        # The writer need not try to say "end".
         self._has_ended_output = True
         self.close()
 
     def close(self) -> None:
-        """Take no more messages, write what is queued, then end.  Never blocks."""
+        """Take no more messages, have the queued ones written, then end.  Never blocks."""
         self.closing = True
         self._work.wake_all()
         self._room.wake_all()
@@ -3258,22 +3288,22 @@ class _Connection:
 
 
 def _open_for_reading(sock: socket.socket) -> Any:
-    """Return a buffered file of what comes in."""
+    """Return a buffered file that reads from the socket."""
     if os.name == "posix":
-        # Twice as fast as `makefile`, whose every read runs Python code.
+        # This is twice as fast as `makefile`, where every read runs Python code.
         return open(sock.fileno(), "rb", READ_BUFFER, closefd=False)
     return sock.makefile("rb", READ_BUFFER)
 
 
 # Whether `shutdown` wakes a thread that is blocked in a read or a write of that socket.  On
-# Windows it does not: there both have a time-out, in handshakes as well.
+# Windows the thread sleeps on, so there both have a time-out, in handshakes as well.
 SHUTDOWN_WAKES = sys.platform != "win32"
 
 
 def _limit_silence(sock: socket.socket, seconds: float) -> None:
     """Have a read end after so many seconds without a byte.
 
-    `settimeout` would do that for writes as well, and for all duplicates of the socket.
+    `settimeout` would limit writes as well, and all duplicates of the socket.
     """
     _set_timeout(sock, socket.SO_RCVTIMEO, seconds)
     if not SHUTDOWN_WAKES:
@@ -3281,10 +3311,10 @@ def _limit_silence(sock: socket.socket, seconds: float) -> None:
 
 
 def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
-    """Set a time-out of the system's own, in the form that it has there.
+    """Set one of the system's own time-outs, in the form of that system.
 
-    Two numbers, seconds and microseconds, of 8 bytes each or, on some machines of 32 bits, of
-    4; or one number, of milliseconds (Windows).
+    The form is two numbers, seconds and microseconds, of 8 bytes each or, on some machines of
+    32 bits, of 4; or one number, of milliseconds (Windows).
     """
     microseconds = round(seconds * 1_000_000)
     size = len(sock.getsockopt(socket.SOL_SOCKET, option, 16))
@@ -3297,7 +3327,7 @@ def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
 
 
 def _cut(body: bytes) -> "Sequence[bytes | memoryview]":
-    """Return what is to be written at a time: where writes have a time-out, not all at once."""
+    """Return `body` in the pieces to write: small ones where each write has a time-out."""
     if SHUTDOWN_WAKES:
         return [body]
     view = memoryview(body)
@@ -3305,7 +3335,7 @@ def _cut(body: bytes) -> "Sequence[bytes | memoryview]":
 
 
 def _shut_down_socket(sock: socket.socket) -> None:
-    """Wake all threads that read or write `sock` with its end; its owner closes it."""
+    """Have all reads and writes of `sock` end; the owner of the socket still closes it."""
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
@@ -3321,7 +3351,7 @@ def _start_daemon(name: str, function: Callable[..., None], *args: Any) -> threa
 
 
 class _RemoteWatcher:
-    """Somebody on another node who must be told when a thread of this node ends."""
+    """A caller or watcher on another node, to be told when a thread of this node ends."""
 
     def __init__(self, tag: str, peer: _Peer, is_link: bool = False) -> None:
         self.tag = tag
@@ -3330,7 +3360,7 @@ class _RemoteWatcher:
         self.watched: Thread | None = None
 
     def notify(self, error: DistconcError, cause: _EventId | None) -> bool:
-        """Send the failure; return False if contact with that node is lost."""
+        """Send the failure to that node; return False if contact is lost."""
         header, payload = _encode_failure(self.tag, error, cause)
         return local_node()._post(self.peer.incarnation, header, payload)
 
@@ -3348,7 +3378,7 @@ def _encode_failure(tag: str, error: DistconcError,
     remote_error: Any = error.__cause__
     traceback = (remote_error.type, str(remote_error))
     payload = b""
-    # A reason that cannot be pickled, or is too large, is told by its traceback.
+    # A reason that cannot be pickled, or is too large, is sent as its traceback alone.
     with suppress(BaseException):
         payload = serialize(error.reason)
     if len(payload) > MAX_REASON:
@@ -3357,7 +3387,7 @@ def _encode_failure(tag: str, error: DistconcError,
 
 
 class _RemoteFailure(_Failure):
-    """A failure that another node told of.  Its reason is loaded by the waiter."""
+    """A failure that another node has reported.  The waiter loads the reason."""
 
     def __init__(self, connection: "_Connection", kind: str, text: str,
                  traceback: tuple[str, str] | None, payload: "bytes | memoryview") -> None:
@@ -3393,10 +3423,10 @@ class _RemoteFailure(_Failure):
 
 
 def _load(connection: "_Connection", payload: "bytes | memoryview | None") -> Any:
-    """Load what came over a connection.
+    """Return the object that came over a connection as `payload`.
 
-    Code of the user's that runs meanwhile can make no call: it would wait for a thread that
-    may wait for this one.  See `_PendingCall`.
+    The user's code that runs meanwhile can make no call, for the call would wait for a thread
+    that may wait for this one.  See `_PendingCall`.
     """
     outer = _local.loading_from
     try:
@@ -3406,11 +3436,12 @@ def _load(connection: "_Connection", payload: "bytes | memoryview | None") -> An
         _local.loading_from = outer
 
 
-_UNREADABLE: Any = object()  # stands for a message that nobody gets
+# Stands for a message that no thread gets.
+_UNREADABLE: Any = object()
 
 
 class _RemoteEntry(_Entry):
-    """An entry from another node: its payload is loaded by the thread that takes it."""
+    """An entry from another node.  The thread that takes the entry loads its payload."""
 
     __slots__ = ("payload", "connection", "target")
     needs_loading = True
@@ -3432,7 +3463,7 @@ class _RemoteEntry(_Entry):
             self._tell_sender(error)
         self.payload = None
         if self.message.__class__ is Reply:
-            # A reply has a header of its own.  This one is forged, and belongs to no mailbox.
+            # Replies have a header of their own.  A forged one like this belongs to no mailbox.
             self._answer_call(self.message)
         return self.message is not _UNREADABLE
 
@@ -3448,7 +3479,7 @@ class _RemoteEntry(_Entry):
 
 
 class _RemoteCallEntry(_RemoteEntry):
-    """A call from another node: its message is a Synchronous."""
+    """A call from another node.  Its message becomes a Synchronous."""
 
     __slots__ = ("caller", "tag")
 
@@ -3473,7 +3504,7 @@ class _RemoteCallEntry(_RemoteEntry):
 
 
 class _RemoteReply(_Entry):
-    """A reply from another node, loaded by the thread that has called."""
+    """A reply from another node.  The caller loads the payload."""
 
     __slots__ = ("payload", "connection")
 
@@ -3496,36 +3527,40 @@ class _RemoteReply(_Entry):
 
 
 class _Handshake:
-    """A connection in the making: with a node that we dial, or with a stranger who knocks.
+    """A connection in the making: with a node that we dial, or with a stranger that knocks.
 
     A thread of its own shakes hands, and goes on as the connection's reader.  A timer aborts
-    the handshake when it takes too long.  All who want to reach the node wait for its end.
+    a handshake that takes too long.  Threads that want to reach the node wait for the end.
     """
 
     def __init__(self, node: "Node", dialled: Address | None, key: bytes,
                  channel: Any = None) -> None:
         self.dialled = dialled
-        self.host = ""  # where a stranger comes from
-        self.has_proved_key = False  # the stranger has answered our challenge
-        self.peer_name = ""  # the address that the peer's hello says
+        # A stranger's host, and whether the stranger has answered our challenge.
+        self.host = ""
+        self.has_proved_key = False
+        # The address in the peer's hello.
+        self.peer_name = ""
         self.connection: _Connection | None = None
         self.error: Exception | None = None
         self._node = node
         self._key = key
-        self._channel = channel  # a stranger's `multiprocessing.connection.Connection`
+        # A stranger's `multiprocessing.connection.Connection`.
+        self._channel = channel
         self._socket: socket.socket | None = None
         self._is_over = False
-        self._end = _WaitQueue()  # those who wait for the connection
+        # Threads wait here for the connection.
+        self._end = _WaitQueue()
 
     def start(self) -> None:
         _start_daemon("reader", self._run)
 
     def wait(self, deadline: float) -> bool:
-        """Wait for its end; return False at the deadline."""
+        """Wait for the end of the handshake; return False at the deadline."""
         return self._end.wait_until(lambda: self._is_over, deadline)
 
     def abort(self, error: Exception) -> None:
-        """Let nobody wait for it any more, and its thread end.  Never blocks."""
+        """End the handshake and its thread; wake all that wait for the end.  Never blocks."""
         if not self._is_over:
             self.error = error
             self._finish()
@@ -3537,7 +3572,7 @@ class _Handshake:
         self._end.wake_all()
 
     def _run(self) -> None:
-        """The thread of this handshake, and then the reader of its connection."""
+        """Shake hands, then run the connection's reader, all in the handshake's thread."""
         _local.must_not_wait = True
         seconds = self._node._connect_timeout
         timeout = NodeUnreachable(
@@ -3571,7 +3606,7 @@ class _Handshake:
         """Dial, if this side dials; shake hands; return the established connection."""
         with self._channel or Client(self.dialled or "") as channel:
             sock = self._duplicate(channel)
-            # It is `channel` that writes, and it knows nothing of NO_SIGPIPE.
+            # Here `channel` writes, which knows nothing of NO_SIGPIPE.
             with _without_broken_pipe_signal():
                 self._exchange_challenges(channel)
                 mine, peer = self._exchange_hellos(channel, sock)
@@ -3586,7 +3621,7 @@ class _Handshake:
         return connection
 
     def _duplicate(self, channel: Any) -> socket.socket:
-        """Return a socket for the channel's connection, which others can shut down."""
+        """Return a socket for the channel's connection, which other threads can shut down."""
         family = _address_family(self.dialled or self._node._listen_address)
         sock = socket.fromfd(channel.fileno(), family, socket.SOCK_STREAM)
         # The program may have set a default time-out, which would make `channel` fail, too.
@@ -3596,7 +3631,7 @@ class _Handshake:
         if self._is_over or self._node._stopped:
             raise NodeDown("nobody waits for it any more")
         if family == socket.AF_INET:
-            # Else a second small frame would wait for the peer's acknowledgement (Nagle).
+            # Otherwise a second small frame would wait for the peer's acknowledgement (Nagle).
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not SHUTDOWN_WAKES:
             _limit_silence(sock, self._node._connect_timeout)
@@ -3612,11 +3647,11 @@ class _Handshake:
             answer_challenge(channel, self._key)
 
     def _exchange_hellos(self, channel: Any, sock: socket.socket) -> tuple[_Hello, _Hello]:
-        """Tell each other who we are.
+        """Send this side's hello; return both sides' hellos.
 
-        The challenges alone are not enough: whoever sits between two nodes can pass them on.
+        The challenges alone are not enough: an attacker between two nodes can pass them on.
         But the keys of the seals come from both hellos, which name the roles and the address
-        that was meant; one who passes a hello on, or alters it, cannot make one valid frame.
+        that was meant: an attacker that passes on or alters a hello cannot make a valid frame.
         """
         if self.dialled:
             reached = _format_address(sock.getpeername())
@@ -3647,17 +3682,18 @@ class _Handshake:
         """Have older connections to that node end before this one speaks.
 
         Messages may still be on their way over a connection that the peer has lost.  They must
-        come before all that comes over this one:
+        come before all messages over this one:
 
             peer   serial 1  lost ......   serial 2  dials, and says: 2, oldest 2
             here   serial 1  being read    serial 2  waits until 1 is read to its end
 
         So each side numbers its connections, and tells the number of this one, and that of its
-        oldest connection to the other side.  What is older than that is over for the peer;
-        its end is on its way here, be it the peer's own or silence.  It is waited for, not
-        brought about.  So who claims to be the peer of a connection that lives does not take
-        its place; but all who have the key are equal, and who was let in as that peer, over a
-        connection of his own, ends both when he ends his: see `Node._connection_closed`.
+        oldest connection to the other side.  Connections older than that are over for the peer;
+        their end is on its way here, as the peer's "end" or as silence.  This node waits for
+        that end, and does nothing to hasten the end.  So a node that claims to be the peer of a
+        living connection does not take its place.  But all nodes with the key are equal: one
+        that was let in as that peer, over a connection of its own, ends both connections when
+        its own ends: see `Node._connection_closed`.
         """
         if self.dialled:
             connection.send_serials()
@@ -3668,9 +3704,9 @@ class _Handshake:
 
 
 def _dial_error(address: Address | None, why: BaseException, own_name: str = "") -> Exception:
-    """Return the error for those who dialled a node: what failed, and what may mend it.
+    """Return the error for the threads that dialled a node, with the cause and a likely remedy.
 
-    `own_name` is the address that the node has told us, if it came to that.
+    `own_name` is the address in the node's hello, or '' if none came.
     """
     name = _format_address(address)
     if isinstance(why, AuthenticationError):
@@ -3699,7 +3735,7 @@ NO_WAY_THERE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT)
 
 
 def _network_hint(address: Address | None) -> str:
-    """Return what to look at when a machine cannot be reached, or does not answer."""
+    """Return a hint for a machine that cannot be reached, or does not answer."""
     if not isinstance(address, tuple) or _is_loopback(address):
         return ""
     return (f"; is that machine on this network, and does its firewall let port {address[1]} "
