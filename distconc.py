@@ -3708,43 +3708,55 @@ def _network_hint(address: Address | None) -> str:
 
 ######## Node: start_node, stop_node, local_node, nodes, connect, disconnect
 
-MAX_STRANGERS = 256  # handshakes of strangers at once; for one more, another has to go
+# Handshakes of strangers at once.  For each further one, an older one is ended.
+MAX_STRANGERS = 256
 MIN_HEARTBEAT = 0.01  # seconds
-MAX_SECONDS = 1e6  # of a heartbeat or a connect_timeout
+MAX_SECONDS = 1e6  # seconds, of a heartbeat or a connect_timeout
 MAX_MAX_MESSAGE = 1 << 32  # bytes
 
-_close_after_fork: "weakref.WeakSet[Any]" = weakref.WeakSet()  # descriptors of the parent's
-_serials = itertools.count(1)  # the numbers of this process's connections
+# Descriptors of this process that the child of a fork closes.
+_close_after_fork: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+# The numbers of this process's connections.
+_serials = itertools.count(1)
 
 
 class Node(AbstractContextManager["Node"]):
-    """This process, as others address it.  Made by `start_node`, or when first needed.
+    """This process, as others address it.  `start_node` or the first need of a node makes it.
 
-    As a context manager, leaving it stops the node.  These are its threads:
+    A `with` block of a node stops the node at its end.  These are the node's threads:
 
-    * the *accept thread*, from `start_node` to `stop_node`, which wakes it by a connection;
-    * a *reader* for each dial and each stranger who knocks, which shakes hands first; it ends
-      with the connection, or with the handshake that fails;
-    * a *timer* for each handshake, which aborts it after `connect_timeout`;
-    * a *writer* for each connection, started when that is established, woken by senders;
-    * *requests*, for each connection over which other nodes ask for something.
+    * the *accept thread*, from `start_node` to `stop_node`, which wakes the thread by dialling;
+    * a *reader* for each dial and each stranger, which shakes hands first, and ends with the
+      connection or with a handshake that fails;
+    * a *timer* for each handshake, which aborts the handshake after `connect_timeout`;
+    * a *writer* for each connection, which starts when the connection is established, and
+      which senders wake;
+    * *requests*, for each connection over which another node asks for something.
     """
 
     def __init__(self) -> None:
-        self.address: Address | None = None  # what others dial
+        # The address that other nodes dial.
+        self.address: Address | None = None
         self.incarnation = _own_incarnation
         self._listen_address: Address | None = None
-        self._is_exposed = False  # other machines can reach it
+
+        # Whether other machines can reach the listener.
+        self._is_exposed = False
         self._is_started = False
         self._stopped = False
         self._accept_thread: threading.Thread | None = None
         self._listener: Listener | None = None
 
-        # Guards the three tables below, and the counts.  Other threads read copies.
+        # Guards the three tables below, and the counts.  Threads without the lock read copies.
         self._lock = _Lock()
-        self._connections: set[_Connection] = set()  # all, from their serials to their end
-        self._established: list[_Connection] = []  # in the order in which they were
-        self._handshakes: list[_Handshake] = []  # the oldest first
+
+        # All connections, from the draw of their serials to their end.
+        self._connections: set[_Connection] = set()
+
+        # Both in the order of their beginnings.
+        self._established: list[_Connection] = []
+        self._handshakes: list[_Handshake] = []
         self._counts = Counter(
             sent=0, received=0, undelivered=0, refused=0, lost=0, strangers=0)
 
@@ -3767,14 +3779,14 @@ class Node(AbstractContextManager["Node"]):
 
     def _start(self, address: NodeLike | None, authkey: Any, advertise: Any, allow: Any,
                heartbeat: float, connect_timeout: float, max_message: int) -> None:
-        """Take the options of `start_node`, and listen; bad ones raise before any change."""
+        """Take the options of `start_node`, and listen; a bad one raises before any change."""
         _check_number("heartbeat= in seconds", heartbeat, MIN_HEARTBEAT, MAX_SECONDS)
         _check_number("connect_timeout= in seconds", connect_timeout,
                       MIN_HEARTBEAT, MAX_SECONDS)
         _check_number("max_message= in bytes", max_message, 1, MAX_MAX_MESSAGE - 1,
                       may_be_fraction=False)
         if authkey is not None:
-            # A node that does not listen would notice a wrong one only when it dials.
+            # Otherwise a node that does not listen would report a bad key only when dialling.
             authkey = _find_key(authkey, None)
         if allow is not None:
             allow = _check_allow(allow)
@@ -3801,17 +3813,17 @@ class Node(AbstractContextManager["Node"]):
         self._accept_thread = _start_daemon("accept", self._accept_loop, listener)
 
     def load(self, data: Any) -> Any:
-        """Unpickle what this program gives to `deserialize`.
+        """Unpickle data that this program gives to `deserialize`.
 
-        Nobody knows where that came from; if this node can be reached from other machines, it
-        is treated as if from there.
+        The origin of the data is unknown.  If other machines can reach this node, the data is
+        treated as theirs.
         """
         return self._loader_for(not self._is_exposed)(data)
 
     def _loader_for(self, is_local: bool, module: str = __name__) -> Callable[[Any], Any]:
-        """Return the function that loads messages of a node on this machine, or of another.
+        """Return the function that loads the messages of a node, on this machine or another.
 
-        `module` is the name that this file has there.
+        `module` is the name that this file has on that node.
         """
         if self._allow is None and is_local:
             return _make_loader("anything", module)
@@ -3820,20 +3832,20 @@ class Node(AbstractContextManager["Node"]):
         return _make_loader(self._allow or (), module)
 
     def _may_call(self, function: Any, is_local: bool) -> bool:
-        """Return whether a node may have `function` called here by `spawn`."""
+        """Return whether another node may have this node call `function`, by `spawn`."""
         if self._loader_for(is_local) is pickle.loads:
             return True
         return function in (self._allow or ())
 
-    # What there is to know
-
+    # Counts and names
     def stats(self) -> dict[str, int]:
         """Return counts of messages, exact at any time.  Never blocks.
 
-        `sent` and `received` count what went over connections.  `undelivered` (nobody here is
-        meant, or it could not be read) and `refused` (by `allow`) count what came to nobody
-        here; `lost` what was sent from here and came to nobody, as this node or others say:
-        both also within this process.  `strangers` knocked and did not get in.
+        `sent` and `received` count messages over connections.  `undelivered` counts messages to
+        this node that had no living receiver or could not be read, and `refused` those that
+        `allow` kept out.  `lost` counts messages from this node that reached no receiver, as
+        this node or another reports.  A message within this process can be `undelivered` and
+        `lost`, too.  `strangers` counts handshakes that failed to get in.
         """
         with self._lock:
             counts = self._counts.copy()
@@ -3858,7 +3870,7 @@ class Node(AbstractContextManager["Node"]):
         return address is not None and address in (self.address, self._listen_address)
 
     def _find(self, incarnation: int | None, id: int | str) -> Thread:
-        """Return the thread that a message from another node is for; raise NoSuchThread."""
+        """Return the receiver of a message from another node; raise NoSuchThread."""
         if incarnation not in (None, self.incarnation) or self._stopped:
             raise NoSuchThread(f"{id!r:.300} was a thread of an earlier run of this node")
         if type(id) is int:
@@ -3872,7 +3884,7 @@ class Node(AbstractContextManager["Node"]):
     # Connections
 
     def _post(self, incarnation: int, header: _Header, payload: bytes = b"") -> bool:
-        """Send if there is contact with that node; return False if not.  Never blocks."""
+        """Send if a connection to that node is there; return False if not.  Never blocks."""
         connection = self._established_with(incarnation, None)
         return connection is not None and connection.post(header, payload)
 
@@ -3880,7 +3892,8 @@ class Node(AbstractContextManager["Node"]):
                           address: Address | None) -> _Connection | None:
         """Return the oldest connection to the node of that incarnation, or at that address.
 
-        The oldest, for the sake of order: two nodes that dial each other at once have two.
+        Two nodes that dial each other at once have two connections.  Messages over the oldest
+        one alone keep their order.
         """
         established = self._established.copy()
         for connection in established:
@@ -3893,7 +3906,7 @@ class Node(AbstractContextManager["Node"]):
         return None
 
     def _connection_to(self, address: Address | None, incarnation: int | None) -> _Connection:
-        """Return the connection to a node; dial it if there is none, once for all who wait.
+        """Return the connection to a node; without one, dial, once for all threads that wait.
 
         Raises NodeUnreachable, NodeDown, AuthenticationError after `connect_timeout` at most.
         """
@@ -3921,11 +3934,11 @@ class Node(AbstractContextManager["Node"]):
             raise dial.error
         connection = dial.connection
         assert connection is not None
-        # The peer may have dialled this node meanwhile, and been first.
+        # The peer may have dialled this node meanwhile, and that connection may be the older.
         return self._established_with(connection.peer.incarnation, None) or connection
 
     def _dial(self, address: Address | None) -> _Handshake:
-        """Return the handshake with that node which is under way, or start one."""
+        """Return the handshake that is under way with that node, or start one."""
         if self._stopped:
             raise NodeDown("this node was stopped; start_node starts it again")
         if address is None:
@@ -3955,7 +3968,7 @@ class Node(AbstractContextManager["Node"]):
             self._handshakes.remove(handshake)
 
     def _add_connection(self, connection: _Connection) -> int:
-        """Number a new connection; return the number of the oldest to the same node."""
+        """Number a new connection; return the number of the oldest one to the same node."""
         with self._lock:
             connection.serial = next(_serials)
             self._connections.add(connection)
@@ -3963,7 +3976,7 @@ class Node(AbstractContextManager["Node"]):
             return min(same_peer)
 
     def _wait_for_older(self, connection: _Connection, oldest: int) -> None:
-        """Wait for the end of all connections to that node which it has lost, or we end."""
+        """Wait for the end of all connections that the peer has lost, or this node ends."""
         def is_alone() -> bool:
             with self._lock:
                 return not any(
@@ -3977,7 +3990,7 @@ class Node(AbstractContextManager["Node"]):
             raise NodeUnreachable("the connection before this one does not end")
 
     def _establish(self, connection: _Connection) -> None:
-        """Let the connection be used."""
+        """Let senders use the connection."""
         with self._lock:
             if self._stopped:
                 raise NodeDown("this node was stopped")
@@ -3988,8 +4001,8 @@ class Node(AbstractContextManager["Node"]):
     def _connection_closed(self, connection: _Connection) -> None:
         """Forget a connection that has ended; report that contact with its node is lost.
 
-        An established one takes all others to that node with it, for contact is lost or it is
-        not.  The last of them reports it.
+        When an established connection ends, all others to that node end with it, for contact
+        with a node is lost as a whole.  The last of them reports the loss.
         """
         with self._lock:
             if connection not in self._connections:
@@ -3999,11 +4012,11 @@ class Node(AbstractContextManager["Node"]):
                 self._established.remove(connection)
                 for other in same_peer:
                     other.abort()
-            # One whose peer has proved nothing only claims to be of that node.
+            # A connection whose peer has not proved the key only claims to be from that node.
             is_last = [c for c in same_peer if c.peer_serial] == [connection]
             if is_last:
-                # The peer's next connection waits until this one is out of the table; only then
-                # may there be new watchers, and new calls.
+                # The peer's next connection waits until this one is out of the table.  Until
+                # then no new watchers and no new calls can come.
                 waiting = _pending.watching(connection.peer)
                 _registry.remove_watchers_of(connection.peer)
             self._connections.remove(connection)
@@ -4013,7 +4026,7 @@ class Node(AbstractContextManager["Node"]):
             self._contact_lost(connection, waiting)
 
     def _contact_lost(self, connection: _Connection, waiting: list[_Pending]) -> None:
-        """Fail all that waited for that node."""
+        """Fail all pendings that watched that node."""
         text = f"contact with {connection.name} was lost"
         event = None
         if not self._stopped:
@@ -4021,23 +4034,24 @@ class Node(AbstractContextManager["Node"]):
         for pending in waiting:
             _pending.fail(pending.tag, _Failure(NodeDown(text)), event)
         if connection.broken_by and not waiting and not self._stopped:
-            # Nobody else hears of it, and messages may have been lost.
+            # No thread learns of this loss, and messages may have been lost.
             _log("INFO", "%s: %s; what was sent last may be lost", text, connection.broken_by)
 
     # Letting others in
 
     def _accept_loop(self, listener: Listener) -> None:
-        """The accept thread: have another shake hands with each stranger who knocks."""
+        """Be the accept thread: for each stranger, start a thread that shakes hands."""
         _local.must_not_wait = True
         while not self._stopped:
             try:
                 channel = listener.accept()
                 if self._stopped:
-                    channel.close()  # It is `stop` that has knocked.
+                    # This connection is the one by which `stop` wakes this thread.
+                    channel.close()
                     break
                 self._let_in(channel, listener)
             except (OSError, EOFError, RuntimeError, AuthenticationError) as error:
-                # There are no more descriptors, or threads, or the stranger has gone.
+                # This process has no more descriptors or threads, or the stranger has gone.
                 _log("INFO", "nobody can be let in just now: %s", error)
                 self._drop_strangers(0)
                 sleep(0.05)
@@ -4052,9 +4066,9 @@ class Node(AbstractContextManager["Node"]):
         self._drop_strangers(MAX_STRANGERS)
 
     def _drop_strangers(self, limit: int) -> None:
-        """Of more than `limit` strangers, end one: the oldest from where most come.
+        """End one of more than `limit` strangers: the oldest from the busiest host.
 
-        Those who have proved that they know the key are spared.
+        Strangers that have proved the key are spared.
         """
         with self._lock:
             knocking = [h for h in self._handshakes
@@ -4070,7 +4084,8 @@ class Node(AbstractContextManager["Node"]):
         """Stop the node; see `stop_node`."""
         deadline = _bounded_deadline(timeout)
         if self.incarnation != _own_incarnation:
-            return  # This is the child of a fork; the node is its parent's.
+            # This process is the child of a fork, and the node is its parent's.
+            return
         with self._lock:
             is_first = not self._stopped
             self._stopped = True
@@ -4087,7 +4102,7 @@ class Node(AbstractContextManager["Node"]):
             log.flush()
 
     def _end_accept_thread(self, deadline: float) -> None:
-        """Wake the accept thread by a connection, as nothing else does everywhere; join it."""
+        """Wake the accept thread by dialling, which works on every system; join the thread."""
         accept_thread = self._accept_thread
         at = self._listen_address
         if at is None or accept_thread is None or not accept_thread.is_alive():
@@ -4124,7 +4139,7 @@ class Node(AbstractContextManager["Node"]):
 
 def _check_number(option: str, value: Any, lowest: float, highest: float,
                   may_be_fraction: bool = True) -> None:
-    """Raise TypeError or ValueError for an option that is no such number."""
+    """Raise TypeError or ValueError for an option that is no number from lowest to highest."""
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if not is_whole and not may_be_fraction:
         raise TypeError(f"{option} is a whole number, not {value!r:.100}")
@@ -4145,7 +4160,7 @@ def _is_same_host(sock: socket.socket) -> bool:
 
 
 def _listen(address: Address | None) -> Listener:
-    """Return a Listener, whose backlog takes a whole class that connects at once."""
+    """Return a Listener with a backlog for a whole class of students who connect at once."""
     if isinstance(address, str) and not hasattr(socket, "AF_UNIX"):
         raise ValueError(f"cannot listen at {address}: Python has no Unix sockets on this "
                          "system; say 9000, or 'host:9000'")
@@ -4166,9 +4181,9 @@ def _listen(address: Address | None) -> Listener:
 
 
 def _is_abandoned(path: str) -> bool:
-    """Return whether this is a Unix socket at which nobody listens: its node was killed.
+    """Return whether `path` is a Unix socket that a killed node has left behind.
 
-    To connect to a file of another kind is refused, too, but that is not ours to remove.
+    Files of other kinds refuse a connection, too, but are not this module's to remove.
     """
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
@@ -4184,10 +4199,10 @@ def _is_abandoned(path: str) -> bool:
 
 
 class _Process:
-    """This process as a whole: which node it has."""
+    """The process as a whole, with its node."""
 
     def __init__(self) -> None:
-        # Guards `node`.  Held while a node begins to listen, so that there is one at most.
+        # Guards `node`.  Held while a node begins to listen, so that a process has one at most.
         self.lock = _Lock()
         self.node: Node | None = None
 
@@ -4198,19 +4213,19 @@ _process = _Process()
 def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = None,
                advertise: NodeLike | None = None, allow: Any = None, heartbeat: float = 10.0,
                connect_timeout: float = 5.0, max_message: int = 1 << 28) -> Node:
-    """Listen at `address`; return this process's node.  Blocks for no longer than that takes.
+    """Listen at `address`; return this process's node.  Blocks until the node listens.
 
-    Port 0 is any free one, None does not listen.  `authkey`: or the environment's
-    DISTCONC_AUTHKEY, or the cookie file's; processes that multiprocessing starts inherit one
-    that is given.  `advertise`: what others dial, if not `address`.
-    `allow`: the classes and functions that messages may name besides plain data; "anything";
-    None, the default: anything from nodes on this machine, plain data from others.
-    `heartbeat`: the seconds within which the loss of a node is noticed; C code that holds the
-    interpreter for longer makes others take this node for lost.  `connect_timeout`: seconds to
-    dial and shake hands.  `max_message`: bytes.
+    Port 0 is any free one, and a node with the address None does not listen.  `authkey`: the
+    default is the environment's DISTCONC_AUTHKEY, or the cookie file's; processes that
+    multiprocessing starts inherit a key that is given.  `advertise`: the address that others
+    dial, if not `address`.  `allow`: the classes and functions that messages may name besides
+    plain data; "anything"; None, the default: anything from nodes on this machine, plain data
+    from others.  `heartbeat`: the seconds within which the loss of a node is noticed; C code
+    that holds the interpreter for longer makes others take this node for lost.
+    `connect_timeout`: seconds to dial and shake hands.  `max_message`: bytes.
 
     Raises RuntimeError if started already, ValueError, TypeError, PermissionError for a bad
-    argument or key, OSError if it cannot listen there; nothing has started then.
+    argument or key, OSError if the node cannot listen there.  Then nothing has started.
     Factor: start-node.  Erlang: net_kernel:start.
     """
     with _process.lock:
@@ -4227,11 +4242,11 @@ def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = No
 
 
 def stop_node(timeout: float = 5.0) -> None:
-    """Send what is queued, close everything, forget the names, release the address.
+    """Send the queued messages, close everything, forget the names, release the address.
 
-    Blocks until that is done, at most `timeout` seconds.  From any thread, at any time, twice;
-    also at exit.  After it a remote `send` raises NodeDown, until `start_node`.
-    Factor: stop-node.
+    Blocks until that is done, at most `timeout` seconds.  Any thread may call this function, at
+    any time, and again; the end of the process calls it, too.  Afterwards a remote `send`
+    raises NodeDown, until `start_node`.  Factor: stop-node.
     """
     if _process.node:
         _process.node.stop(timeout)
@@ -4251,8 +4266,8 @@ atexit.register(_at_exit)
 def local_node() -> Node:
     """Return this process's node.  Never blocks.  Factor: local-node.  Erlang: node().
 
-    Without `start_node` it does not listen: it can send, and be answered over the connections
-    that it opened.
+    Without `start_node` the node does not listen: it can send, and be answered over the
+    connections that it opened.
     """
     if _process.node is None:
         with _process.lock:
@@ -4262,7 +4277,7 @@ def local_node() -> Node:
 
 
 def nodes() -> list[Address]:
-    """Return the addresses of the nodes now connected (those that listen).  Never blocks.
+    """Return the addresses of all connected nodes that listen.  Never blocks.
 
     Erlang: nodes(), without the hidden ones.
     """
@@ -4290,10 +4305,10 @@ def _is_this_node(node: NodeLike) -> bool:
 
 
 def disconnect(node: NodeLike) -> None:
-    """Send what is queued for `node` and close the connection, if there is one.
+    """Send the messages queued for `node` and close the connection, if there is one.
 
-    Blocks until that is done, at most `connect_timeout` seconds.  All that waits for that node
-    fails with NodeDown, here and there.  The next `send` connects anew.
+    Blocks until that is done, at most `connect_timeout` seconds.  On both nodes, all calls,
+    joins, links and monitors to the other fail with NodeDown.  The next `send` connects anew.
     Factor: disconnect.  Erlang: disconnect_node.
     """
     here = local_node()
@@ -4308,10 +4323,11 @@ def disconnect(node: NodeLike) -> None:
 class RemoteThread(_Handle):
     """A handle of a thread on some node, by id or registered name.  Factor: remote-thread.
 
-    `.node` is the node's address, `.id` the id or name.  Immutable.  One that a `Thread` was
-    pickled into equals that thread, on any node; a later run of its node refuses it.  One made
-    by hand equals one made by hand of the same node and id.  One that comes home stays a
-    RemoteThread; what is sent to it goes straight into its thread's mailbox, uncopied.
+    `.node` is the node's address, `.id` the id or name.  Handles are immutable.  A handle that
+    a `Thread` was pickled into equals that thread, on any node; a later run of its node refuses
+    the handle.  A handle made by hand equals one made by hand of the same node and id.  A
+    handle that comes home stays a RemoteThread, and messages to that handle go straight into
+    its thread's mailbox, uncopied.
     """
 
     __slots__ = ("_node", "_id", "_incarnation", "_send_header", "_connection",
@@ -4326,25 +4342,25 @@ class RemoteThread(_Handle):
         if node is not None:
             self._node = _parse_address_cached(node)
         if self._node is None and incarnation is None:
-            # A node that does not listen: nobody can dial it, but it may be this one.
+            # The node does not listen, so cannot be dialled, but may be this one.
             incarnation = getattr(node, "incarnation", None)
             if incarnation is None:
                 raise ValueError(f"not a node: {node!r}")
-        # Subclasses of int and str, such as those of Enum, may compare in ways of their own.
+        # An int or a str of a subclass, such as an Enum, may compare in a way of its own.
         self._id: int | str = int(id) if isinstance(id, int) else str.__str__(id)
         self._incarnation = incarnation
         self._identity = (incarnation or self._node, self._id)
         self._send_header = ("send", incarnation, self._id, None)
 
-        # The connection over which it was reached last.
+        # The connection over which a message to this thread was sent last.
         self._connection: _Connection | None = None
 
-        # The connection whose peer has named this thread; None if this process has.
+        # The connection over which this handle came; None if this process has made the handle.
         self._named_by: _Connection | None = _local.loading_from
 
     @property
     def node(self) -> Address | None:
-        """The address of the thread's node; None if that does not listen."""
+        """The address of the thread's node; None if that node does not listen."""
         return self._node
 
     @property
@@ -4355,7 +4371,7 @@ class RemoteThread(_Handle):
     def is_alive(self) -> bool:
         """Return whether the thread lives.  Blocks for one round trip; raises as `send` does.
 
-        Raises NodeDown if the node cannot be reached: then it is not known.
+        Raises NodeDown if the node cannot be reached, for then the answer is not known.
         """
         if self._is_local():
             with suppress(NoSuchThread):
@@ -4366,7 +4382,7 @@ class RemoteThread(_Handle):
     def join(self, timeout: float | None = None) -> bool:
         """Wait at most `timeout` seconds for the thread's end; return whether it has ended.
 
-        Raises NodeDown if contact with its node is lost, or cannot be made.
+        Raises NodeDown if contact with the thread's node is lost, or cannot be made.
         """
         deadline = _deadline(timeout)
         end = _Request(current_thread())
@@ -4390,7 +4406,7 @@ class RemoteThread(_Handle):
         if _faults.are_active or _observer.is_recording or _local.is_logging:
             self._send(message)
             return
-        # What follows is `_send` in its most frequent case, without its steps for others: so a
+        # The rest is `_send` in its most frequent case, without the steps for other cases: so a
         # flood is half as fast again.
         try:
             payload = pickle.dumps(message, 5)
@@ -4421,9 +4437,9 @@ class RemoteThread(_Handle):
             self._transmit(header, message, cause)
 
     def _reply(self, data: Any, tag: str, cause: _EventId | None) -> None:
-        """Answer a call of this thread's.
+        """Answer a call that this thread has made.
 
-        Raises SerializationError, or NodeDown: the caller cannot be reached, for any reason.
+        Raises SerializationError, or NodeDown if the caller cannot be reached, for any reason.
         A reply that is too large for the caller's node fails the call.
         """
         if self._is_local():
@@ -4438,16 +4454,17 @@ class RemoteThread(_Handle):
         except Exception as error:
             _record_lost(error, cause)
             raise
-        # The caller has its outcome, and need not hear of the called thread's end any more: see
+        # The call is over, so the caller need not hear of the called thread's end any more: see
         # `_Connection._find_and_watch`.
         _registry.remove_watcher(tag)
 
     def _connection_for_reply(self) -> _Connection:
         """Return a connection over which a reply comes to this thread.
 
-        A thread that another node has named is not dialled: its address may be made up, and
-        while a server waits for that, honest callers would wait for the server.  The node that
-        has passed the request on can pass on the reply: see `_Connection._pass_reply_on`.
+        If the handle came from another node, its address is not dialled.  The address may be
+        made up, and while a server waits for a dial, honest callers would wait for the server.
+        The node that passed the request on can pass on the reply: see
+        `_Connection._pass_reply_on`.
         """
         if self._connection is None or self._connection.closing:
             self._connection = local_node()._established_with(self._incarnation, self._node)
@@ -4462,7 +4479,7 @@ class RemoteThread(_Handle):
         try:
             return local_node()._connection_to(self._node, self._incarnation)
         except (ValueError, PermissionError) as error:
-            # For the caller's address another key would be needed.
+            # The caller's address needs another key than this node has.
             raise NodeUnreachable(str(error)) from error
 
     def _call(self, call: _PendingCall, message: Any, cause: _EventId | None) -> None:
@@ -4473,7 +4490,7 @@ class RemoteThread(_Handle):
         self._transmit(header, message, cause, call)
 
     def _watch(self, pending: _Pending) -> bool:
-        """Have `pending` told of the thread's end."""
+        """Have the thread's end reported to `pending`."""
         if self._is_local():
             return get_remote_thread(self._id)._watch(pending)
         header = ("monitor", self._incarnation, self._id, pending.tag, None)
@@ -4482,7 +4499,7 @@ class RemoteThread(_Handle):
 
     def _transmit(self, header: _Header, message: Any, cause: _EventId | None,
                   pending: _Pending | None = None) -> None:
-        """Send a copy of `message`; record it as lost if that cannot be done."""
+        """Send a copy of `message`; record the message as lost if that fails."""
         try:
             self._transmit_payload(header, serialize(message), pending)
         except Exception as error:
@@ -4491,7 +4508,7 @@ class RemoteThread(_Handle):
 
     def _transmit_payload(self, header: _Header, payload: bytes,
                           pending: _Pending | None = None) -> None:
-        """Send over the connection there is, or over a new one, if that closes untaken."""
+        """Send over the last connection, or, if that one closes, over a new one."""
         for _ in range(2):
             connection = self._connection
             if connection is None or connection.closing:
@@ -4499,7 +4516,7 @@ class RemoteThread(_Handle):
                 connection = local_node()._connection_to(self._node, self._incarnation)
                 self._connection = connection
             if pending:
-                # Set before it is sent, as contact may be lost at once.
+                # This precedes the sending, as contact may be lost at once.
                 pending.watched = connection.peer
             _check_size(len(payload), connection.max_outgoing)
             if _local.is_logging:
@@ -4513,7 +4530,7 @@ class RemoteThread(_Handle):
         """Return whether the thread is on this node."""
         connection = self._connection
         if connection is not None and not connection.closing:
-            # The most frequent case: it has been reached elsewhere.
+            # In the most frequent case, a connection has led to the thread before.
             return False
         if self._incarnation is not None:
             return self._incarnation == _own_incarnation
@@ -4530,7 +4547,7 @@ MAX_ID = (1 << 64) - 1
 
 
 def _check_id(id: object) -> None:
-    """Raise TypeError or ValueError for what is neither a thread's id nor a name."""
+    """Raise TypeError or ValueError if `id` is neither a thread's id nor a name."""
     if isinstance(id, str):
         _check_name(id)
     elif not isinstance(id, int) or isinstance(id, bool):
@@ -4540,14 +4557,14 @@ def _check_id(id: object) -> None:
 
 
 def _send_over(connection: _Connection, header: _Header, payload: bytes) -> bool:
-    """Send over that connection; return False if it closes and does not take the message."""
+    """Send over `connection`; return False if it closes without taking the message."""
     if _faults.are_active:
         return _faults.send(connection, header, payload)
     return connection.send(header, payload)
 
 
 def _record_lost(error: Exception, cause: _EventId | None) -> None:
-    """Record that what the calling thread sent, as the event `cause`, went nowhere."""
+    """Record the loss of the message that the calling thread sent as the event `cause`."""
     _observer.record(current_thread(), "lost", cause, why=_last_line(error))
 
 
@@ -4559,16 +4576,16 @@ def _check_size(size: int, limit: int) -> None:
 def register_remote_thread(thread: Thread, name: str | None = None) -> None:
     """Let other nodes reach `thread` by `name`, by default its own.  Never blocks.
 
-    Takes the name from the thread that had it; the thread's end frees it.  A thread may have
-    several.  Raises TypeError unless `thread` is of this node, NoSuchThread if it has ended.
-    Factor: register-remote-thread.  Erlang: register.
+    Takes the name from its former owner, and keeps it until the thread ends.  A thread may have
+    several names.  Raises TypeError unless `thread` is of this node, NoSuchThread if the thread
+    has ended.  Factor: register-remote-thread.  Erlang: register.
     """
     if not isinstance(thread, Thread) or thread._remote:
         raise TypeError(f"only a thread of this node can get a name: not {thread!r:.100}")
     if name is None:
         name = thread.name
     _check_name(name)
-    # A subclass of str, such as an Enum's, may be hashed in a way of its own.
+    # A str of a subclass, such as an Enum, may be hashed in a way of its own.
     _registry.register(str.__str__(name), thread)
 
 
@@ -4584,9 +4601,9 @@ def unregister_remote_thread(name: str) -> None:
 
 
 def get_remote_thread(name_or_id: int | str) -> Thread:
-    """Return the thread of this node that others reach so.  Never blocks.  Raises NoSuchThread.
+    """Return the thread of this node by its registered name or its id.  Never blocks.
 
-    Factor: get-remote-thread.  Erlang: whereis.
+    Raises NoSuchThread.  Factor: get-remote-thread.  Erlang: whereis.
     """
     if isinstance(name_or_id, str):
         thread = _registry.by_name.get(name_or_id)
@@ -4600,12 +4617,12 @@ def get_remote_thread(name_or_id: int | str) -> Thread:
 
 
 def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
-    """Return the error, which names registered names that are near."""
+    """Return the error, which suggests registered names like the given one."""
     from difflib import get_close_matches
 
     if not isinstance(name_or_id, str):
         return NoSuchThread(f"no living thread has the id {name_or_id!r:.{MAX_NAME}}")
-    # The longest name that can be registered is shorter than this: the rest is like none.
+    # Registered names are shorter than this, so the rest of the text matches none of them.
     wanted = name_or_id[:MAX_NAME + 1]
     names = sorted(_registry.by_name.copy())
     near = get_close_matches(wanted, names, cutoff=0.5) or names[:5]
@@ -4617,7 +4634,7 @@ def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
 
 def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _PendingLink | None,
               event: _EventId | None) -> Handle:
-    """Start a thread on another node, or on this one if that is meant."""
+    """Start a thread on `node`, which may be this node."""
     if _is_this_node(node):
         return _spawn_here(request, link, event)
     tag = None
@@ -4632,7 +4649,7 @@ def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _PendingLink | None,
 
 
 def _watch_node(pending: _Pending, node: Any) -> None:
-    """Have `pending` fail when contact with `node` is lost; never, if it is this one."""
+    """Have `pending` fail when contact with `node` is lost; never, if that is this node."""
     if not _is_this_node(node):
         connection = local_node()._connection_to(_parse_address(node), None)
         _fail_when_lost(pending, connection.peer.incarnation)
@@ -4645,11 +4662,11 @@ def _fail_when_lost(pending: _Pending, incarnation: int | None) -> None:
         _pending.fail(pending.tag, _Failure(NodeDown("contact was lost at once")))
 
 
-######## Requests: what nodes ask of each other
+######## Requests: services of one node to another
 
 
 class _Request(_PendingCall):
-    """A thread waits for what it has asked of a node.  Traces do not show it."""
+    """A thread's wait for the answer to a request.  Traces do not show these."""
 
     def _record(self, outcome: Any, cause: _EventId | None) -> None:
         pass
@@ -4657,9 +4674,9 @@ class _Request(_PendingCall):
 
 def _call_node(target: Any, request: tuple[Any, ...], timeout: float | None = None,
                cause: _EventId | None = None) -> Any:
-    """Have a node, or the node of a thread, do something; return its answer, or raise that."""
+    """Have a node, or the node of a thread, do something; return or raise its answer."""
     if not isinstance(target, RemoteThread):
-        # Only the address is used; no thread is meant.
+        # The handle holds the address alone, and its id is of no use.
         target = RemoteThread(target, "node")
     call = _Request(current_thread())
     try:
@@ -4675,7 +4692,7 @@ def _call_node(target: Any, request: tuple[Any, ...], timeout: float | None = No
 
 
 def _serve_requests(connection: _Connection, requests: Mailbox) -> None:
-    """The thread that does what the peer asks of this node; it ends with the connection."""
+    """Be the thread that serves the peer's requests, until the end of the connection."""
     _local.loading_from = connection
     while True:
         request = requests.get()
@@ -4697,7 +4714,7 @@ def _serve_requests(connection: _Connection, requests: Mailbox) -> None:
 
 
 def _pickled_error(error: BaseException) -> bytes:
-    """Return an error for the peer to raise; a RemoteError if it cannot be pickled."""
+    """Return `error`, pickled, for the peer to raise; a RemoteError if that fails."""
     try:
         return serialize(error)
     except SerializationError:
@@ -4705,7 +4722,7 @@ def _pickled_error(error: BaseException) -> bytes:
 
 
 def _do_request(connection: _Connection, request: Any, cause: _EventId | None) -> Any:
-    """Do one thing that the peer asks for.  Erlang: net_kernel."""
+    """Serve one request of the peer's.  Erlang: net_kernel."""
     match request:
         case ("ps",):
             return [_thread_info(thread) for thread in threads().values()]
@@ -4727,7 +4744,7 @@ def _do_request(connection: _Connection, request: Any, cause: _EventId | None) -
 
 
 def _thread_info(thread: Thread) -> tuple[Any, ...]:
-    """Return what `ps` shows: id, name, registered names, unread messages, age, activity."""
+    """Return id, name, registered names, unread messages, age and activity, for `ps`."""
     names = " ".join(thread._registered_names)
     unread = len(thread._mailbox._snapshot())
     age = monotonic() - thread._started_at
@@ -4735,7 +4752,7 @@ def _thread_info(thread: Thread) -> tuple[Any, ...]:
 
 
 def _current_call(thread: Thread) -> str:
-    """Return which public function of this module a thread is in, and where it was called."""
+    """Return the public function of this module that a thread runs, and its call's place."""
     call = "running"
     frame = sys._current_frames().get(thread._os_ident or 0)
     while frame and frame.f_code.co_filename == _current_call.__code__.co_filename:
@@ -4747,18 +4764,19 @@ def _current_call(thread: Thread) -> str:
     return f"{call} at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
-######## Losses: messages that nobody could take, and who hears of them
+######## Losses: messages that nobody could take, and their reports
 
-LOG_INTERVAL = 1.0  # seconds between two lines about the same
-MAX_LOG_KEYS = 1000  # targets remembered at once
-MAX_UNLOGGED = 1000  # lines that wait for a handler
+# The time between two lines about the same target.
+LOG_INTERVAL = 1.0  # seconds
+MAX_LOG_KEYS = 1000  # targets
+MAX_UNLOGGED = 1000  # lines
 
 
 def _log(level: str, text: str, *about: Any) -> None:
     """Log a line; a handler of the user's may take long, or send.
 
-    Threads for which others wait leave that to a thread of its own.  A handler that forwards
-    lines through a node must not cause new ones: what it does is not logged.
+    A thread for which others wait leaves the line to the log thread.  A handler that forwards
+    lines through a node must not cause new lines, so nothing is logged while a handler runs.
     """
     if _local.is_logging:
         return
@@ -4771,14 +4789,14 @@ def _log(level: str, text: str, *about: Any) -> None:
 def _emit(level: str, text: str, *about: Any) -> None:
     _local.is_logging = True
     try:
-        # Without descriptors, not even this can be imported.
+        # Even this import fails if the process has no more descriptors.
         import logging
 
         logging.getLogger("distconc").log(getattr(logging, level), text, *about)
     except OSError:
         pass
     except Exception as error:
-        # A handler has failed, which must not fail a send.
+        # The failure of a handler must not fail a send.
         _print_failure(error)
     finally:
         _local.is_logging = False
@@ -4787,11 +4805,12 @@ def _emit(level: str, text: str, *about: Any) -> None:
 class _LogThread:
     """Logs lines in a thread that runs while there are any.
 
-    A handler may hold it up for ever, so what waits is bounded: further lines are dropped.
+    A handler may hold up the thread for ever, so the waiting lines are bounded: further lines
+    are dropped.
     """
 
     def __init__(self) -> None:
-        # Guards these two.
+        # Guards the lines and the flag.
         self._lock = _Lock()
         self._lines: deque[tuple[Any, ...]] = deque()
         self._is_running = False
@@ -4807,7 +4826,7 @@ class _LogThread:
             try:
                 _start_daemon("log", self._run)
             except RuntimeError:
-                # There are no more threads; the next line tries again.
+                # The process can have no more threads.  The next line tries again.
                 self._is_running = False
 
     def _run(self) -> None:
@@ -4824,7 +4843,7 @@ _log_thread = _LogThread()
 
 
 class _Line:
-    """What a _LimitedLog has not said yet about one thing."""
+    """The events about one key that a _LimitedLog has not logged yet."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -4832,7 +4851,7 @@ class _Line:
         self.last_time = 0.0
 
     def say(self, key: str) -> tuple[int, str, str, str]:
-        """Return the line's fields: how many there were since the last, of whom, and why."""
+        """Return the line's fields: the number of events since the last line, key, reason."""
         plural = "s"
         if self.count == 1:
             plural = ""
@@ -4845,7 +4864,7 @@ class _Line:
 class _LimitedLog:
     """Logs the first of many events at once, later ones at most once a second.
 
-    Each line says how many there were since the last.
+    Each line has the number of events since the last line.
     """
 
     def __init__(self, text: str, level: str = "WARNING") -> None:
@@ -4855,7 +4874,7 @@ class _LimitedLog:
 
     def forget(self) -> None:
         """Begin anew, as in the child of a fork."""
-        # Guards the two tables.
+        # Guards the two tables below.
         self._lock = _Lock()
         self._lines: dict[str, _Line] = {}
         self._muted: set[str] = set()
@@ -4879,24 +4898,24 @@ class _LimitedLog:
         return [line.say(key) for key, line in self._lines.items() if line.count]
 
     def _write(self, due: list[tuple[int, str, str, str]]) -> None:
-        """Log lines; the lock is not held, for handlers are the user's code."""
+        """Log lines, without holding the lock, for handlers are the user's code."""
         for fields in due:
             _log(self._level, self._text, *fields)
 
     def flush(self) -> None:
-        """Log what has not been said yet."""
+        """Log all events that have not been logged yet."""
         with self._lock:
             due = self._take_unsaid()
         self._write(due)
 
     def mute(self, key: str) -> None:
-        """Log nothing about `key`: a logging handler sends there."""
+        """Log nothing about `key`, to which a logging handler sends."""
         with self._lock:
             self._muted.add(key)
 
 
 class _Losses(_LimitedLog):
-    """Counts and logs messages of this node's that nobody could take."""
+    """Counts and logs messages from this node that nobody could take."""
 
     def add(self, key: str, why: object, count: int, cause: _EventId | None = None) -> None:
         local_node()._count("lost", count)
@@ -4905,9 +4924,9 @@ class _Losses(_LimitedLog):
 
 
 def _log_stranger(host: str, why: BaseException) -> None:
-    """Log that somebody knocked, and was not let in.
+    """Log that a stranger was not let in.
 
-    All of them share a line, as there may be as many hosts as attempts.
+    All strangers share a line, as there may be as many hosts as attempts.
     """
     where = host or "this machine"
     if isinstance(why, AuthenticationError):
