@@ -3710,9 +3710,10 @@ def _network_hint(address: Address | None) -> str:
 
 # Handshakes of strangers at once.  For each further one, an older one is ended.
 MAX_STRANGERS = 256
-MIN_HEARTBEAT = 0.01  # seconds
-MAX_SECONDS = 1e6  # seconds, of a heartbeat or a connect_timeout
-MAX_MAX_MESSAGE = 1 << 32  # bytes
+# The bounds of a heartbeat and of a connect_timeout, in seconds; of a max_message, in bytes.
+MIN_HEARTBEAT = 0.01
+MAX_SECONDS = 1e6
+MAX_MAX_MESSAGE = 1 << 32
 
 # Descriptors of this process that the child of a fork closes.
 _close_after_fork: "weakref.WeakSet[Any]" = weakref.WeakSet()
@@ -3722,7 +3723,7 @@ _serials = itertools.count(1)
 
 
 class Node(AbstractContextManager["Node"]):
-    """This process, as others address it.  `start_node` or the first need of a node makes it.
+    """This process, as others address it.  `start_node` makes the node, or its first use does.
 
     A `with` block of a node stops the node at its end.  These are the node's threads:
 
@@ -3751,10 +3752,10 @@ class Node(AbstractContextManager["Node"]):
         # Guards the three tables below, and the counts.  Threads without the lock read copies.
         self._lock = _Lock()
 
-        # All connections, from the draw of their serials to their end.
+        # All connections, from the time when they get their serials to their end.
         self._connections: set[_Connection] = set()
 
-        # Both in the order of their beginnings.
+        # These two have their oldest members first.
         self._established: list[_Connection] = []
         self._handshakes: list[_Handshake] = []
         self._counts = Counter(
@@ -4576,7 +4577,7 @@ def _check_size(size: int, limit: int) -> None:
 def register_remote_thread(thread: Thread, name: str | None = None) -> None:
     """Let other nodes reach `thread` by `name`, by default its own.  Never blocks.
 
-    Takes the name from its former owner, and keeps it until the thread ends.  A thread may have
+    Takes the name from any earlier owner; the thread's end frees the name.  A thread may have
     several names.  Raises TypeError unless `thread` is of this node, NoSuchThread if the thread
     has ended.  Factor: register-remote-thread.  Erlang: register.
     """
@@ -4617,7 +4618,7 @@ def get_remote_thread(name_or_id: int | str) -> Thread:
 
 
 def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
-    """Return the error, which suggests registered names like the given one."""
+    """Return the error, which suggests registered names: similar ones, or any."""
     from difflib import get_close_matches
 
     if not isinstance(name_or_id, str):
@@ -4766,10 +4767,11 @@ def _current_call(thread: Thread) -> str:
 
 ######## Losses: messages that nobody could take, and their reports
 
-# The time between two lines about the same target.
-LOG_INTERVAL = 1.0  # seconds
-MAX_LOG_KEYS = 1000  # targets
-MAX_UNLOGGED = 1000  # lines
+# The seconds between two lines about the same target; the most targets remembered at once, and
+# the most lines that wait for a handler.
+LOG_INTERVAL = 1.0
+MAX_LOG_KEYS = 1000
+MAX_UNLOGGED = 1000
 
 
 def _log(level: str, text: str, *about: Any) -> None:
@@ -4862,7 +4864,7 @@ class _Line:
 
 
 class _LimitedLog:
-    """Logs the first of many events at once, later ones at most once a second.
+    """Logs the first of many events about a key at once, later ones at most once a second.
 
     Each line has the number of events since the last line.
     """
@@ -4945,7 +4947,7 @@ _noise = _LimitedLog("%d stranger%s without a key %s; the last came from %s", "I
 
 PRINTER_TIMEOUT = 1.0  # seconds
 CHILD_END_TIMEOUT = 10.0  # seconds
-# The most that a pipe holds, where nobody has asked for more.
+# The most that a pipe holds by default.
 PIPE_CAPACITY = 65536  # bytes
 
 # (name in sys.flags) -> (letter on the command line)
@@ -4962,19 +4964,19 @@ INTERPRETER_FLAGS = {
     "debug": "-d",
 }
 
-# The directory of this process's start: what "" in sys.path means to its child.
+# The directory of this process's start.  For its child, "" in sys.path means this directory.
 try:
     _start_directory = os.getcwd()
 except OSError:
-    # It has been deleted.
+    # The directory has been deleted.
     _start_directory = ""
 
 
 class ChildNode(AbstractContextManager["ChildNode"]):
-    """A node in a process of its own, made by `spawn_node`; it ends with its parent.
+    """A node in a process of its own, made by `spawn_node`, which ends with its parent.
 
-    `.address` is where its node listens, `.pid` the number of its process.  As a context
-    manager, leaving it stops the child.
+    `.address` is the address of the node, `.pid` the number of its process.  A `with` block of
+    a child stops the child at its end.
 
     Two pipes join the parent and the child.  The control pipe goes both ways:
 
@@ -4985,9 +4987,9 @@ class ChildNode(AbstractContextManager["ChildNode"]):
         end of file, when the parent ends -> stops its node and ends
                    <- end of file, when the child ends
 
-    Nothing else is ever written to it, and only these two processes hold it: so its end is the
-    end of the other process, however that came.  The output pipe is the child's standard
-    output.  Its standard input is empty, its standard error the parent's.
+    Nothing else is ever written to this pipe, and only these two processes hold its ends: so an
+    end of file always means the end of the other process.  The output pipe is the child's
+    standard output.  The child's standard input is empty, its standard error the parent's.
 
     In the parent, a thread for each child, the printer, reads both pipes until the child has
     ended.  In the child, the main thread starts the node, answers, and waits; a thread, the
@@ -4995,20 +4997,21 @@ class ChildNode(AbstractContextManager["ChildNode"]):
     """
 
     def __init__(self, process: "subprocess.Popen[bytes]", control: Connection) -> None:
-        self.address: Address = ""  # not known before it has answered
+        # Not known before the child has answered.
+        self.address: Address = ""
         self.pid = process.pid
         self._process = process
         self._control = control
-        # Held while the control pipe is written to or closed, so that "stop" is never written
-        # to a descriptor that has become another file's.
+        # Held while the control pipe is written to or closed, so that "stop" never goes to
+        # another file that has got the pipe's old number.
         self._control_lock = _Lock()
-        # The child's answer, or None if it has ended without one.
+        # The child's answer, then None when the child has ended.
         self._answers = Mailbox()
         # The printer keeps this object: a child whose handle is dropped lives on.
         self._printer = _start_daemon("printer", self._read_pipes)
 
     def _start_node(self, orders: bytes) -> None:
-        """Have the child start its node as ordered; raise its error if it cannot."""
+        """Have the child start its node as ordered; raise the child's error if that fails."""
         self._tell(orders)
         answer = self._answers.get()
         if answer is None:
@@ -5027,8 +5030,8 @@ class ChildNode(AbstractContextManager["ChildNode"]):
     def stop(self, timeout: float = 5.0) -> None:
         """Have the child stop its node and end; after `timeout` seconds, kill it.
 
-        Blocks until the process has ended and what it printed has come out.  Does nothing to a
-        child that has ended.  Erlang: peer:stop.
+        Blocks until the process has ended and its output has come out.  Does nothing to a child
+        that has ended.  Erlang: peer:stop.
         """
         deadline = _bounded_deadline(timeout)
         self._tell(b"stop")
@@ -5037,7 +5040,7 @@ class ChildNode(AbstractContextManager["ChildNode"]):
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        # An output that cannot be written to may hold up the printer, not us.
+        # An output that takes no text may hold up the printer for ever, but not this thread.
         self._printer.join(PRINTER_TIMEOUT)
 
     def kill(self) -> None:
@@ -5062,10 +5065,11 @@ class ChildNode(AbstractContextManager["ChildNode"]):
             _tell_process(self._control, message)
 
     def _read_pipes(self) -> None:
-        """The printer: print what the child prints, and pass its answer on, until it has ended.
+        """Be the printer: print the child's output, and pass on its answer, until its end.
 
-        What the child printed before it answered, or ended, is printed before that.  What a
-        process that it left behind may print later, on the same pipe, is not waited for.
+        Output that precedes the child's answer, or its end, is printed before that.  Processes
+        that the child left behind may print to the same pipe later; the printer does not wait
+        for their output.
         """
         lines = _LinePrinter()
         pipes: list[Any] = [self._control]
@@ -5073,8 +5077,8 @@ class ChildNode(AbstractContextManager["ChildNode"]):
         if output is not None:
             pipes.append(output)
         while True:
-            # The control pipe is looked at first: where that has something, all that the child
-            # printed before is in the output pipe.
+            # `wait` looks at the control pipe first.  If an answer is there, all earlier output
+            # of the child is in the output pipe already.
             ready: list[Any] = wait(pipes)
             if output is not None and output in ready:
                 data = os.read(output.fileno(), PIPE_CAPACITY)
@@ -5095,7 +5099,7 @@ class ChildNode(AbstractContextManager["ChildNode"]):
 
 
 class _LinePrinter:
-    """Prints what comes from a child in whole lines, as others print to the same place."""
+    """Prints a child's output in whole lines, as others print to the same place."""
 
     def __init__(self) -> None:
         self._unfinished_line = bytearray()
@@ -5108,7 +5112,7 @@ class _LinePrinter:
             _print_text(lines + newline)
 
     def print_rest(self) -> None:
-        """Print what is left, though its line has no end."""
+        """Print the last line, which has no end."""
         if self._unfinished_line:
             _print_text(self._unfinished_line)
 
@@ -5119,8 +5123,8 @@ def _print_text(data: bytearray) -> None:
     if stream is None:
         return
     text = data.decode("utf-8", "backslashreplace")
-    # A stream of the program's may raise anything, but the child must not come to stand still
-    # because nobody empties its pipe.
+    # A stream of the program's may raise anything.  Still the printer must go on to empty the
+    # pipe, or the child would come to stand still.
     with suppress(Exception):
         encoding = stream.encoding or "utf-8"
         text = text.encode(encoding, "backslashreplace").decode(encoding)
@@ -5129,16 +5133,16 @@ def _print_text(data: bytearray) -> None:
 
 
 def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
-    """Start a node in a new Python process, with `start_node`'s options; return it.
+    """Start a node in a new Python process, with `start_node`'s options; return a ChildNode.
 
-    Blocks until it listens.  The process gets this one's key, trace, `sys.path` and interpreter
-    flags.  Its standard input is empty; what it prints comes out where this process prints.  It
-    ends when this one does, however that is; its `atexit` handlers run then, for 10 seconds at
-    most, but its threads are not waited for.
+    Blocks until the node listens.  The new process gets this one's key, trace, `sys.path` and
+    interpreter flags.  Its standard input is empty, and its output comes out where this process
+    prints.  The child ends when this process does, for any reason; then the child's `atexit`
+    handlers run, for 10 seconds at most, but its threads are not waited for.
 
-    Raises what `start_node` raises there; SerializationError if the options cannot be sent
-    there, or cannot be read there; RuntimeError if the process cannot be started, or ends
-    before its node listens.  No process is left then.  Erlang: peer:start.
+    Raises the errors of `start_node` there; SerializationError if the options cannot be sent to
+    the child, or read there; RuntimeError if the process cannot be started, or ends before its
+    node listens.  Then no process is left.  Erlang: peer:start.
     """
     orders = _pack_options(address, options)
     control, child_end = _open_control_pipe()
@@ -5175,8 +5179,8 @@ def _pack_options(address: NodeLike, options: dict[str, Any]) -> bytes:
 def _open_control_pipe() -> tuple[Connection, Connection]:
     """Return the parent's and the child's end of a new control pipe."""
     control, child_end = Pipe()
-    # Where this process has closed its standard streams, their numbers are given to new pipes;
-    # but in the child they are those of the standard streams again.
+    # Where this process has closed its standard streams, new pipes get their numbers.  But in
+    # the child these numbers belong to the standard streams again.
     if sys.platform != "win32" and child_end.fileno() <= 2:
         with child_end:
             number = fcntl.fcntl(child_end.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
@@ -5187,7 +5191,7 @@ def _open_control_pipe() -> tuple[Connection, Connection]:
 
 
 def _start_interpreter(child_end: Connection) -> "subprocess.Popen[bytes]":
-    """Start the Python that runs `_child_main`; only it inherits `child_end`."""
+    """Start the Python that runs `_child_main`, and that alone inherits `child_end`."""
     number = child_end.fileno()
     arguments = [sys.executable or "", *_interpreter_flags(), "-c", _boot_program(number)]
     settings: dict[str, Any] = {
@@ -5196,13 +5200,13 @@ def _start_interpreter(child_end: Connection) -> "subprocess.Popen[bytes]":
         "bufsize": 0,
     }
     if sys.__stderr__ is None:
-        # Its number may be that of a socket by now.
+        # The number of the standard error may be that of a socket by now.
         settings["stderr"] = subprocess.DEVNULL
-    # Ctrl-C at the terminal is for the parent, which may catch it and go on: the child is in a
-    # session, or on Windows in a process group, of its own.
+    # Ctrl-C at the terminal is for the parent, which may catch that and go on.  So the child is
+    # in a session, or on Windows in a process group, of its own.
     if sys.platform == "win32":
-        # There nobody can wait for two pipes at once, of which one is a plain one: the child
-        # writes to the parent's own standard output.
+        # A thread cannot wait for a Connection and a plain pipe at once on Windows.  So the
+        # child writes to the parent's own standard output.
         os.set_handle_inheritable(number, True)
         inherited = {"handle_list": [number]}
         settings["startupinfo"] = subprocess.STARTUPINFO(lpAttributeList=inherited)
@@ -5224,7 +5228,7 @@ def _start_interpreter(child_end: Connection) -> "subprocess.Popen[bytes]":
 
 
 def _interpreter_flags() -> list[str]:
-    """Return the command line's flags that this Python was started with."""
+    """Return the command-line flags that this Python was started with."""
     flags = []
     for name, flag in INTERPRETER_FLAGS.items():
         # A flag may be given more than once, as in -OO; -P is unknown to 3.10.
@@ -5241,10 +5245,10 @@ def _interpreter_flags() -> list[str]:
 
 
 def _boot_program(number: int) -> str:
-    """Return what the new Python runs: it takes over `sys.path`, then this module.
+    """Return the program of the new Python, which sets `sys.path` and imports this module.
 
-    Python puts "", its working directory, before all else in `sys.path`.  So the path is
-    replaced before anything is imported that is not built in.
+    Python puts "", its working directory, before all else in `sys.path`.  So the program
+    replaces the path before the first import of a module that is not built in.
     """
     search_path = []
     for entry in sys.path:
@@ -5252,7 +5256,7 @@ def _boot_program(number: int) -> str:
             entry = _start_directory
         if isinstance(entry, str):
             search_path.append(entry)
-    # The name of a copy need not be one that an import statement takes.
+    # An import statement does not take every name that a copy of this file may have.
     return (
         f"import sys; sys.path[:] = {ascii(search_path)}; from importlib import import_module; "
         f"import_module({ascii(__name__)})._child_main({number})"
@@ -5260,9 +5264,9 @@ def _boot_program(number: int) -> str:
 
 
 def _tell_process(control: Connection, message: bytes) -> None:
-    """Send `message`, if there is still somebody to read it.
+    """Send `message` to the other process, which may have ended.
 
-    Its loss is no error: the end of the control pipe tells of the same.
+    The loss of the message is no error, as the end of the control pipe tells enough.
     """
     with suppress(OSError), _without_broken_pipe_signal():
         control.send_bytes(message)
@@ -5272,9 +5276,9 @@ def _tell_process(control: Connection, message: bytes) -> None:
 def _without_broken_pipe_signal() -> Iterator[None]:
     """Let a write to a process or a peer that has gone raise BrokenPipeError, and no more.
 
-    Python ignores SIGPIPE, but a program may have set it to its default, which is to kill this
-    process.  The signal goes to the thread that writes.  So that thread blocks it, and takes
-    it, if it has come, before it lets it in again.
+    Python ignores SIGPIPE, but a program may have restored the default, by which the signal
+    kills this process.  The signal goes to the thread that writes.  So the thread blocks the
+    signal while writing, and takes any that has come before the block ends.
     """
     if sys.platform == "win32":
         yield
@@ -5290,14 +5294,14 @@ def _without_broken_pipe_signal() -> Iterator[None]:
 
 
 def _child_main(number: int) -> None:
-    """Be the process of a `ChildNode`, whose end of the control pipe has this number.
+    """Be the process of a `ChildNode`; `number` is that of its end of the control pipe.
 
     Never returns.  The main thread waits where signal handlers can run.
     """
     control = _inherit_control_pipe(number)
     _print_in_utf8()
-    # Registered first, so called after the handlers of the program, but before those of this
-    # module and of multiprocessing.
+    # The handler is registered before those of the program, so called after them, but before
+    # those of this module and of multiprocessing.
     atexit.register(_end_child_processes)
     parent_ended = threading.Event()
     try:
@@ -5306,7 +5310,7 @@ def _child_main(number: int) -> None:
         _tell_process(control, _start_as_ordered(orders))
         parent_ended.wait()
     except (EOFError, KeyboardInterrupt):
-        # The parent has ended already, or somebody interrupts the child.
+        # The parent has ended already, or a signal interrupts the child.
         pass
     except BaseException as error:
         _print_failure(error)
@@ -5315,7 +5319,7 @@ def _child_main(number: int) -> None:
 
 
 def _inherit_control_pipe(number: int) -> Connection:
-    """Return the child's end of the control pipe, which no further process gets."""
+    """Return the child's end of the control pipe, which no further process inherits."""
     if sys.platform == "win32":
         os.set_handle_inheritable(number, False)
         control = PipeConnection(number)
@@ -5327,9 +5331,9 @@ def _inherit_control_pipe(number: int) -> Connection:
 
 
 def _print_in_utf8() -> None:
-    """Have `print` write whole lines in UTF-8, which is what the parent reads.
+    """Have `print` write whole lines in UTF-8, as the parent reads them.
 
-    On Windows the child has the parent's own output, whose encoding it keeps.
+    On Windows the child keeps the encoding of its output, which is the parent's own.
     """
     encoding = None
     if sys.platform != "win32":
@@ -5340,7 +5344,7 @@ def _print_in_utf8() -> None:
 
 
 def _start_as_ordered(orders: bytes) -> bytes:
-    """Start the node with the pickled options; return its address, or the error, pickled."""
+    """Start the node with the pickled options; return the address or the error, pickled."""
     try:
         options = pickle.loads(orders)
     except Exception as error:
@@ -5354,10 +5358,10 @@ def _start_as_ordered(orders: bytes) -> bytes:
 
 
 def _watch_parent(control: Connection, parent_ended: threading.Event) -> None:
-    """The watcher: wait for the parent's word, or its end; see that this process ends.
+    """Be the watcher: wait for the parent's word or end; see that this process ends.
 
-    The main thread does that well, if nothing holds it up: neither a handler of `atexit` nor a
-    module that is still being imported.
+    The main thread ends the process, unless a handler of `atexit`, or a module that is still
+    being imported, holds up that thread.  Then the watcher ends the process.
     """
     with suppress(EOFError, OSError):
         control.recv_bytes()
@@ -5367,7 +5371,7 @@ def _watch_parent(control: Connection, parent_ended: threading.Event) -> None:
 
 
 def _end_child_processes() -> None:
-    """End what multiprocessing has started here: it would wait for that, however long."""
+    """End the processes of multiprocessing here, which would wait for them, however long."""
     from multiprocessing import active_children
 
     for process in active_children():
@@ -5377,9 +5381,9 @@ def _end_child_processes() -> None:
 def _end_process() -> None:
     """Call the handlers of `atexit`, and end, though other threads, or a pool's, still run.
 
-    An interpreter that returns from its main thread would wait for these first, however long
-    they run.  Python's own multiprocessing ends its forks like this since 3.13, with the same
-    function, which is not documented.
+    An interpreter that returns from its main thread would first wait for those threads, however
+    long they run.  Since 3.13 Python's own multiprocessing ends its forks like this, with the
+    same function, which is not documented.
     """
     try:
         atexit._run_exitfuncs()
@@ -5391,7 +5395,7 @@ def _end_process() -> None:
 
 
 def _exit_after(seconds: float) -> None:
-    """End this process after so many seconds, whatever its other threads do."""
+    """End this process after so many seconds, without regard to its other threads."""
     sleep(seconds)
     os._exit(1)
 
@@ -5400,10 +5404,10 @@ def _exit_after(seconds: float) -> None:
 
 
 def _after_fork() -> None:
-    """In the child: leave the parent its connections, and make all tables anew.
+    """Leave the parent its connections, and make all tables anew, in the child of a fork.
 
-    Locks may be held by threads that do not exist here, so all are made anew, too.  Handles of
-    the parent's threads denote these still, reached as from any other process.
+    Threads that do not exist in the child may hold locks, so all locks are made anew, too.
+    Handles of the parent's threads still denote these, and send to them over a connection.
     """
     global _own_incarnation
     parent = _process.node
@@ -5422,7 +5426,7 @@ def _after_fork() -> None:
     for log in (_losses, _wrong_keys, _noise):
         log.forget()
     if parent is not None:
-        # It dials with the parent's key, and lets in what the parent lets in.
+        # The child dials with the parent's key, and allows as much as the parent.
         child = local_node()
         child._set_options(parent._key, parent._allow, parent._heartbeat,
                            parent._connect_timeout, parent._max_message)
@@ -5431,7 +5435,7 @@ def _after_fork() -> None:
 
 
 def _leave_descriptors(parent: Node | None) -> None:
-    """Close what only the parent uses, and have handles dial anew."""
+    """Close all descriptors that only the parent uses, and have handles dial anew."""
     for descriptor in _close_after_fork.copy():
         with suppress(OSError):
             descriptor.close()
@@ -5444,9 +5448,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-# The key is inherited as multiprocessing's own `authkey` is: in a dictionary that each new
-# process gets a copy of, under every start method.  So a pool's workers have it as well, to
-# which handles come in messages only.  The dictionary is not documented, nor are the
+# A child inherits the key as multiprocessing's own `authkey`: in a dictionary of which each new
+# process gets a copy, under every start method.  So the workers of a pool, to which handles
+# come in messages only, have the key as well.  The dictionary is not documented, nor are the
 # finalizers below; both have been there since Python 2.6.
 KEY_ENTRY = "distconc authkey"
 
@@ -5454,7 +5458,7 @@ KEY_ENTRY = "distconc authkey"
 def _pass_on_key(key: bytes | str | None) -> None:
     """Have the processes that multiprocessing starts from now on inherit the key.
 
-    None takes back what an earlier node of this process was given, but not what was inherited.
+    None takes back the key of an earlier node of this process, but not an inherited key.
     """
     config: dict[str, Any] = current_process()._config  # type: ignore[attr-defined]
     if key is not None:
@@ -5474,8 +5478,9 @@ def _inherited_key() -> bytes | str | None:
 def _end_with_multiprocessing() -> None:
     """Stop the node at the end of a process that multiprocessing started.
 
-    Such a process ends without `atexit`, but for its own finalizers.  These come before the
-    interpreter waits for the threads that are no daemons, which may still send.
+    Such a process calls its finalizers at its end, but no handlers of `atexit`.  The finalizers
+    come before the interpreter waits for threads that are no daemons, which may still send; so
+    this function waits for them first.
     """
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.current_thread():
@@ -5489,8 +5494,8 @@ def _stop_when_process_ends(_: object = None) -> None:
     util.Finalize(None, _end_with_multiprocessing, exitpriority=-100)
 
 
-# A new process forgets all finalizers, and then calls what is registered here; but one that
-# imports this file only later has forgotten them already.
+# A new process forgets all finalizers, and then calls the functions that are registered here.
+# A process that imports this file later is past that point, and calls the function itself.
 util.register_after_fork(_stop_when_process_ends, _stop_when_process_ends)
 if parent_process() is not None:
     _stop_when_process_ends()
@@ -5501,10 +5506,10 @@ if parent_process() is not None:
 
 
 class _Faults:
-    """The faults that are entered."""
+    """The entered faults of this process."""
 
     def __init__(self) -> None:
-        # Changed as a whole, so that it can be read without a lock.
+        # The tuple is replaced as a whole, so that threads can read it without a lock.
         self._entered: tuple[faults, ...] = ()
         self.are_active = False
 
@@ -5514,7 +5519,7 @@ class _Faults:
 
     def leave(self, fault: "faults") -> None:
         entered = list(self._entered)
-        # After a fork, it is not there.
+        # In the child of a fork, the fault is not there.
         if fault in entered:
             entered.remove(fault)
         self._entered = tuple(entered)
@@ -5528,12 +5533,12 @@ class _Faults:
         return None
 
     def cut_off(self, addresses: Iterable[Address | None]) -> bool:
-        """Return whether nothing at all goes to the node of these addresses."""
+        """Return whether a fault cuts off the node of these addresses."""
         fault = self.concerning(addresses)
         return fault is not None and fault._drop >= 1
 
     def send(self, connection: _Connection, header: _Header, payload: bytes) -> bool:
-        """Send a message as `_Connection.send` does, but made worse."""
+        """Send a message as `_Connection.send` does, but with the faults of its peer."""
         fault = self.concerning(connection.addresses)
         if fault is None:
             return connection.send(header, payload)
@@ -5544,16 +5549,17 @@ _faults = _Faults()
 
 
 class faults:
-    """While it is entered, make worse what this node sends to others.
+    """Lose, repeat or delay messages of this node to others, during a `with` block.
 
     Each message is lost with the probability `drop`, sent twice with the probability
-    `duplicate`, and held up for up to `delay` seconds, in order: those that wait go together.
-    `seed` makes the same of the same messages from one thread.  `to` is the node it concerns
-    (None: all); of several that concern one, the last entered counts.  `drop=1` cuts the node
-    off, on this side: nothing goes there, heartbeats included, nor can it be dialled or dial
-    this one; so each takes the other for lost.  Nobody is told of a dropped message; what is
-    still held up goes out when the fault is left, or when it is too much (2,000 messages for a
-    node).  Entering and leaving never block.  Raises ValueError for what is no probability.
+    `duplicate`, and held up for up to `delay` seconds, in order: waiting messages go together.
+    `seed` has the same messages from one thread suffer the same faults.  `to` is the node that
+    suffers them (None: all); of several faults for one node, the last entered counts.  `drop=1`
+    cuts the node off, on this side: nothing goes there, heartbeats included, and neither node
+    can dial the other; so each takes the other for lost.  Nobody is told of a dropped message.
+    Messages that are still held up go out when the fault is left, or when they are too many
+    (2,000 for a node).  Entering and leaving never block.  Raises ValueError for a number that
+    is no probability.
     """
 
     def __init__(self, *, to: NodeLike | None = None, drop: float = 0, delay: float = 0,
@@ -5588,7 +5594,7 @@ class faults:
                 connection._work.wake_all()
 
     def _send(self, connection: _Connection, header: _Header, payload: bytes) -> bool:
-        """Send a message, or not, or twice; a delayed one waits in the outbox, so in order."""
+        """Send a message once, twice or never; a delayed one waits in the outbox, in order."""
         drop = self._random.random()
         duplicate = self._random.random()
         delay = self._random.random()
@@ -5611,23 +5617,28 @@ class faults:
 
 ######## Traces: trace
 
-MAX_CLOCK_JUMP = 1 << 32  # how far the cause of an event may be ahead of all our clocks
+# The most by which the cause of an event may be ahead of all clocks of this process.
+MAX_CLOCK_JUMP = 1 << 32
 
 
 class _Recorder(_Observer):
     """Records events in a file of this process's own, if `trace` was called.
 
-    The clock of a thread counts its events, and jumps ahead of the cause of each: so it is
-    greater in all that comes of an event than in the event.  Lamport 1978.
+    The clock of a thread counts its events, and jumps ahead of the cause of each.  So every
+    effect of an event has a greater clock than the event.  Lamport 1978.
     """
 
     def __init__(self) -> None:
         # Guards the clocks and the file: an event's clock and its line are one step.
         self._lock = _Lock()
-        self._clocks: dict[int, int] = {}  # thread's id -> clock; 0 is the node
-        self._latest_clock = 0  # the greatest of them
+
+        # The id of the node itself is 0.
+        self._clocks: dict[int, int] = {}  # thread's id -> clock
+        self._latest_clock = 0
+
+        # Without a trace, the descriptor is -1, and the directory is "".
         self._descriptor = -1
-        self.directory = ""  # "" while nothing is recorded
+        self.directory = ""
         self.is_recording = False
 
     def start(self, directory: str) -> None:
@@ -5683,9 +5694,10 @@ class _Recorder(_Observer):
                 return None
             earlier = [self._clocks.get(thread_id, 0)]
             if thread_id == 0:
-                # The node's own events come after all that its threads did.
+                # An event of the node's comes after all earlier events of its threads.
                 earlier.extend(self._clocks.values())
-            # No event is so far ahead.  A peer that says so would push our clocks to the end.
+            # No real event is further ahead.  A false clock would push this process's clocks to
+            # their end.
             if cause and cause[2] <= self._latest_clock + MAX_CLOCK_JUMP:
                 earlier.append(cause[2])
                 about["cause"] = cause
@@ -5720,15 +5732,16 @@ _observer = _tracer
 
 
 def trace(directory: "str | os.PathLike[str] | None") -> None:
-    """Record what happens in this process to a file of its own in `directory`; None: stop.
+    """Record this process's events in a file of its own in `directory`; None: stop.
 
-    That is: spawns, starts, ends and crashes of threads, sends, receives, time-outs, lost
+    The events are spawns, starts, ends and crashes of threads, sends, receives, time-outs, lost
     messages and lost nodes, each with the thread's Lamport clock.  Nodes made by `spawn_node`
-    from now on do so, too, and so does every process with DISTCONC_TRACE=directory in its
-    environment.  The directory is made if there is none; each record is written at once, so
-    kill -9 loses none.
-    Raises OSError, or ValueError for an empty name, and goes on as before.  Should the disk be
-    full later, the trace ends, with a warning.  See `chart`.  Erlang: seq_trace.
+    from now on record theirs, too, and so does every process with DISTCONC_TRACE=directory in
+    its environment.  The directory is made if there is none.  Each record is written at once,
+    so kill -9 loses none.
+
+    Raises OSError, or ValueError for an empty name, and goes on as before.  If the disk is full
+    later, the trace ends, with a warning.  See `chart`.  Erlang: seq_trace.
     """
     if directory is None:
         _tracer.stop()
@@ -5748,7 +5761,7 @@ def _short_repr(message: Any) -> str:
     shortened = reprlib.Repr()
     shortened.maxstring = 100
     shortened.maxother = 100
-    # A request may hold a request, and so on; ten of them are enough to see.
+    # A request may hold a request, and so on.  Ten levels are enough to show.
     for _ in range(10):
         if not isinstance(message, (Synchronous, Reply)):
             break
@@ -5760,17 +5773,17 @@ def _short_repr(message: Any) -> str:
     try:
         return shortened.repr(message)
     except Exception:
-        # It is too large a number, or another thread changes it.
+        # The message is too large a number, for one, or another thread changes the message.
         return f"<a {type(message).__name__}>"
 
 
-# Run as a program, this file imports itself (see the end), and that copy starts the trace.
+# As a program, this file imports itself (see the end), and the imported copy starts the trace.
 if __name__ != "__main__" and os.environ.get("DISTCONC_TRACE"):
     trace(os.environ["DISTCONC_TRACE"])
 
 
 ################ Part four: pictures and shell ################
-######## Charts: chart, the traces it reads, what it shows of them, text, ShiViz's form
+######## Charts: chart, its traces, its columns and rows, text, ShiViz's form
 
 _CHART_FORMATS = ("svg", "text", "shiviz")
 
@@ -5781,10 +5794,10 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
 
     A column is a thread; time runs down, so no arrow points up.  `format` is "svg" (a picture
     for any browser: click an event, and its past lights up in one colour, its future in
-    another, and what is concurrent to it goes pale; as the last value of a notebook's cell it
-    shows itself), "text" (for a terminal, 80 characters wide for up to 20 threads) or "shiviz"
-    (vector clocks, for the tool of that name).  `first` and `last` narrow it to these Lamport
-    clocks, `threads` to the threads of that name, such as "logger" or
+    another, and all concurrent events go pale; as the last value of a notebook's cell the
+    picture shows itself), "text" (for a terminal, 80 characters wide for up to 20 threads) or
+    "shiviz" (vector clocks, for the tool of that name).  `first` and `last` narrow the diagram
+    to these Lamport clocks, `threads` to the threads of that name, such as "logger" or
     "127.0.0.1:9001/MainThread", or of the names in a list.
 
     Damaged lines of a trace are left out, with a warning in the log.  Raises
@@ -5829,10 +5842,9 @@ def _check_thread_names(threads: Any) -> set[str]:
 class _Mark(NamedTuple):
     """How a chart shows one kind of event.
 
-    `text` is the character that marks it in a drawing as text, and `shape` its outline in one
-    as SVG, a path that begins in the middle.  `meaning` is its explanation in the legend, and
-    `words` is a template for the words beside it, which is filled with the fields of the
-    trace's record.
+    `text` is the event's character in a drawing as text, and `shape` its outline in one as SVG,
+    a path that begins in the middle.  `meaning` is the explanation in the legend, and `words` a
+    template for the words beside the event, which the fields of the trace's record fill.
     """
 
     text: str
@@ -5956,7 +5968,7 @@ def _parse_event(line: bytes) -> _Event:
 
 
 def _printable(text: str) -> str:
-    """Return `text`, or what its repr shows of it, if not all of it can be printed.
+    """Return `text`, or the inside of its repr, if a character of the text cannot be printed.
 
     Either is one line, and fit for XML.
     """
@@ -6001,7 +6013,7 @@ def _assign_columns(events: list[_Event]) -> dict[_ThreadKey, _Column]:
 
 
 class _Picture:
-    """What a chart shows, whatever its format: events, and a column for each of their threads.
+    """The content of a chart in any format: events, and a column for each of their threads.
 
     `events` are in the order of their clocks, `columns` from left to right.
     """
@@ -6043,11 +6055,11 @@ class _Picture:
         return rows
 
     def vector_clocks(self) -> dict[_EventId, dict[str, int]]:
-        """Return the past of each event: how many events of each thread it may depend on.
+        """Return the past of each event, as the number of events in it for each thread.
 
-        An event may depend on itself, on the earlier events of its thread, on its cause, and
-        on all that these may depend on.  Events that are not shown count for nothing, but hand
-        on the clocks of their causes.  Threads go by their labels.  Fidge 1988, Mattern 1989.
+        The past of an event is the event itself, the earlier events of its thread, its cause,
+        and the pasts of all these.  Events that are not shown count for nothing, but hand on
+        the clocks of their causes.  Threads go by their labels.  Fidge 1988, Mattern 1989.
         """
         shown = {event.id for event in self.events}
         clocks: dict[_EventId, dict[str, int]] = {}
@@ -6108,12 +6120,13 @@ def _truncate(text: str, max_length: int) -> str:
     return text[:max_length - 2] + ".."
 
 
-_CLOCK_WIDTH = 7  # characters
-_WORDS_WIDTH = 33  # characters
+# The widths of two parts of a line, in characters.
+_CLOCK_WIDTH = 7
+_WORDS_WIDTH = 33
 
 
 class _TextDrawing:
-    """A chart for a terminal, 80 characters wide; wider, if it has more than 20 columns.
+    """A chart for a terminal, 80 characters wide; wider, with more than 20 columns.
 
     From left to right, a line has the clock, the lifelines of the threads, and words.
     """
@@ -6400,20 +6413,22 @@ markerHeight="9" markerUnits="userSpaceOnUse" orient="auto"><path d="M0 1 10 5 0
 </marker>"""
 
 _HINT = "Click an event, or walk with the arrow keys and Enter; Escape clears."
-_CHARACTER_WIDTH = 7.23  # pixels, in the font of the style
-_ROW_HEIGHT = 20  # pixels
-_LEFT = 60  # pixels, to the first column
-_FRAMES_TOP = 52  # pixels
-_MAX_NAME = 16  # letters of a thread's name in the head
-_MAX_WORDS = 80  # letters of the words beside a row
-_MIN_WIDTH = 860  # pixels, enough for the legend
+# All in pixels, but for the letters of a thread's name in the head, and of a row's words.  The
+# first width is that of the style's font; the last is enough for the legend.
+_CHARACTER_WIDTH = 7.23
+_ROW_HEIGHT = 20
+_LEFT = 60
+_FRAMES_TOP = 52
+_MAX_NAME = 16
+_MAX_WORDS = 80
+_MIN_WIDTH = 860
 
 
 class _SvgDrawing:
     """A chart for a browser, where its script answers clicks and keys.
 
-    From left to right, it has the clocks, the threads in a frame for each node, and words.
-    From top to bottom, it has the head, which stays in view, and the rows.
+    The clocks are at the left, then the threads in a frame for each node, then words.  The head
+    is at the top and stays in view, above the rows.
     """
 
     def __init__(self, picture: _Picture) -> None:
@@ -6505,13 +6520,13 @@ class _SvgDrawing:
                 f'<path class="mark" d="M{x} {y}{_MARKS[event.kind].shape}"/></g>')
 
     def _format_name(self, event: _Event) -> str:
-        """Return what the script calls an event: its column and its number there."""
+        """Return the script's name for an event: its column and its number there."""
         label = self._picture.column(event).label
         number = self._clocks[event.id][label]
         return f"{self._column_numbers[label]}:{number}"
 
     def _format_news(self, event: _Event) -> str:
-        """Return an event's vector clock, without what its thread knew before."""
+        """Return the entries of an event's vector clock that are news to its thread."""
         clock = self._clocks[event.id]
         last_clock = self._last_clocks.get(event.thread, {})
         self._last_clocks[event.thread] = clock
@@ -6636,8 +6651,8 @@ class _SvgText(str):
 def main(arguments: list[str] | None = None) -> None:
     """Run the command that the arguments of the command line name.
 
-    Exits with status 1 and one line on standard error if the command fails, with 2 if it is
-    used wrongly, and with 130 on Ctrl-C.
+    Exits with status 1 and one line on standard error if the command fails, with 2 after a
+    wrong use, and with 130 on Ctrl-C.
     """
     import logging
 
@@ -6709,7 +6724,7 @@ def _run_demo() -> None:
 
 
 def _demonstrate() -> None:
-    """Have two nodes talk, and print what they say, and the chart of it."""
+    """Have two nodes talk, and print their words, and the chart of their talk."""
     with start_node() as node, spawn_node() as child:
         own_pid = os.getpid()
         print(f"node {node} has pid {own_pid}, its child {child} has pid {child.pid}")
@@ -6817,8 +6832,8 @@ def _add_message_arguments(parser: Any) -> None:
 def _run_send(target: str, message: str, timeout: float) -> None:
     thread = _parse_target(target)
     send(_parse_literal(message), thread)
-    # A node handles messages in order.  So before it answers this request, it has reported
-    # our message if that was lost.
+    # A node handles messages in order.  So if our message was lost, the node reports the loss
+    # before the answer to this request.
     _call_node(thread.node, ("ps",), timeout=timeout)
     if local_node().stats()["lost"]:
         sys.exit(1)
@@ -6949,7 +6964,7 @@ redraw();
 
 
 def _watch(directory: str, draw: Callable[[], str]) -> None:
-    """Serve a page that shows the drawing, and shows it again whenever the traces change.
+    """Serve a page that shows the drawing, anew whenever the traces change.
 
     Only browsers on this machine reach it, and only those that know its random path.
     """
@@ -7047,7 +7062,7 @@ def _own_name() -> str:
     """
     if __spec__:
         return __spec__.name
-    # Where the file is run through a symbolic link, it is imported from its real place.
+    # A file that is run through a symbolic link is imported from its real place.
     path, file_name = os.path.split(os.path.realpath(__file__))
     own_directory = path
     name = os.path.splitext(file_name)[0]
