@@ -4161,7 +4161,7 @@ def _is_same_host(sock: socket.socket) -> bool:
 
 
 def _listen(address: Address | None) -> Listener:
-    """Return a Listener with a backlog for a whole class of students who connect at once."""
+    """Return a Listener with a backlog for a whole classroom that connects at once."""
     if isinstance(address, str) and not hasattr(socket, "AF_UNIX"):
         raise ValueError(f"cannot listen at {address}: Python has no Unix sockets on this "
                          "system; say 9000, or 'host:9000'")
@@ -4753,7 +4753,7 @@ def _thread_info(thread: Thread) -> tuple[Any, ...]:
 
 
 def _current_call(thread: Thread) -> str:
-    """Return the public function of this module that a thread runs, and its call's place."""
+    """Return the public function of this module that a thread is in, and its call's place."""
     call = "running"
     frame = sys._current_frames().get(thread._os_ident or 0)
     while frame and frame.f_code.co_filename == _current_call.__code__.co_filename:
@@ -4778,7 +4778,7 @@ def _log(level: str, text: str, *about: Any) -> None:
     """Log a line; a handler of the user's may take long, or send.
 
     A thread for which others wait leaves the line to the log thread.  A handler that forwards
-    lines through a node must not cause new lines, so nothing is logged while a handler runs.
+    lines through a node must not cause new lines, so nothing that a handler does is logged.
     """
     if _local.is_logging:
         return
@@ -5030,8 +5030,8 @@ class ChildNode(AbstractContextManager["ChildNode"]):
     def stop(self, timeout: float = 5.0) -> None:
         """Have the child stop its node and end; after `timeout` seconds, kill it.
 
-        Blocks until the process has ended and its output has come out.  Does nothing to a child
-        that has ended.  Erlang: peer:stop.
+        Blocks until the process has ended, and its output has come out; for that, a second at
+        most.  Does nothing to a child that has ended.  Erlang: peer:stop.
         """
         deadline = _bounded_deadline(timeout)
         self._tell(b"stop")
@@ -5191,7 +5191,7 @@ def _open_control_pipe() -> tuple[Connection, Connection]:
 
 
 def _start_interpreter(child_end: Connection) -> "subprocess.Popen[bytes]":
-    """Start the Python that runs `_child_main`, and that alone inherits `child_end`."""
+    """Start the Python that runs `_child_main`, the only process to inherit `child_end`."""
     number = child_end.fileno()
     arguments = [sys.executable or "", *_interpreter_flags(), "-c", _boot_program(number)]
     settings: dict[str, Any] = {
@@ -5360,8 +5360,8 @@ def _start_as_ordered(orders: bytes) -> bytes:
 def _watch_parent(control: Connection, parent_ended: threading.Event) -> None:
     """Be the watcher: wait for the parent's word or end; see that this process ends.
 
-    The main thread ends the process, unless a handler of `atexit`, or a module that is still
-    being imported, holds up that thread.  Then the watcher ends the process.
+    The main thread ends the process.  If a handler of `atexit`, or a module that is still being
+    imported, holds up that thread, the watcher ends the process after CHILD_END_TIMEOUT.
     """
     with suppress(EOFError, OSError):
         control.recv_bytes()
@@ -5371,7 +5371,7 @@ def _watch_parent(control: Connection, parent_ended: threading.Event) -> None:
 
 
 def _end_child_processes() -> None:
-    """End the processes of multiprocessing here, which would wait for them, however long."""
+    """End the children of multiprocessing here, which would wait for them, however long."""
     from multiprocessing import active_children
 
     for process in active_children():
