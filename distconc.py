@@ -3744,43 +3744,56 @@ def _network_hint(address: Address | None) -> str:
 
 ######## Node: start_node, stop_node, local_node, nodes, connect, disconnect
 
-MAX_STRANGERS = 256  # handshakes of strangers at once; for one more, another has to go
-MIN_HEARTBEAT = 0.01  # seconds
-MAX_SECONDS = 1e6  # of a heartbeat or a connect_timeout
-MAX_MAX_MESSAGE = 1 << 32  # bytes
+# Handshakes of strangers at once.  For each further one, an older one is ended.
+MAX_STRANGERS = 256
+# The bounds of a heartbeat and of a connect_timeout, in seconds; of a max_message, in bytes.
+MIN_HEARTBEAT = 0.01
+MAX_SECONDS = 1e6
+MAX_MAX_MESSAGE = 1 << 32
 
-_close_after_fork: "weakref.WeakSet[Any]" = weakref.WeakSet()  # descriptors of the parent's
-_serials = itertools.count(1)  # the numbers of this process's connections
+# Descriptors of this process that the child of a fork closes.
+_close_after_fork: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+# The numbers of this process's connections.
+_serials = itertools.count(1)
 
 
 class Node(AbstractContextManager["Node"]):
-    """This process, as others address it.  Made by `start_node`, or when first needed.
+    """This process, as others address it.  `start_node` makes the node, or its first use does.
 
-    As a context manager, leaving it stops the node.  These are its threads:
+    A `with` block of a node stops the node at its end.  These are the node's threads:
 
-    * the *accept thread*, from `start_node` to `stop_node`, which wakes it by a connection;
-    * a *reader* for each dial and each stranger who knocks, which shakes hands first; it ends
-      with the connection, or with the handshake that fails;
-    * a *timer* for each handshake, which aborts it after `connect_timeout`;
-    * a *writer* for each connection, started when that is established, woken by senders;
-    * *requests*, for each connection over which other nodes ask for something.
+    * the *accept thread*, from `start_node` to `stop_node`, which wakes the thread by dialling;
+    * a *reader* for each dial and each stranger, which shakes hands first, and ends with the
+      connection or with a handshake that fails;
+    * a *timer* for each handshake, which aborts the handshake after `connect_timeout`;
+    * a *writer* for each connection, which starts when the connection is established, and
+      which senders wake;
+    * *requests*, for each connection over which another node asks for something.
     """
 
     def __init__(self) -> None:
-        self.address: Address | None = None  # what others dial
+        # The address that other nodes dial.
+        self.address: Address | None = None
         self.incarnation = _own_incarnation
         self._listen_address: Address | None = None
-        self._is_exposed = False  # other machines can reach it
+
+        # Whether other machines can reach the listener.
+        self._is_exposed = False
         self._is_started = False
         self._stopped = False
         self._accept_thread: threading.Thread | None = None
         self._listener: Listener | None = None
 
-        # Guards the three tables below, and the counts.  Other threads read copies.
+        # Guards the three tables below, and the counts.  Threads without the lock read copies.
         self._lock = _Lock()
-        self._connections: set[_Connection] = set()  # all, from their serials to their end
-        self._established: list[_Connection] = []  # in the order in which they were
-        self._handshakes: list[_Handshake] = []  # the oldest first
+
+        # All connections, from the time when they get their serials to their end.
+        self._connections: set[_Connection] = set()
+
+        # These two have their oldest members first.
+        self._established: list[_Connection] = []
+        self._handshakes: list[_Handshake] = []
         self._counts = Counter(
             sent=0, received=0, undelivered=0, refused=0, lost=0, strangers=0)
 
@@ -3803,14 +3816,14 @@ class Node(AbstractContextManager["Node"]):
 
     def _start(self, address: NodeLike | None, authkey: Any, advertise: Any, allow: Any,
                heartbeat: float, connect_timeout: float, max_message: int) -> None:
-        """Take the options of `start_node`, and listen; bad ones raise before any change."""
+        """Take the options of `start_node`, and listen; a bad one raises before any change."""
         _check_number("heartbeat= in seconds", heartbeat, MIN_HEARTBEAT, MAX_SECONDS)
         _check_number("connect_timeout= in seconds", connect_timeout,
                       MIN_HEARTBEAT, MAX_SECONDS)
         _check_number("max_message= in bytes", max_message, 1, MAX_MAX_MESSAGE - 1,
                       may_be_fraction=False)
         if authkey is not None:
-            # A node that does not listen would notice a wrong one only when it dials.
+            # Otherwise a node that does not listen would report a bad key only when dialling.
             authkey = _find_key(authkey, None)
         if allow is not None:
             allow = _check_allow(allow)
@@ -3837,17 +3850,17 @@ class Node(AbstractContextManager["Node"]):
         self._accept_thread = _start_daemon("accept", self._accept_loop, listener)
 
     def load(self, data: Any) -> Any:
-        """Unpickle what this program gives to `deserialize`.
+        """Unpickle data that this program gives to `deserialize`.
 
-        Nobody knows where that came from; if this node can be reached from other machines, it
-        is treated as if from there.
+        The origin of the data is unknown.  If other machines can reach this node, the data is
+        treated as theirs.
         """
         return self._loader_for(not self._is_exposed)(data)
 
     def _loader_for(self, is_local: bool, module: str = __name__) -> Callable[[Any], Any]:
-        """Return the function that loads messages of a node on this machine, or of another.
+        """Return the function that loads the messages of a node, on this machine or another.
 
-        `module` is the name that this file has there.
+        `module` is the name that this file has on that node.
         """
         if self._allow is None and is_local:
             return _make_loader("anything", module)
@@ -3856,20 +3869,20 @@ class Node(AbstractContextManager["Node"]):
         return _make_loader(self._allow or (), module)
 
     def _may_call(self, function: Any, is_local: bool) -> bool:
-        """Return whether a node may have `function` called here by `spawn`."""
+        """Return whether another node may have this node call `function`, by `spawn`."""
         if self._loader_for(is_local) is pickle.loads:
             return True
         return function in (self._allow or ())
 
-    # What there is to know
-
+    # Counts and names
     def stats(self) -> dict[str, int]:
         """Return counts of messages, exact at any time.  Never blocks.
 
-        `sent` and `received` count what went over connections.  `undelivered` (nobody here is
-        meant, or it could not be read) and `refused` (by `allow`) count what came to nobody
-        here; `lost` what was sent from here and came to nobody, as this node or others say:
-        both also within this process.  `strangers` knocked and did not get in.
+        `sent` and `received` count messages over connections.  `undelivered` counts messages to
+        this node that had no living receiver or could not be read, and `refused` those that
+        `allow` kept out.  `lost` counts messages from this node that reached no receiver, as
+        this node or another reports.  A message within this process can be `undelivered` and
+        `lost`, too.  `strangers` counts handshakes that failed to get in.
         """
         with self._lock:
             counts = self._counts.copy()
@@ -3894,7 +3907,7 @@ class Node(AbstractContextManager["Node"]):
         return address is not None and address in (self.address, self._listen_address)
 
     def _find(self, incarnation: int | None, id: int | str) -> Thread:
-        """Return the thread that a message from another node is for; raise NoSuchThread."""
+        """Return the receiver of a message from another node; raise NoSuchThread."""
         if incarnation not in (None, self.incarnation) or self._stopped:
             raise NoSuchThread(f"{id!r:.300} was a thread of an earlier run of this node")
         if type(id) is int:
@@ -3908,7 +3921,7 @@ class Node(AbstractContextManager["Node"]):
     # Connections
 
     def _post(self, incarnation: int, header: _Header, payload: bytes = b"") -> bool:
-        """Send if there is contact with that node; return False if not.  Never blocks."""
+        """Send if a connection to that node is there; return False if not.  Never blocks."""
         connection = self._established_with(incarnation, None)
         return connection is not None and connection.post(header, payload)
 
@@ -3916,7 +3929,8 @@ class Node(AbstractContextManager["Node"]):
                           address: Address | None) -> _Connection | None:
         """Return the oldest connection to the node of that incarnation, or at that address.
 
-        The oldest, for the sake of order: two nodes that dial each other at once have two.
+        Two nodes that dial each other at once have two connections.  Messages over the oldest
+        one alone keep their order.
         """
         established = self._established.copy()
         for connection in established:
@@ -3929,7 +3943,7 @@ class Node(AbstractContextManager["Node"]):
         return None
 
     def _connection_to(self, address: Address | None, incarnation: int | None) -> _Connection:
-        """Return the connection to a node; dial it if there is none, once for all who wait.
+        """Return the connection to a node; without one, dial, once for all threads that wait.
 
         Raises NodeUnreachable, NodeDown, AuthenticationError after `connect_timeout` at most.
         """
@@ -3957,11 +3971,11 @@ class Node(AbstractContextManager["Node"]):
             raise dial.error
         connection = dial.connection
         assert connection is not None
-        # The peer may have dialled this node meanwhile, and been first.
+        # The peer may have dialled this node meanwhile, and that connection may be the older.
         return self._established_with(connection.peer.incarnation, None) or connection
 
     def _dial(self, address: Address | None) -> _Handshake:
-        """Return the handshake with that node which is under way, or start one."""
+        """Return the handshake that is under way with that node, or start one."""
         if self._stopped:
             raise NodeDown("this node was stopped; start_node starts it again")
         if address is None:
@@ -3991,7 +4005,7 @@ class Node(AbstractContextManager["Node"]):
             self._handshakes.remove(handshake)
 
     def _add_connection(self, connection: _Connection) -> int:
-        """Number a new connection; return the number of the oldest to the same node."""
+        """Number a new connection; return the number of the oldest one to the same node."""
         with self._lock:
             connection.serial = next(_serials)
             self._connections.add(connection)
@@ -3999,7 +4013,7 @@ class Node(AbstractContextManager["Node"]):
             return min(same_peer)
 
     def _wait_for_older(self, connection: _Connection, oldest: int) -> None:
-        """Wait for the end of all connections to that node which it has lost, or we end."""
+        """Wait for the end of all connections that the peer has lost, or this node ends."""
         def is_alone() -> bool:
             with self._lock:
                 return not any(
@@ -4013,7 +4027,7 @@ class Node(AbstractContextManager["Node"]):
             raise NodeUnreachable("the connection before this one does not end")
 
     def _establish(self, connection: _Connection) -> None:
-        """Let the connection be used."""
+        """Let senders use the connection."""
         with self._lock:
             if self._stopped:
                 raise NodeDown("this node was stopped")
@@ -4024,8 +4038,8 @@ class Node(AbstractContextManager["Node"]):
     def _connection_closed(self, connection: _Connection) -> None:
         """Forget a connection that has ended; report that contact with its node is lost.
 
-        An established one takes all others to that node with it, for contact is lost or it is
-        not.  The last of them reports it.
+        When an established connection ends, all others to that node end with it, for contact
+        with a node is lost as a whole.  The last of them reports the loss.
         """
         with self._lock:
             if connection not in self._connections:
@@ -4035,11 +4049,11 @@ class Node(AbstractContextManager["Node"]):
                 self._established.remove(connection)
                 for other in same_peer:
                     other.abort()
-            # One whose peer has proved nothing only claims to be of that node.
+            # A connection whose peer has not proved the key only claims to be from that node.
             is_last = [c for c in same_peer if c.peer_serial] == [connection]
             if is_last:
-                # The peer's next connection waits until this one is out of the table; only then
-                # may there be new watchers, and new calls.
+                # The peer's next connection waits until this one is out of the table.  Until
+                # then no new watchers and no new calls can come.
                 waiting = _pending.watching(connection.peer)
                 _registry.remove_watchers_of(connection.peer)
             self._connections.remove(connection)
@@ -4049,7 +4063,7 @@ class Node(AbstractContextManager["Node"]):
             self._contact_lost(connection, waiting)
 
     def _contact_lost(self, connection: _Connection, waiting: list[_Pending]) -> None:
-        """Fail all that waited for that node."""
+        """Fail all pendings that watched that node."""
         text = f"contact with {connection.name} was lost"
         event = None
         if not self._stopped:
@@ -4057,23 +4071,24 @@ class Node(AbstractContextManager["Node"]):
         for pending in waiting:
             _pending.fail(pending.tag, _Failure(NodeDown(text)), event)
         if connection.broken_by and not waiting and not self._stopped:
-            # Nobody else hears of it, and messages may have been lost.
+            # No thread learns of this loss, and messages may have been lost.
             _log("INFO", "%s: %s; what was sent last may be lost", text, connection.broken_by)
 
     # Letting others in
 
     def _accept_loop(self, listener: Listener) -> None:
-        """The accept thread: have another shake hands with each stranger who knocks."""
+        """Be the accept thread: for each stranger, start a thread that shakes hands."""
         _local.must_not_wait = True
         while not self._stopped:
             try:
                 channel = listener.accept()
                 if self._stopped:
-                    channel.close()  # It is `stop` that has knocked.
+                    # This connection is the one by which `stop` wakes this thread.
+                    channel.close()
                     break
                 self._let_in(channel, listener)
             except (OSError, EOFError, RuntimeError, AuthenticationError) as error:
-                # There are no more descriptors, or threads, or the stranger has gone.
+                # This process has no more descriptors or threads, or the stranger has gone.
                 _log("INFO", "nobody can be let in just now: %s", error)
                 self._drop_strangers(0)
                 sleep(0.05)
@@ -4088,9 +4103,9 @@ class Node(AbstractContextManager["Node"]):
         self._drop_strangers(MAX_STRANGERS)
 
     def _drop_strangers(self, limit: int) -> None:
-        """Of more than `limit` strangers, end one: the oldest from where most come.
+        """End one of more than `limit` strangers: the oldest from the busiest host.
 
-        Those who have proved that they know the key are spared.
+        Strangers that have proved the key are spared.
         """
         with self._lock:
             knocking = [h for h in self._handshakes
@@ -4106,7 +4121,8 @@ class Node(AbstractContextManager["Node"]):
         """Stop the node; see `stop_node`."""
         deadline = _bounded_deadline(timeout)
         if self.incarnation != _own_incarnation:
-            return  # This is the child of a fork; the node is its parent's.
+            # This process is the child of a fork, and the node is its parent's.
+            return
         with self._lock:
             is_first = not self._stopped
             self._stopped = True
@@ -4123,7 +4139,7 @@ class Node(AbstractContextManager["Node"]):
             log.flush()
 
     def _end_accept_thread(self, deadline: float) -> None:
-        """Wake the accept thread by a connection, as nothing else does everywhere; join it."""
+        """Wake the accept thread by dialling, which works on every system; join the thread."""
         accept_thread = self._accept_thread
         at = self._listen_address
         if at is None or accept_thread is None or not accept_thread.is_alive():
@@ -4160,7 +4176,7 @@ class Node(AbstractContextManager["Node"]):
 
 def _check_number(option: str, value: Any, lowest: float, highest: float,
                   may_be_fraction: bool = True) -> None:
-    """Raise TypeError or ValueError for an option that is no such number."""
+    """Raise TypeError or ValueError for an option that is no number from lowest to highest."""
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if not is_whole and not may_be_fraction:
         raise TypeError(f"{option} is a whole number, not {value!r:.100}")
@@ -4181,7 +4197,7 @@ def _is_same_host(sock: socket.socket) -> bool:
 
 
 def _listen(address: Address | None) -> Listener:
-    """Return a Listener, whose backlog takes a whole class that connects at once."""
+    """Return a Listener with a backlog for a whole classroom that connects at once."""
     if isinstance(address, str) and not hasattr(socket, "AF_UNIX"):
         raise ValueError(f"cannot listen at {address}: Python has no Unix sockets on this "
                          "system; say 9000, or 'host:9000'")
@@ -4202,9 +4218,9 @@ def _listen(address: Address | None) -> Listener:
 
 
 def _is_abandoned(path: str) -> bool:
-    """Return whether this is a Unix socket at which nobody listens: its node was killed.
+    """Return whether `path` is a Unix socket that a killed node has left behind.
 
-    To connect to a file of another kind is refused, too, but that is not ours to remove.
+    Files of other kinds refuse a connection, too, but are not this module's to remove.
     """
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
@@ -4220,10 +4236,10 @@ def _is_abandoned(path: str) -> bool:
 
 
 class _Process:
-    """This process as a whole: which node it has."""
+    """The process as a whole, with its node."""
 
     def __init__(self) -> None:
-        # Guards `node`.  Held while a node begins to listen, so that there is one at most.
+        # Guards `node`.  Held while a node begins to listen, so that a process has one at most.
         self.lock = _Lock()
         self.node: Node | None = None
 
@@ -4234,19 +4250,19 @@ _process = _Process()
 def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = None,
                advertise: NodeLike | None = None, allow: Any = None, heartbeat: float = 10.0,
                connect_timeout: float = 5.0, max_message: int = 1 << 28) -> Node:
-    """Listen at `address`; return this process's node.  Blocks for no longer than that takes.
+    """Listen at `address`; return this process's node.  Blocks until the node listens.
 
-    Port 0 is any free one, None does not listen.  `authkey`: or the environment's
-    DISTCONC_AUTHKEY, or the cookie file's; processes that multiprocessing starts inherit one
-    that is given.  `advertise`: what others dial, if not `address`.
-    `allow`: the classes and functions that messages may name besides plain data; "anything";
-    None, the default: anything from nodes on this machine, plain data from others.
-    `heartbeat`: the seconds within which the loss of a node is noticed; C code that holds the
-    interpreter for longer makes others take this node for lost.  `connect_timeout`: seconds to
-    dial and shake hands.  `max_message`: bytes.
+    Port 0 is any free one, and a node with the address None does not listen.  `authkey`: the
+    default is the environment's DISTCONC_AUTHKEY, or the cookie file's; processes that
+    multiprocessing starts inherit a key that is given.  `advertise`: the address that others
+    dial, if not `address`.  `allow`: the classes and functions that messages may name besides
+    plain data; "anything"; None, the default: anything from nodes on this machine, plain data
+    from others.  `heartbeat`: the seconds within which the loss of a node is noticed; C code
+    that holds the interpreter for longer makes others take this node for lost.
+    `connect_timeout`: seconds to dial and shake hands.  `max_message`: bytes.
 
     Raises RuntimeError if started already, ValueError, TypeError, PermissionError for a bad
-    argument or key, OSError if it cannot listen there; nothing has started then.
+    argument or key, OSError if the node cannot listen there.  Then nothing has started.
     Factor: start-node.  Erlang: net_kernel:start.
     """
     with _process.lock:
@@ -4263,11 +4279,11 @@ def start_node(address: NodeLike | None = 0, *, authkey: bytes | str | None = No
 
 
 def stop_node(timeout: float = 5.0) -> None:
-    """Send what is queued, close everything, forget the names, release the address.
+    """Send the queued messages, close everything, forget the names, release the address.
 
-    Blocks until that is done, at most `timeout` seconds.  From any thread, at any time, twice;
-    also at exit.  After it a remote `send` raises NodeDown, until `start_node`.
-    Factor: stop-node.
+    Blocks until that is done, at most `timeout` seconds.  Any thread may call this function, at
+    any time, and again; the end of the process calls it, too.  Afterwards a remote `send`
+    raises NodeDown, until `start_node`.  Factor: stop-node.
     """
     if _process.node:
         _process.node.stop(timeout)
@@ -4287,8 +4303,8 @@ atexit.register(_at_exit)
 def local_node() -> Node:
     """Return this process's node.  Never blocks.  Factor: local-node.  Erlang: node().
 
-    Without `start_node` it does not listen: it can send, and be answered over the connections
-    that it opened.
+    Without `start_node` the node does not listen: it can send, and be answered over the
+    connections that it opened.
     """
     if _process.node is None:
         with _process.lock:
@@ -4298,7 +4314,7 @@ def local_node() -> Node:
 
 
 def nodes() -> list[Address]:
-    """Return the addresses of the nodes now connected (those that listen).  Never blocks.
+    """Return the addresses of all connected nodes that listen.  Never blocks.
 
     Erlang: nodes(), without the hidden ones.
     """
@@ -4326,10 +4342,10 @@ def _is_this_node(node: NodeLike) -> bool:
 
 
 def disconnect(node: NodeLike) -> None:
-    """Send what is queued for `node` and close the connection, if there is one.
+    """Send the messages queued for `node` and close the connection, if there is one.
 
-    Blocks until that is done, at most `connect_timeout` seconds.  All that waits for that node
-    fails with NodeDown, here and there.  The next `send` connects anew.
+    Blocks until that is done, at most `connect_timeout` seconds.  On both nodes, all calls,
+    joins, links and monitors to the other fail with NodeDown.  The next `send` connects anew.
     Factor: disconnect.  Erlang: disconnect_node.
     """
     here = local_node()
@@ -4344,10 +4360,11 @@ def disconnect(node: NodeLike) -> None:
 class RemoteThread(_Handle):
     """A handle of a thread on some node, by id or registered name.  Factor: remote-thread.
 
-    `.node` is the node's address, `.id` the id or name.  Immutable.  One that a `Thread` was
-    pickled into equals that thread, on any node; a later run of its node refuses it.  One made
-    by hand equals one made by hand of the same node and id.  One that comes home stays a
-    RemoteThread; what is sent to it goes straight into its thread's mailbox, uncopied.
+    `.node` is the node's address, `.id` the id or name.  Handles are immutable.  A handle that
+    a `Thread` was pickled into equals that thread, on any node; a later run of its node refuses
+    the handle.  A handle made by hand equals one made by hand of the same node and id.  A
+    handle that comes home stays a RemoteThread, and messages to that handle go straight into
+    its thread's mailbox, uncopied.
     """
 
     __slots__ = ("_node", "_id", "_incarnation", "_send_header", "_connection",
@@ -4362,25 +4379,25 @@ class RemoteThread(_Handle):
         if node is not None:
             self._node = _parse_address_cached(node)
         if self._node is None and incarnation is None:
-            # A node that does not listen: nobody can dial it, but it may be this one.
+            # The node does not listen, so cannot be dialled, but may be this one.
             incarnation = getattr(node, "incarnation", None)
             if incarnation is None:
                 raise ValueError(f"not a node: {node!r}")
-        # Subclasses of int and str, such as those of Enum, may compare in ways of their own.
+        # An int or a str of a subclass, such as an Enum, may compare in a way of its own.
         self._id: int | str = int(id) if isinstance(id, int) else str.__str__(id)
         self._incarnation = incarnation
         self._identity = (incarnation or self._node, self._id)
         self._send_header = ("send", incarnation, self._id, None)
 
-        # The connection over which it was reached last.
+        # The connection over which a message to this thread was sent last.
         self._connection: _Connection | None = None
 
-        # The connection whose peer has named this thread; None if this process has.
+        # The connection over which this handle came; None if this process has made the handle.
         self._named_by: _Connection | None = _local.loading_from
 
     @property
     def node(self) -> Address | None:
-        """The address of the thread's node; None if that does not listen."""
+        """The address of the thread's node; None if that node does not listen."""
         return self._node
 
     @property
@@ -4391,7 +4408,7 @@ class RemoteThread(_Handle):
     def is_alive(self) -> bool:
         """Return whether the thread lives.  Blocks for one round trip; raises as `send` does.
 
-        Raises NodeDown if the node cannot be reached: then it is not known.
+        Raises NodeDown if the node cannot be reached, for then the answer is not known.
         """
         if self._is_local():
             with suppress(NoSuchThread):
@@ -4402,7 +4419,7 @@ class RemoteThread(_Handle):
     def join(self, timeout: float | None = None) -> bool:
         """Wait at most `timeout` seconds for the thread's end; return whether it has ended.
 
-        Raises NodeDown if contact with its node is lost, or cannot be made.
+        Raises NodeDown if contact with the thread's node is lost, or cannot be made.
         """
         deadline = _deadline(timeout)
         end = _Request(current_thread())
@@ -4426,7 +4443,7 @@ class RemoteThread(_Handle):
         if _faults.are_active or _observer.is_recording or _local.is_logging:
             self._send(message)
             return
-        # What follows is `_send` in its most frequent case, without its steps for others: so a
+        # The rest is `_send` in its most frequent case, without the steps for other cases: so a
         # flood is half as fast again.
         try:
             payload = pickle.dumps(message, 5)
@@ -4457,9 +4474,9 @@ class RemoteThread(_Handle):
             self._transmit(header, message, cause)
 
     def _reply(self, data: Any, tag: str, cause: _EventId | None) -> None:
-        """Answer a call of this thread's.
+        """Answer a call that this thread has made.
 
-        Raises SerializationError, or NodeDown: the caller cannot be reached, for any reason.
+        Raises SerializationError, or NodeDown if the caller cannot be reached, for any reason.
         A reply that is too large for the caller's node fails the call.
         """
         if self._is_local():
@@ -4474,16 +4491,17 @@ class RemoteThread(_Handle):
         except Exception as error:
             _record_lost(error, cause)
             raise
-        # The caller has its outcome, and need not hear of the called thread's end any more: see
+        # The call is over, so the caller need not hear of the called thread's end any more: see
         # `_Connection._find_and_watch`.
         _registry.remove_watcher(tag)
 
     def _connection_for_reply(self) -> _Connection:
         """Return a connection over which a reply comes to this thread.
 
-        A thread that another node has named is not dialled: its address may be made up, and
-        while a server waits for that, honest callers would wait for the server.  The node that
-        has passed the request on can pass on the reply: see `_Connection._pass_reply_on`.
+        If the handle came from another node, its address is not dialled.  The address may be
+        made up, and while a server waits for a dial, honest callers would wait for the server.
+        The node that passed the request on can pass on the reply: see
+        `_Connection._pass_reply_on`.
         """
         if self._connection is None or self._connection.closing:
             self._connection = local_node()._established_with(self._incarnation, self._node)
@@ -4498,7 +4516,7 @@ class RemoteThread(_Handle):
         try:
             return local_node()._connection_to(self._node, self._incarnation)
         except (ValueError, PermissionError) as error:
-            # For the caller's address another key would be needed.
+            # The caller's address needs another key than this node has.
             raise NodeUnreachable(str(error)) from error
 
     def _call(self, call: _PendingCall, message: Any, cause: _EventId | None) -> None:
@@ -4509,7 +4527,7 @@ class RemoteThread(_Handle):
         self._transmit(header, message, cause, call)
 
     def _watch(self, pending: _Pending) -> bool:
-        """Have `pending` told of the thread's end."""
+        """Have the thread's end reported to `pending`."""
         if self._is_local():
             return get_remote_thread(self._id)._watch(pending)
         header = ("monitor", self._incarnation, self._id, pending.tag, None)
@@ -4518,7 +4536,7 @@ class RemoteThread(_Handle):
 
     def _transmit(self, header: _Header, message: Any, cause: _EventId | None,
                   pending: _Pending | None = None) -> None:
-        """Send a copy of `message`; record it as lost if that cannot be done."""
+        """Send a copy of `message`; record the message as lost if that fails."""
         try:
             self._transmit_payload(header, serialize(message), pending)
         except Exception as error:
@@ -4527,7 +4545,7 @@ class RemoteThread(_Handle):
 
     def _transmit_payload(self, header: _Header, payload: bytes,
                           pending: _Pending | None = None) -> None:
-        """Send over the connection there is, or over a new one, if that closes untaken."""
+        """Send over the last connection, or, if that one closes, over a new one."""
         for _ in range(2):
             connection = self._connection
             if connection is None or connection.closing:
@@ -4535,7 +4553,7 @@ class RemoteThread(_Handle):
                 connection = local_node()._connection_to(self._node, self._incarnation)
                 self._connection = connection
             if pending:
-                # Set before it is sent, as contact may be lost at once.
+                # This precedes the sending, as contact may be lost at once.
                 pending.watched = connection.peer
             _check_size(len(payload), connection.max_outgoing)
             if _local.is_logging:
@@ -4549,7 +4567,7 @@ class RemoteThread(_Handle):
         """Return whether the thread is on this node."""
         connection = self._connection
         if connection is not None and not connection.closing:
-            # The most frequent case: it has been reached elsewhere.
+            # In the most frequent case, a connection has led to the thread before.
             return False
         if self._incarnation is not None:
             return self._incarnation == _own_incarnation
@@ -4566,7 +4584,7 @@ MAX_ID = (1 << 64) - 1
 
 
 def _check_id(id: object) -> None:
-    """Raise TypeError or ValueError for what is neither a thread's id nor a name."""
+    """Raise TypeError or ValueError if `id` is neither a thread's id nor a name."""
     if isinstance(id, str):
         _check_name(id)
     elif not isinstance(id, int) or isinstance(id, bool):
@@ -4576,14 +4594,14 @@ def _check_id(id: object) -> None:
 
 
 def _send_over(connection: _Connection, header: _Header, payload: bytes) -> bool:
-    """Send over that connection; return False if it closes and does not take the message."""
+    """Send over `connection`; return False if it closes without taking the message."""
     if _faults.are_active:
         return _faults.send(connection, header, payload)
     return connection.send(header, payload)
 
 
 def _record_lost(error: Exception, cause: _EventId | None) -> None:
-    """Record that what the calling thread sent, as the event `cause`, went nowhere."""
+    """Record the loss of the message that the calling thread sent as the event `cause`."""
     _observer.record(current_thread(), "lost", cause, why=_last_line(error))
 
 
@@ -4595,16 +4613,16 @@ def _check_size(size: int, limit: int) -> None:
 def register_remote_thread(thread: Thread, name: str | None = None) -> None:
     """Let other nodes reach `thread` by `name`, by default its own.  Never blocks.
 
-    Takes the name from the thread that had it; the thread's end frees it.  A thread may have
-    several.  Raises TypeError unless `thread` is of this node, NoSuchThread if it has ended.
-    Factor: register-remote-thread.  Erlang: register.
+    Takes the name from any earlier owner; the thread's end frees the name.  A thread may have
+    several names.  Raises TypeError unless `thread` is of this node, NoSuchThread if the thread
+    has ended.  Factor: register-remote-thread.  Erlang: register.
     """
     if not isinstance(thread, Thread) or thread._remote:
         raise TypeError(f"only a thread of this node can get a name: not {thread!r:.100}")
     if name is None:
         name = thread.name
     _check_name(name)
-    # A subclass of str, such as an Enum's, may be hashed in a way of its own.
+    # A str of a subclass, such as an Enum, may be hashed in a way of its own.
     _registry.register(str.__str__(name), thread)
 
 
@@ -4620,9 +4638,9 @@ def unregister_remote_thread(name: str) -> None:
 
 
 def get_remote_thread(name_or_id: int | str) -> Thread:
-    """Return the thread of this node that others reach so.  Never blocks.  Raises NoSuchThread.
+    """Return the thread of this node by its registered name or its id.  Never blocks.
 
-    Factor: get-remote-thread.  Erlang: whereis.
+    Raises NoSuchThread.  Factor: get-remote-thread.  Erlang: whereis.
     """
     if isinstance(name_or_id, str):
         thread = _registry.by_name.get(name_or_id)
@@ -4636,12 +4654,12 @@ def get_remote_thread(name_or_id: int | str) -> Thread:
 
 
 def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
-    """Return the error, which names registered names that are near."""
+    """Return the error, which suggests registered names: similar ones, or any."""
     from difflib import get_close_matches
 
     if not isinstance(name_or_id, str):
         return NoSuchThread(f"no living thread has the id {name_or_id!r:.{MAX_NAME}}")
-    # The longest name that can be registered is shorter than this: the rest is like none.
+    # Registered names are shorter than this, so the rest of the text matches none of them.
     wanted = name_or_id[:MAX_NAME + 1]
     names = sorted(_registry.by_name.copy())
     near = get_close_matches(wanted, names, cutoff=0.5) or names[:5]
@@ -4653,7 +4671,7 @@ def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
 
 def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _PendingLink | None,
               event: _EventId | None) -> Handle:
-    """Start a thread on another node, or on this one if that is meant."""
+    """Start a thread on `node`, which may be this node."""
     if _is_this_node(node):
         return _spawn_here(request, link, event)
     tag = None
@@ -4668,7 +4686,7 @@ def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _PendingLink | None,
 
 
 def _watch_node(pending: _Pending, node: Any) -> None:
-    """Have `pending` fail when contact with `node` is lost; never, if it is this one."""
+    """Have `pending` fail when contact with `node` is lost; never, if that is this node."""
     if not _is_this_node(node):
         connection = local_node()._connection_to(_parse_address(node), None)
         _fail_when_lost(pending, connection.peer.incarnation)
@@ -4681,11 +4699,11 @@ def _fail_when_lost(pending: _Pending, incarnation: int | None) -> None:
         _pending.fail(pending.tag, _Failure(NodeDown("contact was lost at once")))
 
 
-######## Requests: what nodes ask of each other
+######## Requests: services of one node to another
 
 
 class _Request(_PendingCall):
-    """A thread waits for what it has asked of a node.  Traces do not show it."""
+    """A thread's wait for the answer to a request.  Traces do not show these."""
 
     def _record(self, outcome: Any, cause: _EventId | None) -> None:
         pass
@@ -4693,9 +4711,9 @@ class _Request(_PendingCall):
 
 def _call_node(target: Any, request: tuple[Any, ...], timeout: float | None = None,
                cause: _EventId | None = None) -> Any:
-    """Have a node, or the node of a thread, do something; return its answer, or raise that."""
+    """Have a node, or the node of a thread, do something; return or raise its answer."""
     if not isinstance(target, RemoteThread):
-        # Only the address is used; no thread is meant.
+        # The handle holds the address alone, and its id is of no use.
         target = RemoteThread(target, "node")
     call = _Request(current_thread())
     try:
@@ -4711,7 +4729,7 @@ def _call_node(target: Any, request: tuple[Any, ...], timeout: float | None = No
 
 
 def _serve_requests(connection: _Connection, requests: Mailbox) -> None:
-    """The thread that does what the peer asks of this node; it ends with the connection."""
+    """Be the thread that serves the peer's requests, until the end of the connection."""
     _local.loading_from = connection
     while True:
         request = requests.get()
@@ -4733,7 +4751,7 @@ def _serve_requests(connection: _Connection, requests: Mailbox) -> None:
 
 
 def _pickled_error(error: BaseException) -> bytes:
-    """Return an error for the peer to raise; a RemoteError if it cannot be pickled."""
+    """Return `error`, pickled, for the peer to raise; a RemoteError if that fails."""
     try:
         return serialize(error)
     except SerializationError:
@@ -4741,7 +4759,7 @@ def _pickled_error(error: BaseException) -> bytes:
 
 
 def _do_request(connection: _Connection, request: Any, cause: _EventId | None) -> Any:
-    """Do one thing that the peer asks for.  Erlang: net_kernel."""
+    """Serve one request of the peer's.  Erlang: net_kernel."""
     match request:
         case ("ps",):
             return [_thread_info(thread) for thread in threads().values()]
@@ -4763,7 +4781,7 @@ def _do_request(connection: _Connection, request: Any, cause: _EventId | None) -
 
 
 def _thread_info(thread: Thread) -> tuple[Any, ...]:
-    """Return what `ps` shows: id, name, registered names, unread messages, age, activity."""
+    """Return id, name, registered names, unread messages, age and activity, for `ps`."""
     names = " ".join(thread._registered_names)
     unread = len(thread._mailbox._snapshot())
     age = monotonic() - thread._started_at
@@ -4771,7 +4789,7 @@ def _thread_info(thread: Thread) -> tuple[Any, ...]:
 
 
 def _current_call(thread: Thread) -> str:
-    """Return which public function of this module a thread is in, and where it was called."""
+    """Return the public function of this module that a thread is in, and its call's place."""
     call = "running"
     frame = sys._current_frames().get(thread._os_ident or 0)
     while frame and frame.f_code.co_filename == _current_call.__code__.co_filename:
@@ -4783,18 +4801,20 @@ def _current_call(thread: Thread) -> str:
     return f"{call} at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
-######## Losses: messages that nobody could take, and who hears of them
+######## Losses: messages that nobody could take, and their reports
 
-LOG_INTERVAL = 1.0  # seconds between two lines about the same
-MAX_LOG_KEYS = 1000  # targets remembered at once
-MAX_UNLOGGED = 1000  # lines that wait for a handler
+# The seconds between two lines about the same target; the most targets remembered at once, and
+# the most lines that wait for a handler.
+LOG_INTERVAL = 1.0
+MAX_LOG_KEYS = 1000
+MAX_UNLOGGED = 1000
 
 
 def _log(level: str, text: str, *about: Any) -> None:
     """Log a line; a handler of the user's may take long, or send.
 
-    Threads for which others wait leave that to a thread of its own.  A handler that forwards
-    lines through a node must not cause new ones: what it does is not logged.
+    A thread for which others wait leaves the line to the log thread.  A handler that forwards
+    lines through a node must not cause new lines, so nothing that a handler does is logged.
     """
     if _local.is_logging:
         return
@@ -4807,14 +4827,14 @@ def _log(level: str, text: str, *about: Any) -> None:
 def _emit(level: str, text: str, *about: Any) -> None:
     _local.is_logging = True
     try:
-        # Without descriptors, not even this can be imported.
+        # Even this import fails if the process has no more descriptors.
         import logging
 
         logging.getLogger("distconc").log(getattr(logging, level), text, *about)
     except OSError:
         pass
     except Exception as error:
-        # A handler has failed, which must not fail a send.
+        # The failure of a handler must not fail a send.
         _print_failure(error)
     finally:
         _local.is_logging = False
@@ -4823,11 +4843,12 @@ def _emit(level: str, text: str, *about: Any) -> None:
 class _LogThread:
     """Logs lines in a thread that runs while there are any.
 
-    A handler may hold it up for ever, so what waits is bounded: further lines are dropped.
+    A handler may hold up the thread for ever, so the waiting lines are bounded: further lines
+    are dropped.
     """
 
     def __init__(self) -> None:
-        # Guards these two.
+        # Guards the lines and the flag.
         self._lock = _Lock()
         self._lines: deque[tuple[Any, ...]] = deque()
         self._is_running = False
@@ -4843,7 +4864,7 @@ class _LogThread:
             try:
                 _start_daemon("log", self._run)
             except RuntimeError:
-                # There are no more threads; the next line tries again.
+                # The process can have no more threads.  The next line tries again.
                 self._is_running = False
 
     def _run(self) -> None:
@@ -4860,7 +4881,7 @@ _log_thread = _LogThread()
 
 
 class _Line:
-    """What a _LimitedLog has not said yet about one thing."""
+    """The events about one key that a _LimitedLog has not logged yet."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -4868,7 +4889,7 @@ class _Line:
         self.last_time = 0.0
 
     def say(self, key: str) -> tuple[int, str, str, str]:
-        """Return the line's fields: how many there were since the last, of whom, and why."""
+        """Return the line's fields: the number of events since the last line, key, reason."""
         plural = "s"
         if self.count == 1:
             plural = ""
@@ -4879,9 +4900,9 @@ class _Line:
 
 
 class _LimitedLog:
-    """Logs the first of many events at once, later ones at most once a second.
+    """Logs the first of many events about a key at once, later ones at most once a second.
 
-    Each line says how many there were since the last.
+    Each line has the number of events since the last line.
     """
 
     def __init__(self, text: str, level: str = "WARNING") -> None:
@@ -4891,7 +4912,7 @@ class _LimitedLog:
 
     def forget(self) -> None:
         """Begin anew, as in the child of a fork."""
-        # Guards the two tables.
+        # Guards the two tables below.
         self._lock = _Lock()
         self._lines: dict[str, _Line] = {}
         self._muted: set[str] = set()
@@ -4915,24 +4936,24 @@ class _LimitedLog:
         return [line.say(key) for key, line in self._lines.items() if line.count]
 
     def _write(self, due: list[tuple[int, str, str, str]]) -> None:
-        """Log lines; the lock is not held, for handlers are the user's code."""
+        """Log lines, without holding the lock, for handlers are the user's code."""
         for fields in due:
             _log(self._level, self._text, *fields)
 
     def flush(self) -> None:
-        """Log what has not been said yet."""
+        """Log all events that have not been logged yet."""
         with self._lock:
             due = self._take_unsaid()
         self._write(due)
 
     def mute(self, key: str) -> None:
-        """Log nothing about `key`: a logging handler sends there."""
+        """Log nothing about `key`, to which a logging handler sends."""
         with self._lock:
             self._muted.add(key)
 
 
 class _Losses(_LimitedLog):
-    """Counts and logs messages of this node's that nobody could take."""
+    """Counts and logs messages from this node that nobody could take."""
 
     def add(self, key: str, why: object, count: int, cause: _EventId | None = None) -> None:
         local_node()._count("lost", count)
@@ -4941,9 +4962,9 @@ class _Losses(_LimitedLog):
 
 
 def _log_stranger(host: str, why: BaseException) -> None:
-    """Log that somebody knocked, and was not let in.
+    """Log that a stranger was not let in.
 
-    All of them share a line, as there may be as many hosts as attempts.
+    All strangers share a line, as there may be as many hosts as attempts.
     """
     where = host or "this machine"
     if isinstance(why, AuthenticationError):
@@ -4962,7 +4983,7 @@ _noise = _LimitedLog("%d stranger%s without a key %s; the last came from %s", "I
 
 PRINTER_TIMEOUT = 1.0  # seconds
 CHILD_END_TIMEOUT = 10.0  # seconds
-# The most that a pipe holds, where nobody has asked for more.
+# The most that a pipe holds by default.
 PIPE_CAPACITY = 65536  # bytes
 
 # (name in sys.flags) -> (letter on the command line)
@@ -4979,19 +5000,19 @@ INTERPRETER_FLAGS = {
     "debug": "-d",
 }
 
-# The directory of this process's start: what "" in sys.path means to its child.
+# The directory of this process's start.  For its child, "" in sys.path means this directory.
 try:
     _start_directory = os.getcwd()
 except OSError:
-    # It has been deleted.
+    # The directory has been deleted.
     _start_directory = ""
 
 
 class ChildNode(AbstractContextManager["ChildNode"]):
-    """A node in a process of its own, made by `spawn_node`; it ends with its parent.
+    """A node in a process of its own, made by `spawn_node`, which ends with its parent.
 
-    `.address` is where its node listens, `.pid` the number of its process.  As a context
-    manager, leaving it stops the child.
+    `.address` is the address of the node, `.pid` the number of its process.  A `with` block of
+    a child stops the child at its end.
 
     Two pipes join the parent and the child.  The control pipe goes both ways:
 
@@ -5002,9 +5023,9 @@ class ChildNode(AbstractContextManager["ChildNode"]):
         end of file, when the parent ends -> stops its node and ends
                    <- end of file, when the child ends
 
-    Nothing else is ever written to it, and only these two processes hold it: so its end is the
-    end of the other process, however that came.  The output pipe is the child's standard
-    output.  Its standard input is empty, its standard error the parent's.
+    Nothing else is ever written to this pipe, and only these two processes hold its ends: so an
+    end of file always means the end of the other process.  The output pipe is the child's
+    standard output.  The child's standard input is empty, its standard error the parent's.
 
     In the parent, a thread for each child, the printer, reads both pipes until the child has
     ended.  In the child, the main thread starts the node, answers, and waits; a thread, the
@@ -5012,20 +5033,21 @@ class ChildNode(AbstractContextManager["ChildNode"]):
     """
 
     def __init__(self, process: "subprocess.Popen[bytes]", control: Connection) -> None:
-        self.address: Address = ""  # not known before it has answered
+        # Not known before the child has answered.
+        self.address: Address = ""
         self.pid = process.pid
         self._process = process
         self._control = control
-        # Held while the control pipe is written to or closed, so that "stop" is never written
-        # to a descriptor that has become another file's.
+        # Held while the control pipe is written to or closed, so that "stop" never goes to
+        # another file that has got the pipe's old number.
         self._control_lock = _Lock()
-        # The child's answer, or None if it has ended without one.
+        # The child's answer, then None when the child has ended.
         self._answers = Mailbox()
         # The printer keeps this object: a child whose handle is dropped lives on.
         self._printer = _start_daemon("printer", self._read_pipes)
 
     def _start_node(self, orders: bytes) -> None:
-        """Have the child start its node as ordered; raise its error if it cannot."""
+        """Have the child start its node as ordered; raise the child's error if that fails."""
         self._tell(orders)
         answer = self._answers.get()
         if answer is None:
@@ -5044,8 +5066,8 @@ class ChildNode(AbstractContextManager["ChildNode"]):
     def stop(self, timeout: float = 5.0) -> None:
         """Have the child stop its node and end; after `timeout` seconds, kill it.
 
-        Blocks until the process has ended and what it printed has come out.  Does nothing to a
-        child that has ended.  Erlang: peer:stop.
+        Blocks until the process has ended, and its output has come out; for that, a second at
+        most.  Does nothing to a child that has ended.  Erlang: peer:stop.
         """
         deadline = _bounded_deadline(timeout)
         self._tell(b"stop")
@@ -5054,7 +5076,7 @@ class ChildNode(AbstractContextManager["ChildNode"]):
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        # An output that cannot be written to may hold up the printer, not us.
+        # An output that takes no text may hold up the printer for ever, but not this thread.
         self._printer.join(PRINTER_TIMEOUT)
 
     def kill(self) -> None:
@@ -5079,10 +5101,11 @@ class ChildNode(AbstractContextManager["ChildNode"]):
             _tell_process(self._control, message)
 
     def _read_pipes(self) -> None:
-        """The printer: print what the child prints, and pass its answer on, until it has ended.
+        """Be the printer: print the child's output, and pass on its answer, until its end.
 
-        What the child printed before it answered, or ended, is printed before that.  What a
-        process that it left behind may print later, on the same pipe, is not waited for.
+        Output that precedes the child's answer, or its end, is printed before that.  Processes
+        that the child left behind may print to the same pipe later; the printer does not wait
+        for their output.
         """
         lines = _LinePrinter()
         pipes: list[Any] = [self._control]
@@ -5090,8 +5113,8 @@ class ChildNode(AbstractContextManager["ChildNode"]):
         if output is not None:
             pipes.append(output)
         while True:
-            # The control pipe is looked at first: where that has something, all that the child
-            # printed before is in the output pipe.
+            # `wait` looks at the control pipe first.  If an answer is there, all earlier output
+            # of the child is in the output pipe already.
             ready: list[Any] = wait(pipes)
             if output is not None and output in ready:
                 data = os.read(output.fileno(), PIPE_CAPACITY)
@@ -5112,7 +5135,7 @@ class ChildNode(AbstractContextManager["ChildNode"]):
 
 
 class _LinePrinter:
-    """Prints what comes from a child in whole lines, as others print to the same place."""
+    """Prints a child's output in whole lines, as others print to the same place."""
 
     def __init__(self) -> None:
         self._unfinished_line = bytearray()
@@ -5125,7 +5148,7 @@ class _LinePrinter:
             _print_text(lines + newline)
 
     def print_rest(self) -> None:
-        """Print what is left, though its line has no end."""
+        """Print the last line, which has no end."""
         if self._unfinished_line:
             _print_text(self._unfinished_line)
 
@@ -5136,8 +5159,8 @@ def _print_text(data: bytearray) -> None:
     if stream is None:
         return
     text = data.decode("utf-8", "backslashreplace")
-    # A stream of the program's may raise anything, but the child must not come to stand still
-    # because nobody empties its pipe.
+    # A stream of the program's may raise anything.  Still the printer must go on to empty the
+    # pipe, or the child would come to stand still.
     with suppress(Exception):
         encoding = stream.encoding or "utf-8"
         text = text.encode(encoding, "backslashreplace").decode(encoding)
@@ -5146,16 +5169,16 @@ def _print_text(data: bytearray) -> None:
 
 
 def spawn_node(address: NodeLike = 0, **options: Any) -> ChildNode:
-    """Start a node in a new Python process, with `start_node`'s options; return it.
+    """Start a node in a new Python process, with `start_node`'s options; return a ChildNode.
 
-    Blocks until it listens.  The process gets this one's key, trace, `sys.path` and interpreter
-    flags.  Its standard input is empty; what it prints comes out where this process prints.  It
-    ends when this one does, however that is; its `atexit` handlers run then, for 10 seconds at
-    most, but its threads are not waited for.
+    Blocks until the node listens.  The new process gets this one's key, trace, `sys.path` and
+    interpreter flags.  Its standard input is empty, and its output comes out where this process
+    prints.  The child ends when this process does, for any reason; then the child's `atexit`
+    handlers run, for 10 seconds at most, but its threads are not waited for.
 
-    Raises what `start_node` raises there; SerializationError if the options cannot be sent
-    there, or cannot be read there; RuntimeError if the process cannot be started, or ends
-    before its node listens.  No process is left then.  Erlang: peer:start.
+    Raises the errors of `start_node` there; SerializationError if the options cannot be sent to
+    the child, or read there; RuntimeError if the process cannot be started, or ends before its
+    node listens.  Then no process is left.  Erlang: peer:start.
     """
     orders = _pack_options(address, options)
     control, child_end = _open_control_pipe()
@@ -5192,8 +5215,8 @@ def _pack_options(address: NodeLike, options: dict[str, Any]) -> bytes:
 def _open_control_pipe() -> tuple[Connection, Connection]:
     """Return the parent's and the child's end of a new control pipe."""
     control, child_end = Pipe()
-    # Where this process has closed its standard streams, their numbers are given to new pipes;
-    # but in the child they are those of the standard streams again.
+    # Where this process has closed its standard streams, new pipes get their numbers.  But in
+    # the child these numbers belong to the standard streams again.
     if sys.platform != "win32" and child_end.fileno() <= 2:
         with child_end:
             number = fcntl.fcntl(child_end.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
@@ -5204,7 +5227,7 @@ def _open_control_pipe() -> tuple[Connection, Connection]:
 
 
 def _start_interpreter(child_end: Connection) -> "subprocess.Popen[bytes]":
-    """Start the Python that runs `_child_main`; only it inherits `child_end`."""
+    """Start the Python that runs `_child_main`, the only process to inherit `child_end`."""
     number = child_end.fileno()
     arguments = [sys.executable or "", *_interpreter_flags(), "-c", _boot_program(number)]
     settings: dict[str, Any] = {
@@ -5213,13 +5236,13 @@ def _start_interpreter(child_end: Connection) -> "subprocess.Popen[bytes]":
         "bufsize": 0,
     }
     if sys.__stderr__ is None:
-        # Its number may be that of a socket by now.
+        # The number of the standard error may be that of a socket by now.
         settings["stderr"] = subprocess.DEVNULL
-    # Ctrl-C at the terminal is for the parent, which may catch it and go on: the child is in a
-    # session, or on Windows in a process group, of its own.
+    # Ctrl-C at the terminal is for the parent, which may catch that and go on.  So the child is
+    # in a session, or on Windows in a process group, of its own.
     if sys.platform == "win32":
-        # There nobody can wait for two pipes at once, of which one is a plain one: the child
-        # writes to the parent's own standard output.
+        # A thread cannot wait for a Connection and a plain pipe at once on Windows.  So the
+        # child writes to the parent's own standard output.
         os.set_handle_inheritable(number, True)
         inherited = {"handle_list": [number]}
         settings["startupinfo"] = subprocess.STARTUPINFO(lpAttributeList=inherited)
@@ -5241,7 +5264,7 @@ def _start_interpreter(child_end: Connection) -> "subprocess.Popen[bytes]":
 
 
 def _interpreter_flags() -> list[str]:
-    """Return the command line's flags that this Python was started with."""
+    """Return the command-line flags that this Python was started with."""
     flags = []
     for name, flag in INTERPRETER_FLAGS.items():
         # A flag may be given more than once, as in -OO; -P is unknown to 3.10.
@@ -5258,10 +5281,10 @@ def _interpreter_flags() -> list[str]:
 
 
 def _boot_program(number: int) -> str:
-    """Return what the new Python runs: it takes over `sys.path`, then this module.
+    """Return the program of the new Python, which sets `sys.path` and imports this module.
 
-    Python puts "", its working directory, before all else in `sys.path`.  So the path is
-    replaced before anything is imported that is not built in.
+    Python puts "", its working directory, before all else in `sys.path`.  So the program
+    replaces the path before the first import of a module that is not built in.
     """
     search_path = []
     for entry in sys.path:
@@ -5269,7 +5292,7 @@ def _boot_program(number: int) -> str:
             entry = _start_directory
         if isinstance(entry, str):
             search_path.append(entry)
-    # The name of a copy need not be one that an import statement takes.
+    # An import statement does not take every name that a copy of this file may have.
     return (
         f"import sys; sys.path[:] = {ascii(search_path)}; from importlib import import_module; "
         f"import_module({ascii(__name__)})._child_main({number})"
@@ -5277,9 +5300,9 @@ def _boot_program(number: int) -> str:
 
 
 def _tell_process(control: Connection, message: bytes) -> None:
-    """Send `message`, if there is still somebody to read it.
+    """Send `message` to the other process, which may have ended.
 
-    Its loss is no error: the end of the control pipe tells of the same.
+    The loss of the message is no error, as the end of the control pipe tells enough.
     """
     with suppress(OSError), _without_broken_pipe_signal():
         control.send_bytes(message)
@@ -5289,9 +5312,9 @@ def _tell_process(control: Connection, message: bytes) -> None:
 def _without_broken_pipe_signal() -> Iterator[None]:
     """Let a write to a process or a peer that has gone raise BrokenPipeError, and no more.
 
-    Python ignores SIGPIPE, but a program may have set it to its default, which is to kill this
-    process.  The signal goes to the thread that writes.  So that thread blocks it, and takes
-    it, if it has come, before it lets it in again.
+    Python ignores SIGPIPE, but a program may have restored the default, by which the signal
+    kills this process.  The signal goes to the thread that writes.  So the thread blocks the
+    signal while writing, and takes any that has come before the block ends.
     """
     if sys.platform == "win32":
         yield
@@ -5307,14 +5330,14 @@ def _without_broken_pipe_signal() -> Iterator[None]:
 
 
 def _child_main(number: int) -> None:
-    """Be the process of a `ChildNode`, whose end of the control pipe has this number.
+    """Be the process of a `ChildNode`; `number` is that of its end of the control pipe.
 
     Never returns.  The main thread waits where signal handlers can run.
     """
     control = _inherit_control_pipe(number)
     _print_in_utf8()
-    # Registered first, so called after the handlers of the program, but before those of this
-    # module and of multiprocessing.
+    # The handler is registered before those of the program, so called after them, but before
+    # those of this module and of multiprocessing.
     atexit.register(_end_child_processes)
     parent_ended = threading.Event()
     try:
@@ -5323,7 +5346,7 @@ def _child_main(number: int) -> None:
         _tell_process(control, _start_as_ordered(orders))
         parent_ended.wait()
     except (EOFError, KeyboardInterrupt):
-        # The parent has ended already, or somebody interrupts the child.
+        # The parent has ended already, or a signal interrupts the child.
         pass
     except BaseException as error:
         _print_failure(error)
@@ -5332,7 +5355,7 @@ def _child_main(number: int) -> None:
 
 
 def _inherit_control_pipe(number: int) -> Connection:
-    """Return the child's end of the control pipe, which no further process gets."""
+    """Return the child's end of the control pipe, which no further process inherits."""
     if sys.platform == "win32":
         os.set_handle_inheritable(number, False)
         control = PipeConnection(number)
@@ -5344,9 +5367,9 @@ def _inherit_control_pipe(number: int) -> Connection:
 
 
 def _print_in_utf8() -> None:
-    """Have `print` write whole lines in UTF-8, which is what the parent reads.
+    """Have `print` write whole lines in UTF-8, as the parent reads them.
 
-    On Windows the child has the parent's own output, whose encoding it keeps.
+    On Windows the child keeps the encoding of its output, which is the parent's own.
     """
     encoding = None
     if sys.platform != "win32":
@@ -5357,7 +5380,7 @@ def _print_in_utf8() -> None:
 
 
 def _start_as_ordered(orders: bytes) -> bytes:
-    """Start the node with the pickled options; return its address, or the error, pickled."""
+    """Start the node with the pickled options; return the address or the error, pickled."""
     try:
         options = pickle.loads(orders)
     except Exception as error:
@@ -5371,10 +5394,10 @@ def _start_as_ordered(orders: bytes) -> bytes:
 
 
 def _watch_parent(control: Connection, parent_ended: threading.Event) -> None:
-    """The watcher: wait for the parent's word, or its end; see that this process ends.
+    """Be the watcher: wait for the parent's word or end; see that this process ends.
 
-    The main thread does that well, if nothing holds it up: neither a handler of `atexit` nor a
-    module that is still being imported.
+    The main thread ends the process.  If a handler of `atexit`, or a module that is still being
+    imported, holds up that thread, the watcher ends the process after CHILD_END_TIMEOUT.
     """
     with suppress(EOFError, OSError):
         control.recv_bytes()
@@ -5384,7 +5407,7 @@ def _watch_parent(control: Connection, parent_ended: threading.Event) -> None:
 
 
 def _end_child_processes() -> None:
-    """End what multiprocessing has started here: it would wait for that, however long."""
+    """End the children of multiprocessing here, which would wait for them, however long."""
     from multiprocessing import active_children
 
     for process in active_children():
@@ -5394,9 +5417,9 @@ def _end_child_processes() -> None:
 def _end_process() -> None:
     """Call the handlers of `atexit`, and end, though other threads, or a pool's, still run.
 
-    An interpreter that returns from its main thread would wait for these first, however long
-    they run.  Python's own multiprocessing ends its forks like this since 3.13, with the same
-    function, which is not documented.
+    An interpreter that returns from its main thread would first wait for those threads, however
+    long they run.  Since 3.13 Python's own multiprocessing ends its forks like this, with the
+    same function, which is not documented.
     """
     try:
         atexit._run_exitfuncs()
@@ -5408,7 +5431,7 @@ def _end_process() -> None:
 
 
 def _exit_after(seconds: float) -> None:
-    """End this process after so many seconds, whatever its other threads do."""
+    """End this process after so many seconds, without regard to its other threads."""
     sleep(seconds)
     os._exit(1)
 
@@ -5417,10 +5440,10 @@ def _exit_after(seconds: float) -> None:
 
 
 def _after_fork() -> None:
-    """In the child: leave the parent its connections, and make all tables anew.
+    """Leave the parent its connections, and make all tables anew, in the child of a fork.
 
-    Locks may be held by threads that do not exist here, so all are made anew, too.  Handles of
-    the parent's threads denote these still, reached as from any other process.
+    Threads that do not exist in the child may hold locks, so all locks are made anew, too.
+    Handles of the parent's threads still denote these, and send to them over a connection.
     """
     global _own_incarnation
     parent = _process.node
@@ -5439,7 +5462,7 @@ def _after_fork() -> None:
     for log in (_losses, _wrong_keys, _noise):
         log.forget()
     if parent is not None:
-        # It dials with the parent's key, and lets in what the parent lets in.
+        # The child dials with the parent's key, and allows as much as the parent.
         child = local_node()
         child._set_options(parent._key, parent._allow, parent._heartbeat,
                            parent._connect_timeout, parent._max_message)
@@ -5448,7 +5471,7 @@ def _after_fork() -> None:
 
 
 def _leave_descriptors(parent: Node | None) -> None:
-    """Close what only the parent uses, and have handles dial anew."""
+    """Close all descriptors that only the parent uses, and have handles dial anew."""
     for descriptor in _close_after_fork.copy():
         with suppress(OSError):
             descriptor.close()
@@ -5461,9 +5484,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-# The key is inherited as multiprocessing's own `authkey` is: in a dictionary that each new
-# process gets a copy of, under every start method.  So a pool's workers have it as well, to
-# which handles come in messages only.  The dictionary is not documented, nor are the
+# A child inherits the key as multiprocessing's own `authkey`: in a dictionary of which each new
+# process gets a copy, under every start method.  So the workers of a pool, to which handles
+# come in messages only, have the key as well.  The dictionary is not documented, nor are the
 # finalizers below; both have been there since Python 2.6.
 KEY_ENTRY = "distconc authkey"
 
@@ -5471,7 +5494,7 @@ KEY_ENTRY = "distconc authkey"
 def _pass_on_key(key: bytes | str | None) -> None:
     """Have the processes that multiprocessing starts from now on inherit the key.
 
-    None takes back what an earlier node of this process was given, but not what was inherited.
+    None takes back the key of an earlier node of this process, but not an inherited key.
     """
     config: dict[str, Any] = current_process()._config  # type: ignore[attr-defined]
     if key is not None:
@@ -5491,8 +5514,9 @@ def _inherited_key() -> bytes | str | None:
 def _end_with_multiprocessing() -> None:
     """Stop the node at the end of a process that multiprocessing started.
 
-    Such a process ends without `atexit`, but for its own finalizers.  These come before the
-    interpreter waits for the threads that are no daemons, which may still send.
+    Such a process calls its finalizers at its end, but no handlers of `atexit`.  The finalizers
+    come before the interpreter waits for threads that are no daemons, which may still send; so
+    this function waits for them first.
     """
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.current_thread():
@@ -5506,8 +5530,8 @@ def _stop_when_process_ends(_: object = None) -> None:
     util.Finalize(None, _end_with_multiprocessing, exitpriority=-100)
 
 
-# A new process forgets all finalizers, and then calls what is registered here; but one that
-# imports this file only later has forgotten them already.
+# A new process forgets all finalizers, and then calls the functions that are registered here.
+# A process that imports this file later is past that point, and calls the function itself.
 util.register_after_fork(_stop_when_process_ends, _stop_when_process_ends)
 if parent_process() is not None:
     _stop_when_process_ends()
@@ -5518,10 +5542,10 @@ if parent_process() is not None:
 
 
 class _Faults:
-    """The faults that are entered."""
+    """The entered faults of this process."""
 
     def __init__(self) -> None:
-        # Changed as a whole, so that it can be read without a lock.
+        # The tuple is replaced as a whole, so that threads can read it without a lock.
         self._entered: tuple[faults, ...] = ()
         self.are_active = False
 
@@ -5531,7 +5555,7 @@ class _Faults:
 
     def leave(self, fault: "faults") -> None:
         entered = list(self._entered)
-        # After a fork, it is not there.
+        # In the child of a fork, the fault is not there.
         if fault in entered:
             entered.remove(fault)
         self._entered = tuple(entered)
@@ -5545,12 +5569,12 @@ class _Faults:
         return None
 
     def cut_off(self, addresses: Iterable[Address | None]) -> bool:
-        """Return whether nothing at all goes to the node of these addresses."""
+        """Return whether a fault cuts off the node of these addresses."""
         fault = self.concerning(addresses)
         return fault is not None and fault._drop >= 1
 
     def send(self, connection: _Connection, header: _Header, payload: bytes) -> bool:
-        """Send a message as `_Connection.send` does, but made worse."""
+        """Send a message as `_Connection.send` does, but with the faults of its peer."""
         fault = self.concerning(connection.addresses)
         if fault is None:
             return connection.send(header, payload)
@@ -5561,16 +5585,17 @@ _faults = _Faults()
 
 
 class faults:
-    """While it is entered, make worse what this node sends to others.
+    """Lose, repeat or delay messages of this node to others, during a `with` block.
 
     Each message is lost with the probability `drop`, sent twice with the probability
-    `duplicate`, and held up for up to `delay` seconds, in order: those that wait go together.
-    `seed` makes the same of the same messages from one thread.  `to` is the node it concerns
-    (None: all); of several that concern one, the last entered counts.  `drop=1` cuts the node
-    off, on this side: nothing goes there, heartbeats included, nor can it be dialled or dial
-    this one; so each takes the other for lost.  Nobody is told of a dropped message; what is
-    still held up goes out when the fault is left, or when it is too much (2,000 messages for a
-    node).  Entering and leaving never block.  Raises ValueError for what is no probability.
+    `duplicate`, and held up for up to `delay` seconds, in order: waiting messages go together.
+    `seed` has the same messages from one thread suffer the same faults.  `to` is the node that
+    suffers them (None: all); of several faults for one node, the last entered counts.  `drop=1`
+    cuts the node off, on this side: nothing goes there, heartbeats included, and neither node
+    can dial the other; so each takes the other for lost.  Nobody is told of a dropped message.
+    Messages that are still held up go out when the fault is left, or when they are too many
+    (2,000 for a node).  Entering and leaving never block.  Raises ValueError for a number that
+    is no probability.
     """
 
     def __init__(self, *, to: NodeLike | None = None, drop: float = 0, delay: float = 0,
@@ -5605,7 +5630,7 @@ class faults:
                 connection._work.wake_all()
 
     def _send(self, connection: _Connection, header: _Header, payload: bytes) -> bool:
-        """Send a message, or not, or twice; a delayed one waits in the outbox, so in order."""
+        """Send a message once, twice or never; a delayed one waits in the outbox, in order."""
         drop = self._random.random()
         duplicate = self._random.random()
         delay = self._random.random()
@@ -5628,23 +5653,28 @@ class faults:
 
 ######## Traces: trace
 
-MAX_CLOCK_JUMP = 1 << 32  # how far the cause of an event may be ahead of all our clocks
+# The most by which the cause of an event may be ahead of all clocks of this process.
+MAX_CLOCK_JUMP = 1 << 32
 
 
 class _Recorder(_Observer):
     """Records events in a file of this process's own, if `trace` was called.
 
-    The clock of a thread counts its events, and jumps ahead of the cause of each: so it is
-    greater in all that comes of an event than in the event.  Lamport 1978.
+    The clock of a thread counts its events, and jumps ahead of the cause of each.  So every
+    effect of an event has a greater clock than the event.  Lamport 1978.
     """
 
     def __init__(self) -> None:
         # Guards the clocks and the file: an event's clock and its line are one step.
         self._lock = _Lock()
-        self._clocks: dict[int, int] = {}  # thread's id -> clock; 0 is the node
-        self._latest_clock = 0  # the greatest of them
+
+        # The id of the node itself is 0.
+        self._clocks: dict[int, int] = {}  # thread's id -> clock
+        self._latest_clock = 0
+
+        # Without a trace, the descriptor is -1, and the directory is "".
         self._descriptor = -1
-        self.directory = ""  # "" while nothing is recorded
+        self.directory = ""
         self.is_recording = False
 
     def start(self, directory: str) -> None:
@@ -5700,9 +5730,10 @@ class _Recorder(_Observer):
                 return None
             earlier = [self._clocks.get(thread_id, 0)]
             if thread_id == 0:
-                # The node's own events come after all that its threads did.
+                # An event of the node's comes after all earlier events of its threads.
                 earlier.extend(self._clocks.values())
-            # No event is so far ahead.  A peer that says so would push our clocks to the end.
+            # No real event is further ahead.  A false clock would push this process's clocks to
+            # their end.
             if cause and cause[2] <= self._latest_clock + MAX_CLOCK_JUMP:
                 earlier.append(cause[2])
                 about["cause"] = cause
@@ -5737,15 +5768,16 @@ _observer = _tracer
 
 
 def trace(directory: "str | os.PathLike[str] | None") -> None:
-    """Record what happens in this process to a file of its own in `directory`; None: stop.
+    """Record this process's events in a file of its own in `directory`; None: stop.
 
-    That is: spawns, starts, ends and crashes of threads, sends, receives, time-outs, lost
+    The events are spawns, starts, ends and crashes of threads, sends, receives, time-outs, lost
     messages and lost nodes, each with the thread's Lamport clock.  Nodes made by `spawn_node`
-    from now on do so, too, and so does every process with DISTCONC_TRACE=directory in its
-    environment.  The directory is made if there is none; each record is written at once, so
-    kill -9 loses none.
-    Raises OSError, or ValueError for an empty name, and goes on as before.  Should the disk be
-    full later, the trace ends, with a warning.  See `chart`.  Erlang: seq_trace.
+    from now on record theirs, too, and so does every process with DISTCONC_TRACE=directory in
+    its environment.  The directory is made if there is none.  Each record is written at once,
+    so kill -9 loses none.
+
+    Raises OSError, or ValueError for an empty name, and goes on as before.  If the disk is full
+    later, the trace ends, with a warning.  See `chart`.  Erlang: seq_trace.
     """
     if directory is None:
         _tracer.stop()
@@ -5765,7 +5797,7 @@ def _short_repr(message: Any) -> str:
     shortened = reprlib.Repr()
     shortened.maxstring = 100
     shortened.maxother = 100
-    # A request may hold a request, and so on; ten of them are enough to see.
+    # A request may hold a request, and so on.  Ten levels are enough to show.
     for _ in range(10):
         if not isinstance(message, (Synchronous, Reply)):
             break
@@ -5777,17 +5809,17 @@ def _short_repr(message: Any) -> str:
     try:
         return shortened.repr(message)
     except Exception:
-        # It is too large a number, or another thread changes it.
+        # The message is too large a number, for one, or another thread changes the message.
         return f"<a {type(message).__name__}>"
 
 
-# Run as a program, this file imports itself (see the end), and that copy starts the trace.
+# As a program, this file imports itself (see the end), and the imported copy starts the trace.
 if __name__ != "__main__" and os.environ.get("DISTCONC_TRACE"):
     trace(os.environ["DISTCONC_TRACE"])
 
 
 ################ Part four: pictures and shell ################
-######## Charts: chart, the traces it reads, what it shows of them, text, ShiViz's form
+######## Charts: chart, its traces, its columns and rows, text, ShiViz's form
 
 _CHART_FORMATS = ("svg", "text", "shiviz")
 
@@ -5798,10 +5830,10 @@ def chart(directory: "str | os.PathLike[str]", format: str = "svg", *, first: in
 
     A column is a thread; time runs down, so no arrow points up.  `format` is "svg" (a picture
     for any browser: click an event, and its past lights up in one colour, its future in
-    another, and what is concurrent to it goes pale; as the last value of a notebook's cell it
-    shows itself), "text" (for a terminal, 80 characters wide for up to 20 threads) or "shiviz"
-    (vector clocks, for the tool of that name).  `first` and `last` narrow it to these Lamport
-    clocks, `threads` to the threads of that name, such as "logger" or
+    another, and all concurrent events go pale; as the last value of a notebook's cell the
+    picture shows itself), "text" (for a terminal, 80 characters wide for up to 20 threads) or
+    "shiviz" (vector clocks, for the tool of that name).  `first` and `last` narrow the diagram
+    to these Lamport clocks, `threads` to the threads of that name, such as "logger" or
     "127.0.0.1:9001/MainThread", or of the names in a list.
 
     Damaged lines of a trace are left out, with a warning in the log.  Raises
@@ -5846,10 +5878,9 @@ def _check_thread_names(threads: Any) -> set[str]:
 class _Mark(NamedTuple):
     """How a chart shows one kind of event.
 
-    `text` is the character that marks it in a drawing as text, and `shape` its outline in one
-    as SVG, a path that begins in the middle.  `meaning` is its explanation in the legend, and
-    `words` is a template for the words beside it, which is filled with the fields of the
-    trace's record.
+    `text` is the event's character in a drawing as text, and `shape` its outline in one as SVG,
+    a path that begins in the middle.  `meaning` is the explanation in the legend, and `words` a
+    template for the words beside the event, which the fields of the trace's record fill.
     """
 
     text: str
@@ -5973,7 +6004,7 @@ def _parse_event(line: bytes) -> _Event:
 
 
 def _printable(text: str) -> str:
-    """Return `text`, or what its repr shows of it, if not all of it can be printed.
+    """Return `text`, or the inside of its repr, if a character of the text cannot be printed.
 
     Either is one line, and fit for XML.
     """
@@ -6018,7 +6049,7 @@ def _assign_columns(events: list[_Event]) -> dict[_ThreadKey, _Column]:
 
 
 class _Picture:
-    """What a chart shows, whatever its format: events, and a column for each of their threads.
+    """The content of a chart in any format: events, and a column for each of their threads.
 
     `events` are in the order of their clocks, `columns` from left to right.
     """
@@ -6060,11 +6091,11 @@ class _Picture:
         return rows
 
     def vector_clocks(self) -> dict[_EventId, dict[str, int]]:
-        """Return the past of each event: how many events of each thread it may depend on.
+        """Return the past of each event, as the number of events in it for each thread.
 
-        An event may depend on itself, on the earlier events of its thread, on its cause, and
-        on all that these may depend on.  Events that are not shown count for nothing, but hand
-        on the clocks of their causes.  Threads go by their labels.  Fidge 1988, Mattern 1989.
+        The past of an event is the event itself, the earlier events of its thread, its cause,
+        and the pasts of all these.  Events that are not shown count for nothing, but hand on
+        the clocks of their causes.  Threads go by their labels.  Fidge 1988, Mattern 1989.
         """
         shown = {event.id for event in self.events}
         clocks: dict[_EventId, dict[str, int]] = {}
@@ -6125,12 +6156,13 @@ def _truncate(text: str, max_length: int) -> str:
     return text[:max_length - 2] + ".."
 
 
-_CLOCK_WIDTH = 7  # characters
-_WORDS_WIDTH = 33  # characters
+# The widths of two parts of a line, in characters.
+_CLOCK_WIDTH = 7
+_WORDS_WIDTH = 33
 
 
 class _TextDrawing:
-    """A chart for a terminal, 80 characters wide; wider, if it has more than 20 columns.
+    """A chart for a terminal, 80 characters wide; wider, with more than 20 columns.
 
     From left to right, a line has the clock, the lifelines of the threads, and words.
     """
@@ -6417,20 +6449,22 @@ markerHeight="9" markerUnits="userSpaceOnUse" orient="auto"><path d="M0 1 10 5 0
 </marker>"""
 
 _HINT = "Click an event, or walk with the arrow keys and Enter; Escape clears."
-_CHARACTER_WIDTH = 7.23  # pixels, in the font of the style
-_ROW_HEIGHT = 20  # pixels
-_LEFT = 60  # pixels, to the first column
-_FRAMES_TOP = 52  # pixels
-_MAX_NAME = 16  # letters of a thread's name in the head
-_MAX_WORDS = 80  # letters of the words beside a row
-_MIN_WIDTH = 860  # pixels, enough for the legend
+# All in pixels, but for the letters of a thread's name in the head, and of a row's words.  The
+# first width is that of the style's font; the last is enough for the legend.
+_CHARACTER_WIDTH = 7.23
+_ROW_HEIGHT = 20
+_LEFT = 60
+_FRAMES_TOP = 52
+_MAX_NAME = 16
+_MAX_WORDS = 80
+_MIN_WIDTH = 860
 
 
 class _SvgDrawing:
     """A chart for a browser, where its script answers clicks and keys.
 
-    From left to right, it has the clocks, the threads in a frame for each node, and words.
-    From top to bottom, it has the head, which stays in view, and the rows.
+    The clocks are at the left, then the threads in a frame for each node, then words.  The head
+    is at the top and stays in view, above the rows.
     """
 
     def __init__(self, picture: _Picture) -> None:
@@ -6522,13 +6556,13 @@ class _SvgDrawing:
                 f'<path class="mark" d="M{x} {y}{_MARKS[event.kind].shape}"/></g>')
 
     def _format_name(self, event: _Event) -> str:
-        """Return what the script calls an event: its column and its number there."""
+        """Return the script's name for an event: its column and its number there."""
         label = self._picture.column(event).label
         number = self._clocks[event.id][label]
         return f"{self._column_numbers[label]}:{number}"
 
     def _format_news(self, event: _Event) -> str:
-        """Return an event's vector clock, without what its thread knew before."""
+        """Return the entries of an event's vector clock that are news to its thread."""
         clock = self._clocks[event.id]
         last_clock = self._last_clocks.get(event.thread, {})
         self._last_clocks[event.thread] = clock
@@ -6653,8 +6687,8 @@ class _SvgText(str):
 def main(arguments: list[str] | None = None) -> None:
     """Run the command that the arguments of the command line name.
 
-    Exits with status 1 and one line on standard error if the command fails, with 2 if it is
-    used wrongly, and with 130 on Ctrl-C.
+    Exits with status 1 and one line on standard error if the command fails, with 2 after a
+    wrong use, and with 130 on Ctrl-C.
     """
     import logging
 
@@ -6726,7 +6760,7 @@ def _run_demo() -> None:
 
 
 def _demonstrate() -> None:
-    """Have two nodes talk, and print what they say, and the chart of it."""
+    """Have two nodes talk, and print their words, and the chart of their talk."""
     with start_node() as node, spawn_node() as child:
         own_pid = os.getpid()
         print(f"node {node} has pid {own_pid}, its child {child} has pid {child.pid}")
@@ -6834,8 +6868,8 @@ def _add_message_arguments(parser: Any) -> None:
 def _run_send(target: str, message: str, timeout: float) -> None:
     thread = _parse_target(target)
     send(_parse_literal(message), thread)
-    # A node handles messages in order.  So before it answers this request, it has reported
-    # our message if that was lost.
+    # A node handles messages in order.  So if our message was lost, the node reports the loss
+    # before the answer to this request.
     _call_node(thread.node, ("ps",), timeout=timeout)
     if local_node().stats()["lost"]:
         sys.exit(1)
@@ -6966,7 +7000,7 @@ redraw();
 
 
 def _watch(directory: str, draw: Callable[[], str]) -> None:
-    """Serve a page that shows the drawing, and shows it again whenever the traces change.
+    """Serve a page that shows the drawing, anew whenever the traces change.
 
     Only browsers on this machine reach it, and only those that know its random path.
     """
@@ -7064,7 +7098,7 @@ def _own_name() -> str:
     """
     if __spec__:
         return __spec__.name
-    # Where the file is run through a symbolic link, it is imported from its real place.
+    # A file that is run through a symbolic link is imported from its real place.
     path, file_name = os.path.split(os.path.realpath(__file__))
     own_directory = path
     name = os.path.splitext(file_name)[0]
