@@ -2733,8 +2733,10 @@ MAX_UNREAD = 64_000  # answers in an outbox
 MAX_REQUESTS = 1000
 # A message so soon after a write is one of many.
 BURST_SECONDS = 50e-6
-# A write to a lost peer must not kill the process.
+# A write to a lost peer must not kill the process.  On macOS this is an option of the socket,
+# for whose number Python has no name.
 NO_SIGPIPE = getattr(socket, "MSG_NOSIGNAL", 0)
+SO_NOSIGPIPE = 0x1022
 
 
 class _Peer(NamedTuple):
@@ -3635,6 +3637,8 @@ class _Handshake:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not SHUTDOWN_WAKES:
             _limit_silence(sock, self._node._connect_timeout)
+        if sys.platform == "darwin":
+            sock.setsockopt(socket.SOL_SOCKET, SO_NOSIGPIPE, 1)
         return sock
 
     def _exchange_challenges(self, channel: Any) -> None:
@@ -3929,8 +3933,8 @@ class Node(AbstractContextManager["Node"]):
                           address: Address | None) -> _Connection | None:
         """Return the oldest connection to the node of that incarnation, or at that address.
 
-        Two nodes that dial each other at once have two connections.  Messages over the oldest
-        one alone keep their order.
+        Two nodes that dial each other at once have two connections.  All messages go over the
+        older one, and so keep their order.
         """
         established = self._established.copy()
         for connection in established:
@@ -5428,12 +5432,6 @@ def _end_process() -> None:
                 stream.flush()
     finally:
         os._exit(0)
-
-
-def _exit_after(seconds: float) -> None:
-    """End this process after so many seconds, without regard to its other threads."""
-    sleep(seconds)
-    os._exit(1)
 
 
 ######## Forks and multiprocessing: a child is a node of its own
