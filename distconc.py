@@ -319,7 +319,7 @@ class _WaitQueue:
         sleeper.acquire()
         try:
             self._sleepers.append(sleeper)
-            # The test comes after the lock is in the list, so no `wake_all` is missed.
+            # The test comes when the lock is in the list, so no `wake_all` is missed.
             while not is_true():
                 if not _acquire(sleeper, deadline):
                     return is_true()
@@ -386,7 +386,7 @@ class Mailbox:
         # lock: a `__del__` may run in the middle of any method of this class, and may send.
         self._arrived: deque[_Entry] = deque()
 
-        # Every put wakes the threads that wait here, as get, get_if and get_all found nothing.
+        # Every put wakes the threads that wait here, in a get, get_if or get_all.
         self._arrival = _WaitQueue()
 
         # Guards `_numbered`.  The lock is held while messages are moved or taken, never while a
@@ -1259,7 +1259,7 @@ class _PendingLink(_Pending):
     is_link = True
 
     def __init__(self, parent: Thread) -> None:
-        # A child may fail before `spawn_linked` has a handle; then the failure waits here.
+        # A child may fail before `spawn_linked` has its handle; then the failure waits here.
         self._child: Handle | None = None
         self._failure: _Failure | None = None
         self._cause: _EventId | None = None
@@ -1324,7 +1324,7 @@ def spawn_linked(func: Callable[..., Any], *args: Any, name: str | None = None,
                  node: NodeLike, register: bool = False) -> Handle: ...
 def spawn_linked(func: Callable[..., Any], *args: Any, name: str | None = None,
                  node: NodeLike | None = None, register: bool = False) -> Handle:
-    """Spawn a thread; if that fails or its node is lost, this thread gets a `LinkedError`.
+    """Spawn a thread; if `func` fails or the node is lost, this thread gets a `LinkedError`.
 
     The arguments are those of `spawn`.  Exactly one LinkedError comes into the mailbox; the
     `receive` that takes the error raises it.  To return or to raise SystemExit is no failure.
@@ -1617,8 +1617,10 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
     Blocks at most `timeout` seconds (None: until there is an outcome), and to connect as `send`
     does.  Leaves the mailbox alone.  After SerializationError, NodeUnreachable, NoSuchThread or
     AuthenticationError, nothing was delivered.  After RemoteError, the other node could not
-    read the message, or the reply could not be read here, or was too large.  After ThreadDied,
-    NodeDown or TimeoutError, the call may have run, and a reply that still comes is dropped.
+    read the message; or the call has run, but the reply was too large or unreadable here.
+    After ThreadDied, NodeDown or TimeoutError, the call may have run, and a reply that still
+    comes is dropped.
+
     Raises SynchronousToSelfError from a thread to itself, and RuntimeError while a message is
     being loaded (from a `__setstate__`, say), or while this thread imports a module for which
     the thread that would have to answer waits.
