@@ -15,31 +15,31 @@ Factor's concurrency.distributed for Python, in the line of Erlang and Termite. 
     start_node(9000)
     spawn_server(log_message, name="logger", register=True)
 
-and another, which sends to it by name:
+and another process, which sends to that thread by name:
 
     from distconc import *
     send("hello", RemoteThread(9000, "logger"))
 
 Promises.  Messages from one thread to another arrive in the order sent, at most once,
 unaltered; after a lost connection never an old one after a new one.  `send` returns when a
-message is accepted here; only a reply proves that it arrived.  A call ends in its reply or in
-an error that says how much is known; it never hangs while the other side is gone.  A slow or
-dead node delays only those who send to it.
+message is accepted here; only a reply proves its arrival.  A call ends in its reply, or in an
+error that says how much is known, and never hangs while the other side is gone.  A slow or
+dead node delays only the threads that send to that node.
 
-Danger.  Messages are pickles, so whoever has the key can run any code here, unless `allow=` is
+Danger.  Messages are pickles, so anyone with the key can run any code here, unless `allow=` is
 narrow.  Frames cannot be forged or altered on their way, but they can be read: for secrecy use
 `ssh -L` or WireGuard.
 
 Python 3.10 or later, and no packages.
 
 Words.  A *node* is a process that can be addressed.  Its *incarnation* is a random number drawn
-once per process, which tells it from earlier processes at that address.  A *thread* has a
+once per process, which tells the process from earlier ones at that address.  A *thread* has a
 *mailbox*.  A *handle* denotes a thread: a `Thread` of this node, or a `RemoteThread` of any.
-An *entry* is a message in a mailbox.  A *pending* is one thing that a thread here waits for, a
-reply or an end, and a *tag* is the random text that names it; a *watcher* is told when a thread
-ends.  A *connection* joins this node and its *peer*; a *header* says for whom a message on a
-connection is, and its *payload* is the message, pickled.  A *cause* is the event that led to
-another, if a trace records events.
+An *entry* is a message in a mailbox.  A *pending* is one reply or one end that a thread here
+waits for, and a *tag* is the random text that names a pending; a *watcher* is told when a
+thread ends.  A *connection* joins this node and its *peer*; a *header* says for whom a message
+on a connection is, and its *payload* is the message, pickled.  A *cause* is the event that led
+to another, if a trace records events.
 
     node A                                                  node B
 
@@ -117,14 +117,14 @@ NodeLike = Union[int, Address, "os.PathLike[str]", "Node", "ChildNode"]
 Predicate = Union[Callable[[Any], Any], type, tuple[type, ...], types.UnionType]
 
 
-######## Errors: what a caller may see, each with its data
+######## Errors: all that a caller may see, each with its data
 
 
 class DistconcError(Exception):
     """The base of this module's errors.
 
-    All data of an error is in its `args`, because that is what pickle keeps; the last of them
-    is the text (but for a LinkedError, which has none of its own).
+    All data of an error is in its `args`, from which pickle makes the copy.  The last of them
+    is the text, except in a LinkedError, which has no text of its own.
     """
 
     def __str__(self) -> str:
@@ -132,7 +132,7 @@ class DistconcError(Exception):
 
 
 class LinkedError(DistconcError):
-    """A linked thread failed: `.error` is why, `.thread` which.  Factor: linked-error."""
+    """A linked thread, `.thread`, failed of `.error`.  Factor: linked-error."""
 
     def __init__(self, error: BaseException, thread: Handle) -> None:
         super().__init__(error, thread)
@@ -148,7 +148,7 @@ class NodeDown(DistconcError, ConnectionError):
 
 
 class NodeUnreachable(NodeDown):
-    """The node could not be connected to, so nothing was delivered."""
+    """No connection to the node could be made, so nothing was delivered."""
 
 
 class NoSuchThread(DistconcError, LookupError):
@@ -156,9 +156,9 @@ class NoSuchThread(DistconcError, LookupError):
 
 
 class ThreadDied(DistconcError):
-    """The thread ended before it replied, of `.reason` (None: it returned).
+    """The thread ended before it replied; `.reason` is its error, or None if it returned.
 
-    If it failed, `__cause__` is a RemoteError whose text is (the end of) the traceback.
+    After a failure, `__cause__` is a RemoteError with (the end of) the traceback as its text.
     """
 
     def __init__(self, reason: BaseException | None, cause: "RemoteError | None",
@@ -176,13 +176,13 @@ class SynchronousToSelfError(DistconcError):
 
 
 class SerializationError(DistconcError, ValueError):
-    """The message cannot be copied to another node; it was not sent."""
+    """The message cannot be copied to another node, and was not sent."""
 
 
 class RemoteError(DistconcError):
-    """Stands in for an error that could not cross.
+    """A stand-in for an error that could not cross.
 
-    `.type` is its name, the text its traceback.
+    `.type` is the name of that error, the text its traceback.
     """
 
     def __init__(self, type: str, *text: str) -> None:
@@ -192,30 +192,30 @@ class RemoteError(DistconcError):
 
 ################ Part one: one process ################
 #
-# All of it is local, and runs without the rest of the file.  It names later parts in six
-# places, each of which says so: `_Observer` (part three records what it hears), `spawn` with
-# `node=`, `monitor` of a node, and of a Thread `node`, `__reduce__`, and what it does in the
-# child of a fork.
+# This part is local, and runs without the rest of the file.  Its code uses later parts in six
+# places, each of which says so: `_Observer` (part three records the events), `spawn` with
+# `node=`, `monitor` of a node, and three places of Thread, which are `node`, `__reduce__`, and
+# the methods in the child of a fork.
 
 ######## Where the promises are kept
 #
 # Order      Of a mailbox: `Mailbox._arrived`.  Of a connection: its outbox, which is written
-#            under `_write_lock`, and read by one reader.  Over a lost connection and the next
-#            one: `_Handshake._exchange_serials`, `Node._connection_to`, and
+#            out under `_write_lock`, and one reader at the other end.  Over a lost connection
+#            and the next one: `_Handshake._exchange_serials`, `Node._connection_to`, and
 #            `Node._connection_closed`.
-# A late     A reply never enters a mailbox.  `_PendingTable.resolve` gives it to the call that
-# reply      waits for its tag; if none does any more, nobody hears of it.
-# A lost     `_Connection.read_loop` notices it, by the connection's end or by silence;
+# A late     No reply enters a mailbox.  `_PendingTable.resolve` gives a reply to the call that
+# reply      waits for its tag; if none does any more, nobody hears of the reply.
+# A lost     `_Connection.read_loop` notices the loss, by the connection's end or by silence;
 # node       `Node._contact_lost` tells all that wait for that node.
-# The end    `Thread._end`; `_Registry` sees to it that a watcher is told, or is refused.
-# A handle   `RemoteThread._is_local` knows it; what is sent to it goes straight into the
-# sent home  mailbox of its thread.
+# The end    `Thread._end` tells the watchers; by `_Registry.lock`, each is told, or is refused.
+# A handle   `RemoteThread._is_local` recognizes the handle; a message sent to it goes straight
+# sent home  into the mailbox of its thread.
 #
-# Locks.  Each stands beside what it guards.  `_Connection._write_lock` is the only one that is
-# held while its holder may have to wait for the network.  Within it, and within `Node._lock`,
-# the others may be taken, which are `_Registry.lock`, `_PendingTable._lock`, and those of
-# mailboxes and logs; within these, none.  `_Process.lock` is taken before all others, by the
-# thread that starts a node.  No lock is held while code of the user's runs, but for a
+# Locks.  Each stands beside the data that it guards.  `_Connection._write_lock` is the only one
+# that is held while its holder may have to wait for the network.  Within that lock, and within
+# `Node._lock`, the others may be taken, which are `_Registry.lock`, `_PendingTable._lock`, and
+# those of mailboxes and logs; within these, none.  `_Process.lock` is taken before all others,
+# by the thread that starts a node.  No lock is held while the user's code runs, but for a
 # `__del__`, which may interrupt any line.
 
 ######## Waiting: deadlines, and queues of threads that wait
@@ -224,8 +224,8 @@ class RemoteError(DistconcError):
 def _deadline(timeout: float | None) -> float | None:
     """Return the time at which a wait of `timeout` seconds ends; None means never.
 
-    A time-out below 0 is like 0, because callers compute what is left of one.  Raises TypeError
-    or ValueError for what is no time-out.
+    A time-out below 0 is like 0, because callers compute the rest of one.  Raises TypeError or
+    ValueError for a value that is no time-out.
     """
     if timeout is None:
         return None
@@ -237,7 +237,7 @@ def _deadline(timeout: float | None) -> float | None:
 
 
 def _bounded_deadline(timeout: float) -> float:
-    """Return the deadline of a wait that must end, so that None is no time-out for it."""
+    """Return the deadline of a wait that must end, for which None is no time-out."""
     deadline = _deadline(timeout)
     if deadline is None:
         raise TypeError("this timeout is seconds, not None: what stops something must end")
@@ -251,9 +251,9 @@ def _remaining(deadline: float | None) -> float:
     return max(deadline - monotonic(), 0)
 
 
-# Ctrl-C ends the main thread's wait for a lock; but on Windows, before Python 3.14, only after
-# the wait.  So there that thread waits for a little while, again and again.
-WAIT_SLICE = 0.0  # seconds; 0 where Ctrl-C ends the wait
+# The slice is 0 where Ctrl-C ends the main thread's wait for a lock.  On Windows before Python
+# 3.14, Ctrl-C is noticed only after the wait, so there the main thread waits in short slices.
+WAIT_SLICE = 0.0  # seconds
 if sys.platform == "win32" and sys.version_info < (3, 14):
     WAIT_SLICE = 0.1
 
@@ -270,8 +270,8 @@ def _acquire(lock: threading.Lock, deadline: float | None) -> bool:
             return True
 
 
-# Every lock that is taken by `with` is one of these: re-entrant, because a `__del__` that sends
-# may interrupt its holder.
+# Every lock that is taken by `with` is a `_Lock`, which is re-entrant because a `__del__` that
+# sends may interrupt the holder.
 if sys.version_info[:2] != (3, 14):
     _Lock = threading.RLock
 else:
@@ -280,7 +280,7 @@ else:
         """An RLock that Ctrl-C cannot leave held.
 
         On Python 3.14 alone, Ctrl-C may strike when `with` has acquired a lock, but has not
-        begun its block; then nobody would release it.
+        begun its block; then nobody would release the lock.
         """
 
         def __enter__(self) -> None:
@@ -290,17 +290,17 @@ else:
                 try:
                     self.release()
                 except RuntimeError:
-                    # Ctrl-C came before it was acquired.
+                    # Ctrl-C came before the lock was acquired.
                     pass
                 raise
 
 
 class _WaitQueue:
-    """Threads that wait until something is true.  Linux: wait queue.  trio: ParkingLot.
+    """A queue of threads that wait for a condition.  Linux: wait queue.  trio: ParkingLot.
 
-    It does what `threading.Condition` does, with two differences.  A thread sleeps holding no
-    lock, so Ctrl-C cannot strike while it tries to get one back.  And `wake_all` takes no lock,
-    so a `__del__` that sends may call it wherever it interrupts a thread.
+    The queue works like `threading.Condition`, with two differences.  A thread sleeps holding
+    no lock, so Ctrl-C cannot strike while the thread tries to get one back.  And `wake_all`
+    takes no lock, so a `__del__` that sends may call `wake_all` in the middle of any line.
     """
 
     __slots__ = ("_sleepers",)
@@ -311,60 +311,63 @@ class _WaitQueue:
         self._sleepers: list[threading.Lock] = []
 
     def wait_until(self, is_true: Callable[[], bool], deadline: float | None) -> bool:
-        """Block until `is_true()`; return False if it is not true at the deadline.
+        """Block until `is_true()`; return False if that is still false at the deadline.
 
-        Whoever makes it true calls `wake_all` after that.
+        The thread that makes the condition true calls `wake_all` afterwards.
         """
         sleeper = threading.Lock()
         sleeper.acquire()
         try:
             self._sleepers.append(sleeper)
-            # It is tested only now, with the lock in the list: so no `wake_all` is missed.
+            # The test comes when the lock is in the list, so no `wake_all` is missed.
             while not is_true():
                 if not _acquire(sleeper, deadline):
                     return is_true()
             return True
         finally:
-            # Ctrl-C may have come before it was in the list.
+            # Ctrl-C may have come before the lock was in the list.
             if sleeper in self._sleepers:
                 self._sleepers.remove(sleeper)
 
     def wake_all(self) -> None:
-        """Have every waiting thread look again.  Never blocks."""
+        """Have every waiting thread test its condition again.  Never blocks."""
         if self._sleepers:
             for sleeper in self._sleepers.copy():
                 if sleeper.locked():
                     try:
                         sleeper.release()
                     except RuntimeError:
-                        pass  # Another thread has released it just now.
+                        # Another thread has just released this lock.
+                        pass
 
 
 ######## Mailbox: put, get, get_if, get_all, empty
 
-_MISSING: Any = object()  # stands for an argument that was not given
+# Stands for an argument that was not given.
+_MISSING: Any = object()
 
-# An event of a trace (part three): incarnation in hex, thread's id, Lamport clock.
+# Names an event of a trace (part three): incarnation in hex, thread's id, Lamport clock.
 _EventId = tuple[str, int, int]
 
 
 class _Entry:
-    """A message in a mailbox, and the event that sent it (None: nobody records events)."""
+    """A message in a mailbox, and the event of its sending (None: nobody records events)."""
 
     __slots__ = ("message", "cause", "position")
 
-    # A message from another node is loaded by the thread that takes it (part two): loading
-    # runs code of the user's, which may take long, and must hold up nobody else.
+    # The thread that takes a message from another node loads it (part two): loading runs the
+    # user's code, which may take long, and must hold up nobody else.
     needs_loading = False
 
-    position: int  # of one that a selective receive has looked at; see Mailbox
+    # The number of an entry that a selective receive has looked at; see Mailbox.
+    position: int
 
     def __init__(self, message: Any, cause: _EventId | None = None) -> None:
         self.message = message
         self.cause = cause
 
     def load(self) -> bool:
-        """Make `message` usable, if it is not yet; return False for one that nobody gets."""
+        """Make `message` usable, if need be; return False for a message that nobody gets."""
         return True
 
 
@@ -379,19 +382,19 @@ class Mailbox:
     __slots__ = ("_arrived", "_arrival", "_lock", "_numbered", "_next_position")
 
     def __init__(self) -> None:
-        # Messages are put here.  `deque.append` and `popleft` are atomic, so put needs no lock:
-        # a `__del__` may run in the middle of any method of this class, and may send.
+        # Put adds messages here.  `deque.append` and `popleft` are atomic, so put needs no
+        # lock: a `__del__` may run in the middle of any method of this class, and may send.
         self._arrived: deque[_Entry] = deque()
 
-        # Woken by every put; get, get_if and get_all wait here when they find nothing.
+        # Every put wakes the threads that wait here, in a get, get_if or get_all.
         self._arrival = _WaitQueue()
 
-        # Guards `_numbered`.  Held while messages are moved or taken, never while a predicate
-        # runs or a message is loaded: these are the user's code.
+        # Guards `_numbered`.  The lock is held while messages are moved or taken, never while a
+        # predicate runs or a message is loaded: these are the user's code.
         self._lock = _Lock()
 
-        # Messages that a get_if has moved here to number them; older than all in `_arrived`.
-        # By a position it knows how far it has looked, and asks about no message twice.
+        # Messages are moved here to be numbered, and are older than all in `_arrived`.  By a
+        # position a get_if knows how far it has looked, and asks about no message twice.
         self._numbered: deque[_Entry] = deque()
         self._next_position = 0
 
@@ -403,7 +406,7 @@ class Mailbox:
         try:
             self._arrived.append(entry)
         finally:
-            # Also if Ctrl-C comes in between, for the message is there.
+            # If Ctrl-C comes in between, the message is there all the same.
             self._arrival.wake_all()
 
     def _put_all(self, entries: Iterable[_Entry]) -> None:
@@ -429,7 +432,7 @@ class Mailbox:
                 entry = self._pop_numbered()
             if entry is None:
                 try:
-                    # Atomic, so the lock is not needed; it would cost as much as all the rest.
+                    # This is atomic.  A lock would cost as much as all the rest.
                     entry = self._arrived.popleft()
                 except IndexError:
                     if not self._arrival.wait_until(self._has_entries, deadline):
@@ -441,7 +444,7 @@ class Mailbox:
                 if entry.load():
                     return entry
             except BaseException:
-                # Ctrl-C: nothing has happened yet.
+                # After Ctrl-C the mailbox is as before.
                 self._put_back([entry])
                 raise
 
@@ -452,7 +455,7 @@ class Mailbox:
             return None
 
     def _put_back(self, entries: list[_Entry]) -> None:
-        """Make entries that were taken the oldest again."""
+        """Put back entries that were taken, as the oldest ones."""
         with self._lock:
             for entry in reversed(entries):
                 entry.position = -1
@@ -464,7 +467,7 @@ class Mailbox:
 
         A class, or a tuple of classes, stands for its `isinstance`.  `pred` runs in this thread
         with no lock held, once for each message.  Blocks at most `timeout` seconds (None: for
-        ever; 0 or less: not at all).  Raises TimeoutError, or what `pred` raises, leaving the
+        ever; 0 or less: not at all).  Raises TimeoutError, or any error of `pred`, leaving the
         mailbox as it was.
 
         Factor: mailbox-get?, mailbox-get-timeout?.
@@ -476,11 +479,12 @@ class Mailbox:
 
     def _get_if(self, accepts: Callable[[Any], Any], deadline: float | None,
                 also: tuple[type, ...] = ()) -> _Entry | None:
-        """Remove and return the oldest entry whose message fits; None at the deadline.
+        """Remove and return the oldest entry with a message that fits; None at the deadline.
 
-        A message of a class in `also` fits, too.
+        A message fits if `accepts` says so, or if its class is in `also`.
         """
-        seen = None  # the position up to which this call has looked
+        # The position up to which this call has looked.
+        seen = None
         while True:
             is_first_look = seen is None
             newer, seen = self._newer_than(seen)
@@ -496,14 +500,14 @@ class Mailbox:
                 if not self._arrival.wait_until(has_newer, deadline):
                     return None
             elif not is_first_look and _remaining(deadline) == 0:
-                # Others put as fast as this thread looks.
+                # Other threads put messages as fast as this one looks.
                 return None
 
     def _newer_than(self, seen: int | None) -> tuple[list[_Entry], int]:
         """Return the entries from position `seen` on, oldest first, and the next `seen`.
 
-        At the first look these are the oldest few, which are enough mostly.  At the second come
-        all others, so that the work is linear in the number of messages.
+        The first look, with None for `seen`, is at the oldest few, which are mostly enough.
+        The second is at all others, so that the work is linear in the number of messages.
         """
         with self._lock:
             self._number_arrivals()
@@ -521,18 +525,19 @@ class Mailbox:
             return newer, self._next_position
 
     def _number_arrivals(self) -> None:
-        """Move what has arrived to `_numbered`; `_lock` is held."""
+        """Move the messages in `_arrived` to `_numbered`; `_lock` is held."""
         for _ in range(len(self._arrived)):
             try:
                 entry = self._arrived.popleft()
             except IndexError:
-                return  # Another thread's `get` was faster.
+                # Another thread's `get` was faster.
+                return
             entry.position = self._next_position
             self._next_position += 1
             self._numbered.append(entry)
 
     def _has_newer_than(self, seen: int) -> bool:
-        # With the lock, as a message that is being moved is in neither deque for a moment.
+        # The lock is held, as a message on its move is in neither deque for a moment.
         with self._lock:
             return bool(self._arrived) or self._next_position > seen
 
@@ -546,7 +551,7 @@ class Mailbox:
             return True
 
     def get_all(self, timeout: float | None = None) -> list[Any]:
-        """Wait for a message, then remove and return all there are, oldest first.
+        """Wait for a message, then remove and return all messages, oldest first.
 
         Blocks and raises as `get` does.  Factor: mailbox-get-all, mailbox-get-all-timeout.
         """
@@ -559,7 +564,7 @@ class Mailbox:
             try:
                 messages = [entry.message for entry in entries if entry.load()]
             except BaseException:
-                # Ctrl-C: nothing has happened yet.
+                # After Ctrl-C the mailbox is as before.
                 self._put_back(entries)
                 raise
             if messages:
@@ -572,20 +577,20 @@ class Mailbox:
             return bool(self._arrived or self._numbered)
 
     def empty(self) -> bool:
-        """Return whether no message is here now.  Never blocks; it may change at once."""
+        """Return whether no message is here now, which may change at once.  Never blocks."""
         return not self._has_entries()
 
     def _snapshot(self) -> list[_Entry]:
         """Return the entries that are here now, without taking any."""
         with self._lock:
-            # Others put while this goes on, so `_arrived` itself cannot be iterated over.
+            # Other threads put meanwhile, so `_arrived` itself cannot be iterated over.
             self._number_arrivals()
             return list(self._numbered)
 
 
 def _as_predicate(pred: Predicate) -> Callable[[Any], Any]:
-    """Return `pred` as a function of a message; raise TypeError for what can be none."""
-    # What `typing` makes, such as Union[int, str], has an origin, and is no function.
+    """Return `pred` as a function of a message; raise TypeError if that cannot be."""
+    # A type of `typing`, such as Union[int, str], has an origin, and is no function.
     if isinstance(pred, (type, tuple, types.UnionType)) or hasattr(pred, "__origin__"):
         classes: Any = pred
         _check_class(classes)
@@ -599,7 +604,7 @@ def _as_predicate(pred: Predicate) -> Callable[[Any], Any]:
 def _check_class(kind: Any) -> None:
     """Raise TypeError unless a message can be an instance of `kind`, a class or some classes.
 
-    All of them are looked at, as `isinstance` would stop at the first that fits.
+    Every class is looked at, as `isinstance` would stop at the first that fits.
     """
     kinds = kind
     if isinstance(kind, types.UnionType):
@@ -619,10 +624,10 @@ def _check_class(kind: Any) -> None:
 
 
 class _Observer:
-    """Hears of all that happens, and ignores it.
+    """A listener that hears of every event in this process, and ignores them all.
 
-    Part three puts another in its place, which records events, and counts and logs messages
-    that nobody could take.
+    Part three puts another observer in its place, which records events, and counts and logs
+    messages that nobody could take.
     """
 
     is_recording = False
@@ -631,7 +636,7 @@ class _Observer:
                **about: Any) -> _EventId | None:
         """Record an event of `thread` (None: of the node); return the event's id.
 
-        `cause` is the event that led to it.
+        `cause` is the event that led to this one.
         """
         return None
 
@@ -640,10 +645,10 @@ class _Observer:
         return None
 
     def record_receive(self, message: Any, cause: _EventId | None) -> None:
-        """Record that the calling thread takes `message`, which `cause` sent."""
+        """Record that the calling thread takes `message`, which the event `cause` sent."""
 
     def message_lost(self, thread: Handle, why: object, cause: _EventId | None) -> None:
-        """Hear that a message found nobody."""
+        """Hear that a message reached nobody."""
 
     def after_fork(self) -> None:
         """Go on in the child of a fork."""
@@ -652,17 +657,17 @@ class _Observer:
 _observer = _Observer()
 
 
-######## Pending: what threads of this process wait for
+######## Pending: the replies and ends that threads of this process wait for
 
 
 class _Failure:
-    """Why something pending failed, as the error that its waiter is told."""
+    """The reason why a pending failed, as the error that its waiter gets."""
 
     def __init__(self, error: DistconcError) -> None:
         self._error = error
 
     def error(self) -> DistconcError:
-        """Return the error; for the waiter to call, as it may load data of another node's."""
+        """Return the error.  The waiter calls this, as data of another node may be loaded."""
         return self._error
 
     def is_return(self) -> bool:
@@ -670,7 +675,7 @@ class _Failure:
         return isinstance(self._error, ThreadDied) and self._error.reason is None
 
     def reason(self) -> BaseException | None:
-        """Return why the thread ended, as a Down or a LinkedError tells it."""
+        """Return the reason that a Down or a LinkedError tells; None if the thread returned."""
         error = self.error()
         if isinstance(error, ThreadDied):
             return error.reason
@@ -678,7 +683,7 @@ class _Failure:
 
 
 class _FailureEntry(_Entry):
-    """An entry that tells of a failure; its message is made by the thread that takes it.
+    """An entry that tells of a failure; the thread that takes the entry makes its message.
 
     The data of a failure may have to be loaded: see `_Entry.load`.
     """
@@ -701,21 +706,22 @@ class _FailureEntry(_Entry):
 
 
 class _Pending:
-    """Something that a thread of this process waits for: a reply, or an end.
+    """A reply, or an end, that a thread of this process waits for.
 
-    It is in `_pending` from its making until it has its outcome: a reply, or a failure (the
-    thread that it is about ended, or contact with its node was lost), or nobody waits any more.
-    It gets one outcome at most.  It is itself the watcher of that thread, if that is here.
+    A pending is in `_pending` from its making until it has its outcome, or nobody waits any
+    more.  The one outcome is a reply, or a failure: the watched thread ended, or contact with
+    its node was lost.  A watched thread of this process has the pending itself as its watcher.
     """
 
     is_link = False
 
     def __init__(self, waiter: "Thread") -> None:
         self.waiter = waiter
-        self.tag = os.urandom(8).hex()  # cannot be guessed, so an outcome cannot be forged
+        # The tag cannot be guessed, so an outcome cannot be forged.
+        self.tag = os.urandom(8).hex()
 
-        # The Thread, or the node of part two, that reports the end.  Each has a method
-        # `remove_watcher`, which tells it not to.
+        # The Thread, or the node of part two, that reports the end, until its method
+        # `remove_watcher` is called.
         self.watched: Any = None
         _pending.add(self)
 
@@ -730,7 +736,7 @@ class _Pending:
         raise NotImplementedError
 
     def notify(self, error: DistconcError, cause: _EventId | None) -> bool:
-        """Hear, as a watcher, that the thread ended; return whether the waiter can hear it."""
+        """Tell the waiter of the watched thread's end; return whether the waiter can hear."""
         return _pending.fail(self.tag, _Failure(error), cause) and self.waiter.is_alive()
 
     def cancel(self) -> None:
@@ -745,11 +751,11 @@ class _Pending:
 
 
 class _PendingTable:
-    """All that threads of this process wait for, by tag."""
+    """A table of everything that threads of this process wait for, by tag."""
 
     def __init__(self) -> None:
-        # Guards `_by_tag`, and is held while one is told its outcome: so when `remove` returns,
-        # either that has been done, or it never will be.
+        # Guards `_by_tag`, and is held while a pending gets its outcome.  So when `remove`
+        # returns, the outcome has been passed on already, or never will be.
         self._lock = _Lock()
         self._by_tag: dict[str, _Pending] = {}
 
@@ -761,11 +767,11 @@ class _PendingTable:
             return self._by_tag.pop(tag, None)
 
     def resolve(self, tag: str, reply: _Entry, replier: Any = None) -> bool:
-        """Give what is pending its reply, which came from `replier` (None: this process).
+        """Give the pending of that tag its reply, from `replier` (None: this process).
 
-        Returns False if nothing is pending.  The watched node has removed its watcher if it is
-        the replier.  If it is not, the call was passed on, or answered here; then the watched
-        one is told to stop watching.
+        Returns False if there is none.  A watched node that replies has removed its watcher.
+        With any other replier the call was passed on, or answered here; then the watched party
+        is told to stop watching.
         """
         with self._lock:
             pending = self._by_tag.pop(tag, None)
@@ -777,7 +783,7 @@ class _PendingTable:
         return True
 
     def fail(self, tag: str, failure: _Failure, cause: _EventId | None = None) -> bool:
-        """Give what is pending its failure; return False if it has had its outcome."""
+        """Fail the pending of that tag; return False if there is none any more."""
         with self._lock:
             pending = self._by_tag.pop(tag, None)
             if pending is None:
@@ -786,7 +792,7 @@ class _PendingTable:
             return True
 
     def watching(self, watched: Any) -> list[_Pending]:
-        """Return what waits for something of `watched`."""
+        """Return every pending for which `watched` reports the end."""
         with self._lock:
             return [each for each in self._by_tag.copy().values() if each.watched == watched]
 
@@ -796,7 +802,9 @@ _pending = _PendingTable()
 
 ######## Threads: Thread, current_thread, threads
 
-_own_incarnation = int.from_bytes(os.urandom(8), "big")  # tells this process from all others
+# Tells this process from all others.
+_own_incarnation = int.from_bytes(os.urandom(8), "big")
+
 _thread_ids = itertools.count(1)
 
 
@@ -818,19 +826,20 @@ class _Immutable:
 
 
 class _Handle(_Immutable):
-    """The common base of `Thread` and `RemoteThread`: equal if they denote the same thread."""
+    """The base of `Thread` and `RemoteThread`, equal if they denote the same thread."""
 
     __slots__ = ("_identity", "__weakref__")
 
 
 class Thread(_Handle):
-    """A thread with a mailbox, on this node; made by `spawn`.  Factor: thread.  Erlang: pid.
+    """A thread of this node, with a mailbox.  Factor: thread.  Erlang: pid.
 
-    `.id`, `.name` and `.node` (its address) say which.  Can be put into messages: pickled, it
-    turns into a `RemoteThread` that is equal to it; copied, it is itself.
+    Made by `spawn`, or adopted by `current_thread`.  `.id`, `.name` and `.node` (its address)
+    identify the thread.  The handle can be put into messages: pickled, a Thread becomes an
+    equal `RemoteThread`; copied, a Thread remains itself.
 
-    In the child of a fork it denotes the parent's thread still, and does all that a
-    `RemoteThread` does (part two).
+    In the child of a fork, a handle of the parent still denotes the parent's thread, and does
+    all that a `RemoteThread` does (part two).
     """
 
     __slots__ = ("id", "name", "_mailbox", "_watchers", "_registered_names", "_ended",
@@ -843,18 +852,20 @@ class Thread(_Handle):
         self._identity = (_own_incarnation, self.id)
         self._mailbox = Mailbox()
         self._started_at = monotonic()
-        self._os_ident: int | None = None  # `threading.get_ident()` of it, once it runs
 
-        # These three are guarded by the lock of `_registry` (below).
+        # The thread's own `threading.get_ident()`, once the thread runs.
+        self._os_ident: int | None = None
+
+        # The lock of `_registry` (below) guards these three.  An ended thread takes no message.
         self._watchers: dict[str, Any] = {}  # tag -> _Pending, or _RemoteWatcher of part two
         self._registered_names: tuple[str, ...] = ()
-        self._ended = False  # takes no more messages
+        self._ended = False
 
-        # Set, and the waiters of `join` woken, when all have been told of the end.
+        # When all watchers have been told of the end, this is set, and `join` returns.
         self._end_was_told = False
         self._end_waiters = _WaitQueue()
 
-        # In the child of a fork: the handle of the parent's thread.
+        # In the child of a fork, this is the handle of the parent's thread.
         self._remote: RemoteThread | None = None
 
     @property
@@ -900,14 +911,14 @@ class Thread(_Handle):
             self._mailbox._put(_Entry(message, cause))
 
     def _reply(self, data: Any, tag: str, cause: _EventId | None) -> None:
-        """Give this thread the reply to its call.  The tag of a forged one may be anything."""
+        """Give this thread the reply to its call.  A forged `tag` may be anything."""
         if self._remote:
             self._remote._reply(data, tag, cause)
         elif isinstance(tag, str):
             _pending.resolve(tag, _Entry(data, cause))
 
     def _call(self, call: "_PendingCall", message: Any, cause: _EventId | None) -> None:
-        """Have this thread asked by `call`, which waits for the reply."""
+        """Put the request `message` to this thread for `call`, which waits for the reply."""
         if self._remote:
             self._remote._call(call, message, cause)
             return
@@ -919,7 +930,7 @@ class Thread(_Handle):
     def _watch(self, pending: _Pending, cause: _EventId | None = None) -> bool:
         """Have `pending` told of this thread's end.
 
-        Returns False if the thread had ended already, and `pending` has been told so now.
+        Returns False if the thread had ended already; then `pending` has been told so.
         """
         if self._remote:
             return self._remote._watch(pending)
@@ -931,7 +942,7 @@ class Thread(_Handle):
     def remove_watcher(self, tag: str) -> None:
         """Forget a watcher, which need not be told of the end any more.
 
-        No two watchers have the same tag, so the registry finds it by that alone.
+        No two watchers have the same tag, so the registry needs no more than the tag.
         """
         _registry.remove_watcher(tag)
 
@@ -961,14 +972,14 @@ class Thread(_Handle):
 
         The order of the steps matters:
 
-        1. The end is recorded, so that all that follows from it comes later in the trace.
-        2. The thread ends, so that whoever reacts to the next steps finds it ended.
-        3. A failure that no link will report is printed; first, because a watcher that is told
-           of it may end the process.
+        1. The end is recorded, so that all its consequences come later in the trace.
+        2. The thread ends, so that a reaction to the next steps finds an ended thread.
+        3. A failure that no link will report is printed.  This comes before the next step,
+           because a watcher may react by ending the process.
         4. The watchers are told.
-        5. A failure is printed if its link could not report it after all, and so are those of
-           linked threads that this one has not received.
-        6. Those that wait in `join` go on.
+        5. A failure that its link could not report after all is printed, and so are the
+           failures of linked threads that this thread has not received.
+        6. The threads that wait in `join` go on.
         """
         event = None
         if _observer.is_recording:
@@ -993,10 +1004,10 @@ class Thread(_Handle):
 
     def _notify_watchers(self, watchers: list[Any], reason: BaseException | None,
                          event: _EventId | None) -> bool:
-        """Tell all that the thread ended; return whether a linked parent could hear of it."""
+        """Tell all watchers of the end; return whether a linked parent could hear."""
         link_heard = False
         for watcher in watchers:
-            # Each gets an error of its own, as raising it will write its traceback into it.
+            # Each watcher gets an error of its own, as raising an error changes its traceback.
             heard = watcher.notify(_died(self, reason), event)
             link_heard = link_heard or (heard and watcher.is_link)
         return link_heard
@@ -1015,7 +1026,7 @@ class Thread(_Handle):
         return f"<Thread {self.id} {self.name!r}{ended}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Part two: pickled, a handle is a RemoteThread wherever it arrives.
+        # Part two: a pickled handle arrives as a RemoteThread.
         return RemoteThread, (self.node, self.id, self._identity[0])
 
     def __deepcopy__(self, memo: Any = None) -> "Thread":
@@ -1027,7 +1038,8 @@ class Thread(_Handle):
 def _print_failure(error: BaseException | None, traceback: Any = None) -> None:
     """Show an uncaught error as the threading module does.
 
-    `threading.excepthook` is the user's, and may fail; the error is printed all the same.
+    `threading.excepthook` is the user's, and may fail; then the hook's own error is printed,
+    after the uncaught error if that has just ended this thread.
     """
     if error is None:
         return
@@ -1041,7 +1053,7 @@ def _print_failure(error: BaseException | None, traceback: Any = None) -> None:
 
 
 def _died(thread: Thread, reason: BaseException | None) -> ThreadDied:
-    """Return the error that waiters get when `thread` ends before it has replied."""
+    """Return the error that waiters get when `thread` ends before its reply."""
     if reason is None:
         return ThreadDied(None, None, f"{thread!r} returned without a reply")
     traceback_end = _format_traceback(reason)[-MAX_ERROR_TEXT:]
@@ -1049,8 +1061,9 @@ def _died(thread: Thread, reason: BaseException | None) -> ThreadDied:
     return ThreadDied(reason, cause, f"{thread!r} died before it replied: {_last_line(reason)}")
 
 
-MAX_ERROR_TEXT = 1 << 14  # letters of a traceback that is told elsewhere
-MAX_LINE = 1000  # letters of an error in one line
+# The most letters of a traceback that is told elsewhere, and of an error on one line.
+MAX_ERROR_TEXT = 1 << 14
+MAX_LINE = 1000
 
 
 def _format_traceback(error: BaseException) -> str:
@@ -1079,15 +1092,15 @@ def _last_line(error: BaseException) -> str:
 
 
 class _Registry:
-    """The living threads of this node, their names, and who watches them."""
+    """The living threads of this node, their names, and their watchers."""
 
     def __init__(self) -> None:
-        # Guards the tables, and of every thread its watchers, its names and that it ended.  So
-        # a watcher is either told of a thread's end or refused: there is nothing in between.
+        # Guards the tables, and the watchers, the names and the end of every thread.  So a
+        # watcher is either told of a thread's end or refused: there is nothing in between.
         self.lock = _Lock()
         self.by_id: dict[int, Thread] = {}
-        self.by_name: dict[str, Thread] = {}  # those that have a registered name
-        self.by_watcher: dict[str, Thread] = {}  # a watcher's tag -> the thread it watches
+        self.by_name: dict[str, Thread] = {}  # registered name -> thread
+        self.by_watcher: dict[str, Thread] = {}  # watcher's tag -> watched thread
 
     def add(self, thread: Thread) -> None:
         with self.lock:
@@ -1107,7 +1120,7 @@ class _Registry:
             return list(watchers.values())
 
     def register(self, name: str, thread: Thread) -> None:
-        """Give `thread` a name, which another thread loses if it had that."""
+        """Give `thread` a name, which any other thread of that name loses."""
         with self.lock:
             if thread._ended:
                 raise NoSuchThread(f"{thread!r} cannot be registered any more")
@@ -1127,7 +1140,7 @@ class _Registry:
             return True
 
     def add_watcher(self, thread: Thread, watcher: Any) -> bool:
-        """Have `watcher` told when `thread` ends; return False if it has ended."""
+        """Have `watcher` told when `thread` ends; return False if that was earlier."""
         with self.lock:
             watcher.watched = thread
             if thread._ended:
@@ -1161,10 +1174,10 @@ _registry = _Registry()
 
 
 class _ExitHook:
-    """Reports the end of an adopted thread.
+    """A hook that reports the end of an adopted thread.
 
-    The only reference to it is in the thread's local storage.  Python frees that when the
-    thread ends, and calls `__del__`.
+    The only reference to the hook is in the thread's local storage.  Python frees that storage
+    when the thread ends, and calls `__del__`.
     """
 
     def __init__(self, thread: Thread) -> None:
@@ -1180,11 +1193,20 @@ class _ExitHook:
 class _Local(threading.local):
     """Data of the running thread."""
 
-    thread: Thread | None = None  # its handle
-    exit_hook: _ExitHook | None = None  # of an adopted thread
-    loading_from: Any = None  # the connection whose message is being unpickled (part two)
-    must_not_wait = False  # in threads of this module's, and within a write: others wait
-    is_logging = False  # while a logging handler of the user's runs
+    # The handle of the running thread.
+    thread: Thread | None = None
+
+    # Reports the end of the thread, if that is adopted.
+    exit_hook: _ExitHook | None = None
+
+    # The connection with the message that is being unpickled (part two).
+    loading_from: Any = None
+
+    # True in threads of this module, and within a write, because others wait for these.
+    must_not_wait = False
+
+    # True while a logging handler of the user's runs.
+    is_logging = False
 
 
 _local = _Local()
@@ -1232,12 +1254,12 @@ class _LinkedEntry(_FailureEntry):
 
 
 class _PendingLink(_Pending):
-    """A parent wants a LinkedError when its child fails."""
+    """The wait of a parent for a LinkedError, which comes when its child fails."""
 
     is_link = True
 
     def __init__(self, parent: Thread) -> None:
-        # A child may fail before `spawn_linked` has its handle: then the failure waits here.
+        # A child may fail before `spawn_linked` has its handle; then the failure waits here.
         self._child: Handle | None = None
         self._failure: _Failure | None = None
         self._cause: _EventId | None = None
@@ -1264,13 +1286,15 @@ class _PendingLink(_Pending):
 
 
 class _SpawnRequest(NamedTuple):
-    """What is needed to start a thread, here or on another node."""
+    """The data with which a thread is started, here or on another node."""
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
     name: str
     register: bool
-    is_server: bool  # call `func` again and again while it returns something true
+
+    # Call `func` again and again while the result is true.
+    is_server: bool
 
 
 @overload
@@ -1283,10 +1307,10 @@ def spawn(func: Callable[..., Any], *args: Any, name: str | None = None,
           node: NodeLike | None = None, register: bool = False) -> Handle:
     """Run `func(*args)` in a new daemon thread; return its handle.  Factor, Erlang: spawn.
 
-    `name` defaults to the function's; `register=True` registers it before the thread runs.
-    With `node` the thread runs there, where `func` is imported; that blocks until it has
-    started, and raises what is raised there, NodeDown, SerializationError, RemoteError,
-    AuthenticationError.  Then nothing has started (after NodeDown: perhaps).  For keyword
+    `name` defaults to the function's; `register=True` registers the name before the thread
+    runs.  With `node` the thread runs on that node, where `func` is imported; `spawn` blocks
+    until the start, and raises any error from there, NodeDown, SerializationError, RemoteError,
+    AuthenticationError; then nothing has started (after NodeDown: perhaps).  For keyword
     arguments use `functools.partial`.
     """
     return _spawn(_request(func, args, name, register), node, None)
@@ -1300,17 +1324,18 @@ def spawn_linked(func: Callable[..., Any], *args: Any, name: str | None = None,
                  node: NodeLike, register: bool = False) -> Handle: ...
 def spawn_linked(func: Callable[..., Any], *args: Any, name: str | None = None,
                  node: NodeLike | None = None, register: bool = False) -> Handle:
-    """Like `spawn`; if `func` fails or its node is lost, this thread gets a `LinkedError`.
+    """Spawn a thread; if `func` fails or the node is lost, this thread gets a `LinkedError`.
 
-    Exactly one, in its mailbox, raised by the `receive` that takes it.  To return or to raise
-    SystemExit is no failure.  Factor: spawn-linked.  Erlang: spawn_link, one way.
+    The arguments are those of `spawn`.  Exactly one LinkedError comes into the mailbox; the
+    `receive` that takes the error raises it.  To return or to raise SystemExit is no failure.
+    Factor: spawn-linked.  Erlang: spawn_link, one way.
     """
     request = _request(func, args, name, register)
     link = _PendingLink(current_thread())
     try:
         child = _spawn(request, node, link)
     except BaseException:
-        # The caller gets this error, so it must not get a LinkedError as well.
+        # The caller gets this error, and must not get a LinkedError as well.
         _pending.remove(link.tag)
         raise
     link.set_child(child)
@@ -1325,9 +1350,9 @@ def spawn_server(func: Callable[..., Any], *args: Any, name: str | None = None,
                  node: NodeLike, register: bool = False) -> Handle: ...
 def spawn_server(func: Callable[..., Any], *args: Any, name: str | None = None,
                  node: NodeLike | None = None, register: bool = False) -> Handle:
-    """Like `spawn`, but calls `func(*args)` again while it returns something true.
+    """Spawn a thread that calls `func(*args)` again and again while the result is true.
 
-    Factor: spawn-server.
+    The arguments are those of `spawn`.  Factor: spawn-server.
     """
     request = _request(func, args, name, register)._replace(is_server=True)
     return _spawn(request, node, None)
@@ -1352,11 +1377,12 @@ def _function_name(func: Any) -> str:
     return str(name)[:MAX_NAME]
 
 
-MAX_NAME = 255  # letters of a thread's name
+# The most letters of a thread's name.
+MAX_NAME = 255
 
 
 def _check_name(name: object) -> None:
-    """Raise TypeError or ValueError for what cannot be the name of a thread."""
+    """Raise TypeError or ValueError unless `name` can be the name of a thread."""
     if not isinstance(name, str):
         raise TypeError(f"a name is a text, not {name!r:.100}")
     if not 0 < len(name) <= MAX_NAME:
@@ -1364,7 +1390,7 @@ def _check_name(name: object) -> None:
 
 
 def _check_tag(tag: object) -> None:
-    """Raise TypeError for what cannot be the tag of something pending."""
+    """Raise TypeError unless `tag` can be the tag of a pending."""
     if not isinstance(tag, str):
         raise TypeError(f"a tag is a text that this module has made, not {tag!r:.100}")
 
@@ -1380,7 +1406,7 @@ def _spawn(request: _SpawnRequest, node: NodeLike | None, link: _PendingLink | N
 
 
 def _spawn_here(request: _SpawnRequest, watcher: Any, cause: _EventId | None) -> Thread:
-    """Start a thread on this node; `watcher` is its linked parent's, if it has one."""
+    """Start a thread on this node; `watcher` is that of its linked parent, if there is one."""
     thread = Thread(request.name)
     if request.register:
         _registry.register(request.name, thread)
@@ -1406,12 +1432,13 @@ def _run_server(func: Callable[..., Any], *args: Any) -> None:
 def send(message: Any, thread: Handle) -> None:
     """Send `message` to `thread`.  Factor: send.  Erlang, Termite: !.
 
-    To a thread of this node: puts the object itself into its mailbox, never blocks, never
-    raises.  To another node: sends a copy taken now; connects first if need be (at most
-    `connect_timeout` seconds), and waits while too much is queued.  Raises SerializationError,
-    NodeDown, AuthenticationError; then it was not sent, or was cut off on its way (a NodeDown
-    that is no NodeUnreachable).  To return means accepted here; only a reply proves more.  If
-    there is no such thread, the message is dropped there and logged here.
+    To a thread of this node, `send` puts the object itself into its mailbox, never blocks and
+    never raises.  To another node, `send` sends a copy taken now; connects first if need be (at
+    most `connect_timeout` seconds), and waits while too much is queued.  Raises
+    SerializationError, NodeDown, AuthenticationError; then the message was not sent, or was cut
+    off on its way (a NodeDown that is no NodeUnreachable).  A return means that the message is
+    accepted here; only a reply proves more.  If there is no such thread, the message is dropped
+    there and logged here.
     """
     try:
         thread.send(message)
@@ -1443,7 +1470,7 @@ def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _MI
     A class, or a tuple of classes, stands for its `isinstance`.  `pred` runs in this thread
     with no lock held, once for each message.  Blocks, and returns `default` or raises
     TimeoutError, as `receive` does.  Raises LinkedError if the search meets the failure of a
-    linked thread, and what `pred` raises, leaving the mailbox as it was.
+    linked thread, and any error of `pred`, leaving the mailbox as it was.
 
     Factor: receive-if, receive-if-timeout.  Erlang: selective receive.
     """
@@ -1456,7 +1483,7 @@ def receive_if(pred: Predicate, timeout: float | None = None, default: Any = _MI
 
 
 def _received(entry: _Entry) -> Any:
-    """Return the message of an entry that was taken; raise it if it is a linked failure."""
+    """Return the message of an entry that was taken, or raise the message, a LinkedError."""
     message = entry.message
     if _observer.is_recording:
         _observer.record_receive(message, entry.cause)
@@ -1504,9 +1531,9 @@ class _Message(_Immutable):
 
 
 class Synchronous(_Message):
-    """A message whose `sender` waits for a reply.  Factor: synchronous.
+    """A message with a `sender` that waits for a reply.  Factor: synchronous.
 
-    Equal to, and hashed as, every other of the same `tag`, whatever its data.
+    Two of the same `tag` are equal, and have the same hash, even if their `data` differs.
     """
 
     __match_args__ = ("data", "sender", "tag")
@@ -1538,7 +1565,7 @@ class Reply(_Message):
 
 
 class _PendingCall(_Pending):
-    """A thread waits in `send_synchronous`."""
+    """The wait of a thread in `send_synchronous`."""
 
     def __init__(self, caller: Thread) -> None:
         if _local.loading_from is not None:
@@ -1549,8 +1576,8 @@ class _PendingCall(_Pending):
         self._failure: _Failure | None = None
         self._cause: _EventId | None = None
 
-        # Locked until there is an outcome, for which the caller waits by acquiring it.  (A
-        # _WaitQueue would do as well, at ten times the cost.)
+        # This lock is held until there is an outcome; the caller waits by acquiring the lock.
+        # (A _WaitQueue would do as well, at ten times the cost.)
         self._is_pending = threading.Lock()
         self._is_pending.acquire()
         super().__init__(caller)
@@ -1569,7 +1596,7 @@ class _PendingCall(_Pending):
         return _acquire(self._is_pending, deadline)
 
     def result(self) -> Any:
-        """Return the reply, or raise the failure.  What came from elsewhere is loaded now."""
+        """Return the reply, or raise the failure.  Data of another node is loaded now."""
         if self._reply is not None:
             self._reply.load()
             self._record(self._reply.message, self._reply.cause)
@@ -1585,15 +1612,18 @@ class _PendingCall(_Pending):
 
 
 def send_synchronous(message: Any, thread: Handle, timeout: float | None = None) -> Any:
-    """Send `message`, wait for its reply, return that.  Factor: send-synchronous.
+    """Send `message`, wait for the reply, and return that.  Factor: send-synchronous.
 
     Blocks at most `timeout` seconds (None: until there is an outcome), and to connect as `send`
-    does.  Leaves the mailbox alone.  Raises SerializationError, NodeUnreachable, NoSuchThread,
-    AuthenticationError: nothing was delivered; RemoteError: the other node could not read it;
-    ThreadDied, NodeDown, TimeoutError: it may have run, and a reply that still comes is
-    dropped.  From a thread to itself: SynchronousToSelfError.  RuntimeError: while a message is
-    being loaded (from a `__setstate__`, say); and while this thread imports a module for which
-    another one waits, that would have to answer.
+    does.  Leaves the mailbox alone.  After SerializationError, NodeUnreachable, NoSuchThread or
+    AuthenticationError, nothing was delivered.  After RemoteError, the other node could not
+    read the message; or the call has run, but the reply was too large or unreadable here.
+    After ThreadDied, NodeDown or TimeoutError, the call may have run, and a reply that still
+    comes is dropped.
+
+    Raises SynchronousToSelfError from a thread to itself, and RuntimeError while a message is
+    being loaded (from a `__setstate__`, say), or while this thread imports a module for which
+    the thread that would have to answer waits.
     """
     if not isinstance(thread, _Handle):
         raise TypeError(f"send_synchronous(message, thread): {thread!r} is not a thread")
@@ -1618,10 +1648,10 @@ def send_synchronous(message: Any, thread: Handle, timeout: float | None = None)
 def reply_synchronous(reply: Any, synchronous: Synchronous) -> None:
     """Answer `synchronous`, from any thread that holds it.  Factor: reply-synchronous.
 
-    Blocks as `send` does.  If the caller is gone or gave up, nobody hears it, which is no
-    error.  Raises SerializationError.
+    Blocks as `send` does.  If the caller is gone or gave up, nobody hears the reply, which is
+    no error.  Raises SerializationError.
 
-    A request that came from another node never makes this one dial, as the address of its
+    A request that came from another node never makes this node dial, as the address of its
     sender may be made up.  If the caller's node is not connected to this one, the reply goes
     back to the node that passed the request on, and from there to the caller.
     """
@@ -1634,16 +1664,16 @@ def reply_synchronous(reply: Any, synchronous: Synchronous) -> None:
     try:
         sender._reply(reply, synchronous.tag, cause)
     except (NodeDown, AuthenticationError) as error:
-        # The caller is gone.  (AuthenticationError: its port may be somebody else's by now.)
+        # The caller is gone.  (AuthenticationError: its port may be another node's by now.)
         _observer.message_lost(sender, error, cause)
 
 
 def handle_synchronous(func: Callable[[Any], Any], timeout: float | None = None) -> bool:
-    """Take the next `Synchronous`, reply with `func` of its data, return True.
+    """Take the next `Synchronous`, reply with `func` of its data, and return True.
 
     So `spawn_server(handle_synchronous, func)` serves for ever.  Other messages stay in the
-    mailbox.  Blocks at most `timeout` seconds for a request, then raises TimeoutError.  If
-    `func` raises, so does this: the server fails as any thread, and with it the call.
+    mailbox.  Blocks at most `timeout` seconds for a request, then raises TimeoutError.  An
+    error of `func` is raised here: the server fails as any thread, and the call fails, too.
 
     Factor: handle-synchronous.
     """
@@ -1658,7 +1688,7 @@ def handle_synchronous(func: Callable[[Any], Any], timeout: float | None = None)
 
 
 class Monitor(_Message):
-    """What `monitor` returned: `target` is watched.  Erlang: a monitor's reference."""
+    """The result of `monitor`: `target` is watched.  Erlang: a monitor's reference."""
 
     __match_args__ = ("target", "tag")
     target: Any
@@ -1699,7 +1729,7 @@ class _DownEntry(_FailureEntry):
 
 
 class _PendingMonitor(_Pending):
-    """A thread wants a Down when another thread ends, or a node is lost."""
+    """The wait of a thread for a Down, which comes when another ends or a node is lost."""
 
     def __init__(self, waiter: Thread, target: Any) -> None:
         super().__init__(waiter)
@@ -1712,14 +1742,14 @@ class _PendingMonitor(_Pending):
 def monitor(thread_or_node: Handle | NodeLike) -> Monitor:
     """Have one `Down` message sent to this thread when a thread ends or a node is lost.
 
-    Its `reason`: None (the thread returned), the exception it died of (or a RemoteError),
-    NoSuchThread, or NodeDown.  It comes after all that the thread had sent here.  Blocks as
-    `send` does, but raises nothing for a target that cannot be reached.  Erlang: monitor,
-    monitor_node.
+    Its `reason` is None (the thread returned), the exception that ended the thread (or a
+    RemoteError), a NoSuchThread, or a NodeDown.  The Down comes after all that the thread had
+    sent here.  Blocks as `send` does, but raises nothing for a target that cannot be reached.
+    Erlang: monitor, monitor_node.
 
     NodeDown says that contact was lost, not that anything ended: a node that was only cut off
     goes on, and can be sent to when it is back.  But a monitor or link that has told of a loss
-    is over.  Nothing more comes of it, also when the thread ends indeed; monitor it anew.
+    is over: nothing more comes, even if the thread does end.  For that, monitor anew.
     """
     watch = _PendingMonitor(current_thread(), thread_or_node)
     try:
@@ -1739,9 +1769,9 @@ def monitor(thread_or_node: Handle | NodeLike) -> Monitor:
 
 
 def demonitor(monitor: Monitor) -> None:
-    """End `monitor`: when this returns, no `Down` of it is in this thread's mailbox, nor comes.
+    """End `monitor`: from then on no `Down` of it is in this thread's mailbox, nor comes.
 
-    Never blocks; to end it twice does nothing.  Erlang: demonitor with flush.
+    Never blocks; to end a monitor twice does nothing.  Erlang: demonitor with flush.
     """
     if not isinstance(monitor, Monitor):
         raise TypeError(f"demonitor takes what monitor returned, not {monitor!r}")
