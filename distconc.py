@@ -1038,8 +1038,7 @@ class Thread(_Handle):
 def _print_failure(error: BaseException | None, traceback: Any = None) -> None:
     """Show an uncaught error as the threading module does.
 
-    `threading.excepthook` is the user's, and may fail; then the hook's own error is printed,
-    after the uncaught error if that has just ended this thread.
+    `threading.excepthook` is the user's, and may fail; then both errors are printed.
     """
     if error is None:
         return
@@ -1048,6 +1047,8 @@ def _print_failure(error: BaseException | None, traceback: Any = None) -> None:
     try:
         threading.excepthook(threading.ExceptHookArgs(about))
     except BaseException as hook_error:
+        with suppress(BaseException):
+            sys.__excepthook__(type(error), error, traceback)
         with suppress(BaseException):
             sys.__excepthook__(type(hook_error), hook_error, hook_error.__traceback__)
 
