@@ -306,8 +306,9 @@ class _WaitQueue:
     __slots__ = ("_sleepers",)
 
     def __init__(self) -> None:
-        # One locked lock for each waiting thread, which sleeps by acquiring it.  Only that
-        # thread puts its lock into the list, and takes it out.
+        # One lock for each waiting thread, which sleeps by acquiring the lock, though that is
+        # held already.  To wake the thread is to release the lock.  Only the thread itself puts
+        # its lock into the list, and takes it out.
         self._sleepers: list[threading.Lock] = []
 
     def wait_until(self, is_true: Callable[[], bool], deadline: float | None) -> bool:
@@ -458,9 +459,14 @@ class Mailbox:
         """Put back entries that were taken, as the oldest ones."""
         with self._lock:
             for entry in reversed(entries):
-                entry.position = -1
+                entry.position = self._oldest_position() - 1
                 self._numbered.appendleft(entry)
         self._arrival.wake_all()
+
+    def _oldest_position(self) -> int:
+        if self._numbered:
+            return self._numbered[0].position
+        return self._next_position
 
     def get_if(self, pred: Predicate, timeout: float | None = None) -> Any:
         """Remove and return the oldest message for which `pred` is true; the others stay.
@@ -720,7 +726,7 @@ class _Pending:
         # The tag cannot be guessed, so an outcome cannot be forged.
         self.tag = os.urandom(8).hex()
 
-        # The Thread, or the node of part two, that reports the end, until its method
+        # The Thread, or the _Peer of part two, that reports the end, until its method
         # `remove_watcher` is called.
         self.watched: Any = None
         _pending.add(self)
@@ -769,9 +775,9 @@ class _PendingTable:
     def resolve(self, tag: str, reply: _Entry, replier: Any = None) -> bool:
         """Give the pending of that tag its reply, from `replier` (None: this process).
 
-        Returns False if there is none.  A watched node that replies has removed its watcher.
-        With any other replier the call was passed on, or answered here; then the watched party
-        is told to stop watching.
+        Returns False if there is none.  A node that replies to a call which it watches stops
+        watching by itself.  If anyone else has replied, because the call was passed on, the
+        watched thread or node is told to stop.
         """
         with self._lock:
             pending = self._by_tag.pop(tag, None)
@@ -984,7 +990,7 @@ class Thread(_Handle):
         event = None
         if _observer.is_recording:
             event = self._record_end(reason)
-        watchers = _registry.remove(self)
+        watchers = _registry.end(self)
         try:
             is_linked = any(watcher.is_link for watcher in watchers)
             if print_it and not is_linked:
@@ -1107,7 +1113,7 @@ class _Registry:
         with self.lock:
             self.by_id[thread.id] = thread
 
-    def remove(self, thread: Thread) -> list[Any]:
+    def end(self, thread: Thread) -> list[Any]:
         """End `thread`; return its watchers, which have to be told."""
         with self.lock:
             thread._ended = True
@@ -1436,9 +1442,9 @@ def send(message: Any, thread: Handle) -> None:
     To a thread of this node, `send` puts the object itself into its mailbox, never blocks and
     never raises.  To another node, `send` sends a copy taken now; connects first if need be (at
     most `connect_timeout` seconds), and waits while too much is queued.  Raises
-    SerializationError, NodeDown, AuthenticationError; then the message was not sent, or was cut
-    off on its way (a NodeDown that is no NodeUnreachable).  A return means that the message is
-    accepted here; only a reply proves more.  If there is no such thread, the message is dropped
+    SerializationError, AuthenticationError, NodeUnreachable: the message was not sent; any
+    other NodeDown: perhaps it was, and was cut off on its way.  A return means that the message
+    is accepted here; only a reply proves more.  If there is no such thread, the message is dropped
     there and logged here.
     """
     try:
@@ -2731,8 +2737,7 @@ def _check_header(header: Any) -> None:
 
 def _check_cause(cause: Any) -> _EventId | None:
     """Return a peer's cause, or None for a value that no event here could follow."""
-    # A Python before 3.10 stops here, and its SyntaxError shows the line.
-    match cause:  # needs Python 3.10 or later
+    match cause:
         case (str(incarnation), int(thread), int(clock)):
             if 0 <= thread < MAX_CLOCK and 0 < clock < MAX_CLOCK:
                 return incarnation[:16], int(thread), int(clock)
@@ -3083,7 +3088,7 @@ class _Connection:
 
     # The handshake's last steps, and the reader
 
-    def send_serials(self) -> None:
+    def register_and_send_serials(self) -> None:
         """Register this connection; tell the peer its number, and that of the oldest here."""
         oldest = self._node._add_connection(self)
         with self._write_lock:
@@ -3100,7 +3105,8 @@ class _Connection:
         self.peer_serial = serial
         return int(oldest)
 
-    def start_writer(self) -> None:
+    def start(self) -> None:
+        """Start the writer; from now on silence ends the connection."""
         _limit_silence(self._socket, 0.8 * self.heartbeat)
         _start_daemon("writer", self._write_loop)
 
@@ -3731,11 +3737,11 @@ class _Handshake:
         its own ends: see `Node._connection_closed`.
         """
         if self.dialled:
-            connection.send_serials()
+            connection.register_and_send_serials()
             self._node._wait_for_older(connection, connection.read_serials())
         else:
             self._node._wait_for_older(connection, connection.read_serials())
-            connection.send_serials()
+            connection.register_and_send_serials()
 
 
 def _dial_error(address: Address | None, why: BaseException, own_name: str = "") -> Exception:
@@ -4066,7 +4072,7 @@ class Node(AbstractContextManager["Node"]):
         with self._lock:
             if self._stopped:
                 raise NodeDown("this node was stopped")
-            connection.start_writer()
+            connection.start()
             self._established.append(connection)
         self._connections_changed.wake_all()
 

@@ -371,6 +371,26 @@ def relay_to(box):
 
 
 class MailboxTests(Case):
+    def test_what_ctrl_c_struck_in_get_all_is_all_there_in_order(self):
+        class StruckOnce(distconc._Entry):
+            needs_loading = True
+
+            def load(self):
+                if self.message == "struck":
+                    self.message = "not struck"
+                    raise KeyboardInterrupt
+                return True
+
+        box = Mailbox()
+        for number in range(30):
+            box.put(number)
+        box._put(StruckOnce("struck"))
+        self.assertRaises(KeyboardInterrupt, box.get_all, 0)
+        box.put("newer")
+        self.assertEqual(25, box.get_if(lambda message: message == 25, 0))
+        self.assertEqual("newer", box.get_if(lambda message: message == "newer", 0))
+        self.assertEqual([*range(25), *range(26, 30), "not struck"], box.get_all(0))
+
     def test_getters_share_what_fits_them(self):  # Factor's own
         mixed = [1, "junk", [456], 3, "junk2"]
         for messages, preds in (([1, 2, 3], [object] * 3), ([1, 2, 3], [int] * 3),
