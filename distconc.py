@@ -1444,8 +1444,8 @@ def send(message: Any, thread: Handle) -> None:
     most `connect_timeout` seconds), and waits while too much is queued.  Raises
     SerializationError, AuthenticationError, NodeUnreachable: the message was not sent; any
     other NodeDown: perhaps it was, and was cut off on its way.  A return means that the message
-    is accepted here; only a reply proves more.  If there is no such thread, the message is dropped
-    there and logged here.
+    is accepted here; only a reply proves more.  If there is no such thread, the message is
+    dropped there and logged here.
     """
     try:
         thread.send(message)
