@@ -6186,7 +6186,7 @@ class OtherPrograms(Net):
                     os._exit(0)
                 os.wait()
                 """, PYTHONWARNINGS="ignore")
-            self.assertIn("call start_node there", done.out, done.err)
+            self.assertIn("start_node() there", done.out, done.err)
 
 
     # Code of the user's that runs within the module
