@@ -1177,7 +1177,7 @@ class MonitorTests(Case):
 ######## Remote handles and the registry
 
 PORTS = st.integers(1, 65535)
-IDS = st.one_of(st.integers(1, 1 << 63), st.text(min_size=1, max_size=20))  # repr and all
+IDS = st.one_of(st.integers(1, 1 << 62), st.text(min_size=1, max_size=20))  # repr and all
 MADE_BY_HAND = st.builds(RemoteThread, PORTS, IDS)
 
 
