@@ -199,10 +199,10 @@ class RemoteError(DistconcError):
 
 ######## Where the promises are kept
 #
-# Order      Of a mailbox: `Mailbox._arrived`.  Of a connection: its outbox, which is written
-#            out under `_write_lock`, and one reader at the other end.  Over a lost connection
-#            and the next one: `_Handshake._exchange_serials`, `Node._connection_to`, and
-#            `Node._connection_closed`.
+# Order      Of a mailbox: `Mailbox._numbered`, then `_arrived`.  Of a connection: its outbox,
+#            which is written out under `_write_lock`, and one reader at the other end.  Over a
+#            lost connection and the next one: `_Handshake._exchange_serials`,
+#            `Node._connection_to`, and `Node._connection_closed`.
 # A late     No reply enters a mailbox.  `_PendingTable.resolve` gives a reply to the call that
 # reply      waits for its tag; if none does any more, nobody hears of the reply.
 # A lost     `_Connection.read_loop` notices the loss, by the connection's end or by silence;
@@ -211,12 +211,10 @@ class RemoteError(DistconcError):
 # A handle   `RemoteThread._is_local` recognizes the handle; a message sent to it goes straight
 # sent home  into the mailbox of its thread.
 #
-# Locks.  Each stands beside the data that it guards.  `_Connection._write_lock` is the only one
-# that is held while its holder may have to wait for the network.  Within that lock, and within
-# `Node._lock`, the others may be taken, which are `_Registry.lock`, `_PendingTable._lock`, and
-# those of mailboxes and logs; within these, none.  `_Process.lock` is taken before all others,
-# by the thread that starts a node.  No lock is held while the user's code runs, but for a
-# `__del__`, which may interrupt any line.
+# Locks.  Each stands beside the data that it guards, and is taken alone, but for
+# `_Process.lock`, which the thread that starts a node takes before all others.  Only the holder
+# of `_Connection._write_lock` may have to wait for the network.  No lock is held while code of
+# the user's runs, but for a `__del__`, which may interrupt any line.
 
 ######## Waiting: deadlines, and queues of threads that wait
 
@@ -390,7 +388,7 @@ class Mailbox:
         # Every put wakes the threads that wait here, in a get, get_if or get_all.
         self._arrival = _WaitQueue()
 
-        # Guards `_numbered`.  The lock is held while messages are moved or taken, never while a
+        # Guards `_numbered`, and all taking from `_arrived`.  The lock is never held while a
         # predicate runs or a message is loaded: these are the user's code.
         self._lock = _Lock()
 
@@ -428,31 +426,28 @@ class Mailbox:
     def _get(self, deadline: float | None) -> _Entry | None:
         """Remove and return the oldest entry that can be loaded; None at the deadline."""
         while True:
-            entry = None
-            if self._numbered:
-                entry = self._pop_numbered()
+            entry = self._take_oldest()
             if entry is None:
-                try:
-                    # This is atomic.  A lock would cost as much as all the rest.
-                    entry = self._arrived.popleft()
-                except IndexError:
-                    if not self._arrival.wait_until(self._has_entries, deadline):
-                        return None
-                    continue
+                if not self._arrival.wait_until(self._has_entries, deadline):
+                    return None
+                continue
             if not entry.needs_loading:
                 return entry
             try:
                 if entry.load():
                     return entry
             except BaseException:
-                # After Ctrl-C the mailbox is as before.
+                # Ctrl-C: nothing has happened yet.
                 self._put_back([entry])
                 raise
 
-    def _pop_numbered(self) -> _Entry | None:
+    def _take_oldest(self) -> _Entry | None:
+        # Both in one step: another thread may number what has arrived in between.
         with self._lock:
             if self._numbered:
                 return self._numbered.popleft()
+            if self._arrived:
+                return self._arrived.popleft()
             return None
 
     def _put_back(self, entries: list[_Entry]) -> None:
@@ -723,7 +718,7 @@ class _Pending:
 
     def __init__(self, waiter: "Thread") -> None:
         self.waiter = waiter
-        # The tag cannot be guessed, so an outcome cannot be forged.
+        # Threads that have not been told the tag cannot guess it, nor forge an outcome.
         self.tag = os.urandom(8).hex()
 
         # The Thread, or the _Peer of part two, that reports the end, until its method
@@ -904,13 +899,14 @@ class Thread(_Handle):
 
         A Reply goes to the call that waits for it.
         """
+        if self._remote:
+            self._remote.send(message)
+            return
         cause = None
         if _observer.is_recording:
             cause = _observer.record_send(message, self)
         if message.__class__ is Reply:
             self._reply(message.data, message.tag, cause)
-        elif self._remote:
-            self._remote.send(message)
         elif self._ended:
             _observer.message_lost(self, "it has ended", cause)
         else:
@@ -1680,7 +1676,7 @@ def handle_synchronous(func: Callable[[Any], Any], timeout: float | None = None)
 
     So `spawn_server(handle_synchronous, func)` serves for ever.  Other messages stay in the
     mailbox.  Blocks at most `timeout` seconds for a request, then raises TimeoutError.  An
-    error of `func` is raised here: the server fails as any thread, and the call fails, too.
+    error of `func` is raised here; if it ends the server's thread, the call fails, too.
 
     Factor: handle-synchronous.
     """
@@ -2585,8 +2581,8 @@ def _read_when_written(file: Any) -> bytes:
 # A thread may pass a call on to a third node, which knows no way to the caller.  The reply then
 # goes to the node that passed the call on, and that node sends the reply to the caller's node.
 #
-# A request is ("ps",), ("is alive", id), or ("spawn", func, args, name, register, is_server,
-# link): link is a tag, for which a failure of the new thread is reported, or None.
+# A request is ("ps",), ("is alive", incarnation, id), or ("spawn", func, args, name, register,
+# is_server, link): link is a tag, for which a failure of the new thread is reported, or None.
 
 PROTOCOL = "distconc 5"
 MAX_HELLO = 4096  # bytes
@@ -2838,7 +2834,7 @@ class _Connection:
 
         # `deque.append` and `popleft` are atomic, so putting messages here needs no lock: see
         # `post`.  Only a holder of `_write_lock` takes messages out; `post` may take its own.
-        self._outbox: deque[tuple[_Header, bytes]] = deque()
+        self._outbox: deque[tuple[_Header, bytes, object]] = deque()
         self.closing = False
         # The writer waits for messages, or for the connection to close; senders wait for room.
         self._work = _WaitQueue()
@@ -2857,6 +2853,8 @@ class _Connection:
         # Whether no frame may follow.
         self._has_ended_output = False
 
+        # Set, under the node's lock, by the thread that reports the end.
+        self.is_over = False
         self._writer_has_ended = False
         # The reader waits here for the writer's end.
         self._writer_end = _WaitQueue()
@@ -2906,7 +2904,8 @@ class _Connection:
 
         Never blocks.  For threads that must not wait: readers, and threads that end.
         """
-        message = (header, payload)
+        # The third item makes the message unlike any other, so that `remove` takes no other.
+        message = (header, payload, object())
         self._outbox.append(message)
         if self.closing:
             # After `closing` was set, the writer empties the outbox once more.  Either the
@@ -2959,7 +2958,14 @@ class _Connection:
             with self._write_lock:
                 if self._has_ended_output or not self._outbox:
                     return
-                self._write_frame(*self._next_batch())
+                try:
+                    groups, payloads = self._next_batch()
+                except BaseException:
+                    # Ctrl-C: some messages are taken, so the others must not follow.
+                    self._has_ended_output = True
+                    self._shut_down_writing()
+                    raise
+                self._write_frame(groups, payloads)
 
     def _next_batch(self) -> tuple[list[tuple[_Header, list[int]]], list[bytes]]:
         """Take the messages of one frame from the outbox: many small ones, or a large one.
@@ -2970,9 +2976,10 @@ class _Connection:
         payloads: list[bytes] = []
         last_header = None
         while self._outbox and len(payloads) < MAX_BATCH:
-            header, payload = self._outbox.popleft()
+            message = self._outbox.popleft()
+            header, payload, _ = message
             if len(payload) > SMALL_PAYLOAD and payloads:
-                self._outbox.appendleft((header, payload))
+                self._outbox.appendleft(message)
                 break
             if header is not last_header:
                 lengths: list[int] = []
@@ -2986,11 +2993,12 @@ class _Connection:
         return groups, payloads
 
     def _write_frame(self, groups: list[tuple[_Header, list[int]]],
-                     payloads: list[bytes]) -> None:
-        """Write one frame, or a tick if there are no messages; `_write_lock` is held.
+                     payloads: list[bytes], is_message: bool = True) -> None:
+        """Write one frame, or a tick if there are no payloads; `_write_lock` is held.
 
-        If the network fails, or Ctrl-C interrupts the write, half a frame may be out, and
-        no other can follow: this side's output ends.
+        If a fault cuts the peer off, the messages are lost.  If the network fails, or Ctrl-C
+        interrupts the write, half a frame may be out, and no other can follow: this side's
+        output ends.
         """
         if _faults.are_active and _faults.cut_off(self.addresses):
             return
@@ -3001,7 +3009,8 @@ class _Connection:
             self._last_write = monotonic()
             for piece in pieces:
                 self._socket.sendall(piece, NO_SIGPIPE)
-            self.sent += len(payloads)
+            if is_message:
+                self.sent += len(payloads)
         except BaseException as error:
             self._has_ended_output = True
             self._shut_down_writing()
@@ -3069,9 +3078,7 @@ class _Connection:
         """Tell the peer that nothing follows."""
         with self._write_lock:
             if not self._has_ended_output:
-                self._write_frame([(("end",), [0])], [b""])
-                # The "end" is no message.
-                self.sent -= 1
+                self._write_frame([(("end",), [0])], [b""], is_message=False)
 
     def _end_output(self) -> None:
         with self._write_lock:
@@ -3092,9 +3099,8 @@ class _Connection:
         """Register this connection; tell the peer its number, and that of the oldest here."""
         oldest = self._node._add_connection(self)
         with self._write_lock:
-            self._write_frame([(("serials", self.serial, oldest), [0])], [b""])
-            # The introduction is no message.
-            self.sent = 0
+            header = ("serials", self.serial, oldest)
+            self._write_frame([(header, [0])], [b""], is_message=False)
 
     def read_serials(self) -> int:
         """Read the peer's number for this connection; return the number of its oldest one."""
@@ -3172,7 +3178,8 @@ class _Connection:
     def _dispatch(self, header: _Header, payloads: "Sequence[bytes | memoryview]") -> None:
         """Handle the messages with this header."""
         kind = header[0]
-        self.received += len(payloads)
+        if kind != "end":
+            self.received += len(payloads)
         if kind == "send":
             _, incarnation, id, cause = header
             self._on_send(incarnation, id, cause, payloads)
@@ -3196,8 +3203,6 @@ class _Connection:
                     self._on_undelivered(id, why, count, cause)
                 case ("end",):
                     self._has_read_end = True
-                    # The "end" is no message.
-                    self.received -= 1
                 case _:
                     raise ValueError(f"{header!r:.100} is no header")
         if len(self._outbox) > MAX_UNREAD:
@@ -3998,12 +4003,16 @@ class Node(AbstractContextManager["Node"]):
             if not self._connections_changed.wait_until(is_settled, deadline):
                 raise NodeUnreachable(
                     f"the last connection to {_format_address(address)} does not end")
+            key = None
+            if self._established_with(incarnation, address) is None:
+                # No lock is held, as this may wait for a file.
+                key = self._find_key_to_dial(address)
             with self._lock:
                 connection = self._established_with(incarnation, address)
-                if connection is None:
-                    dial = self._dial(address)
+                if connection is None and key is not None:
+                    dial = self._dial(address, key)
                     break
-                if not connection.closing:
+                if connection is not None and not connection.closing:
                     return connection
         if not dial.wait(deadline):
             raise NodeUnreachable(
@@ -4015,8 +4024,8 @@ class Node(AbstractContextManager["Node"]):
         # The peer may have dialled this node meanwhile, and that connection may be the older.
         return self._established_with(connection.peer.incarnation, None) or connection
 
-    def _dial(self, address: Address | None) -> _Handshake:
-        """Return the handshake that is under way with that node, or start one."""
+    def _find_key_to_dial(self, address: Address | None) -> bytes:
+        """Return the key for that node; raise an error if this thread cannot dial it now."""
         if self._stopped:
             raise NodeDown("this node was stopped; start_node starts it again")
         if address is None:
@@ -4029,10 +4038,14 @@ class Node(AbstractContextManager["Node"]):
             raise NodeUnreachable(
                 "a __del__ that runs in a thread of this module, or within a send, cannot dial "
                 f"{_format_address(address)}; connect to it first")
+        return _find_key(self._key, address)
+
+    def _dial(self, address: Address | None, key: bytes) -> _Handshake:
+        """Return the handshake that is under way with that node, or start one."""
         for handshake in self._handshakes:
             if handshake.dialled == address and handshake.error is None:
                 return handshake
-        handshake = _Handshake(self, address, _find_key(self._key, address))
+        handshake = _Handshake(self, address, key)
         self._begin(handshake)
         return handshake
 
@@ -4083,20 +4096,24 @@ class Node(AbstractContextManager["Node"]):
         with a node is lost as a whole.  The last of them reports the loss.
         """
         with self._lock:
-            if connection not in self._connections:
+            if connection.is_over or connection not in self._connections:
                 return
-            same_peer = [c for c in self._connections if c.peer == connection.peer]
+            connection.is_over = True
+            same_peer = [other for other in self._connections
+                         if other.peer == connection.peer and not other.is_over]
             if connection in self._established:
                 self._established.remove(connection)
                 for other in same_peer:
                     other.abort()
-            # A connection whose peer has not proved the key only claims to be from that node.
-            is_last = [c for c in same_peer if c.peer_serial] == [connection]
-            if is_last:
-                # The peer's next connection waits until this one is out of the table.  Until
-                # then no new watchers and no new calls can come.
-                waiting = _pending.watching(connection.peer)
-                _registry.remove_watchers_of(connection.peer)
+        # A connection whose peer has not introduced itself under the seal only claims to be one
+        # of that node.
+        is_last = connection.peer_serial and not any(c.peer_serial for c in same_peer)
+        if is_last:
+            # The peer's next connection waits until this one is out of the table; until then no
+            # new watchers and no new calls can come.
+            waiting = _pending.watching(connection.peer)
+            _registry.remove_watchers_of(connection.peer)
+        with self._lock:
             self._connections.remove(connection)
             self._counts.update(sent=connection.sent, received=connection.received)
         self._connections_changed.wake_all()
@@ -4462,6 +4479,10 @@ class RemoteThread(_Handle):
 
         Raises NodeDown if contact with the thread's node is lost, or cannot be made.
         """
+        if self._is_local():
+            with suppress(NoSuchThread):
+                return get_remote_thread(self._id).join(timeout)
+            return True
         deadline = _deadline(timeout)
         end = _Request(current_thread())
         try:
@@ -4576,24 +4597,27 @@ class RemoteThread(_Handle):
         return True
 
     def _transmit(self, header: _Header, message: Any, cause: _EventId | None,
-                  pending: _Pending | None = None) -> None:
+                  *pendings: _Pending) -> None:
         """Send a copy of `message`; record the message as lost if that fails."""
         try:
-            self._transmit_payload(header, serialize(message), pending)
+            self._transmit_payload(header, serialize(message), *pendings)
         except Exception as error:
             _record_lost(error, cause)
             raise
 
     def _transmit_payload(self, header: _Header, payload: bytes,
-                          pending: _Pending | None = None) -> None:
-        """Send over the last connection, or, if that one closes, over a new one."""
+                          *pendings: _Pending) -> None:
+        """Send over the last connection, or, if that one closes, over a new one.
+
+        If contact with the node is lost, from now on, the pendings fail.
+        """
         for _ in range(2):
             connection = self._connection
             if connection is None or connection.closing:
                 _check_size(len(payload), local_node()._max_message)
                 connection = local_node()._connection_to(self._node, self._incarnation)
                 self._connection = connection
-            if pending:
+            for pending in pendings:
                 # This precedes the sending, as contact may be lost at once.
                 pending.watched = connection.peer
             _check_size(len(payload), connection.max_outgoing)
@@ -4718,11 +4742,9 @@ def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _PendingLink | None,
     tag = None
     if link:
         tag = link.tag
-    remote_child = _call_node(node, ("spawn", *request, tag), cause=event)
+    remote_child = _call_node(node, ("spawn", *request, tag), cause=event, link=link)
     if not isinstance(remote_child, RemoteThread):
         raise RemoteError("TypeError", f"{node} answered with no thread")
-    if link:
-        _fail_when_lost(link, remote_child._incarnation)
     return remote_child
 
 
@@ -4730,14 +4752,9 @@ def _watch_node(pending: _Pending, node: Any) -> None:
     """Have `pending` fail when contact with `node` is lost; never, if that is this node."""
     if not _is_this_node(node):
         connection = local_node()._connection_to(_parse_address(node), None)
-        _fail_when_lost(pending, connection.peer.incarnation)
-
-
-def _fail_when_lost(pending: _Pending, incarnation: int | None) -> None:
-    """Have the loss of contact with a node fail `pending`."""
-    pending.watched = _Peer(incarnation or 0)
-    if local_node()._established_with(incarnation, None) is None:
-        _pending.fail(pending.tag, _Failure(NodeDown("contact was lost at once")))
+        pending.watched = connection.peer
+        if local_node()._established_with(connection.peer.incarnation, None) is None:
+            _pending.fail(pending.tag, _Failure(NodeDown("contact was lost at once")))
 
 
 ######## Requests: services of one node to another
@@ -4751,14 +4768,20 @@ class _Request(_PendingCall):
 
 
 def _call_node(target: Any, request: tuple[Any, ...], timeout: float | None = None,
-               cause: _EventId | None = None) -> Any:
-    """Have a node, or the node of a thread, do something; return or raise its answer."""
+               cause: _EventId | None = None, link: _PendingLink | None = None) -> Any:
+    """Have a node, or the node of a thread, do something; return or raise its answer.
+
+    From then on `link` watches the node.
+    """
     if not isinstance(target, RemoteThread):
         # The handle holds the address alone, and its id is of no use.
         target = RemoteThread(target, "node")
     call = _Request(current_thread())
     try:
-        target._transmit_payload(("request", call.tag, cause), serialize(request), call)
+        pendings: list[_Pending] = [call]
+        if link is not None:
+            pendings.append(link)
+        target._transmit_payload(("request", call.tag, cause), serialize(request), *pendings)
         if not call.wait(_deadline(timeout)):
             raise TimeoutError(f"the node did not answer within {timeout} seconds")
         answer = call.result()
@@ -5477,7 +5500,8 @@ def _end_process() -> None:
 def _after_fork() -> None:
     """Leave the parent its connections, and make all tables anew, in the child of a fork.
 
-    Threads that do not exist in the child may hold locks, so all locks are made anew, too.
+    Threads that do not exist in the child may hold the locks of these tables, which are made
+    anew, too.  (That of a Mailbox which the program made, no more than those of its queues.)
     Handles of the parent's threads still denote these, and send to them over a connection.
     """
     global _own_incarnation

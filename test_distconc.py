@@ -12382,6 +12382,34 @@ def _soak_source(directory, name, sink, echo):
             receive(0.02, None)
 
 
+######## All tests
+
+# These wait much and compute little, so each list runs in a process of its own.
+APART = [["Documents"], ["Exercises"], ["Processes", "OtherPrograms", "Children", "InTheMiddle"]]
+
+
+def run_all():
+    """Run all tests, in a few processes at once; return 1 if one of them failed, else 0."""
+    setUpModule()
+    kinds = [name for name, thing in globals().items()
+             if isinstance(thing, type) and issubclass(thing, unittest.TestCase)]
+    rest = [name for name in kinds if name not in chain(*APART)]
+    runs = [start_tests(names) for names in (rest, *APART)]
+    for process, output in runs:
+        process.wait()
+        output.seek(0)
+        print(output.read())
+    return int(any(process.returncode for process, _ in runs))
+
+
+def start_tests(names):
+    """Start tests in a process of their own; return that, and the file that it writes to."""
+    output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+    tests = [f"test_distconc.{name}" for name in names]
+    command = [sys.executable, *distconc._interpreter_flags(), "-m", "unittest", *tests]
+    return subprocess.Popen(command, cwd=HERE, stdout=output, stderr=output), output
+
+
 if __name__ == "__main__":
     import test_distconc as by_its_name  # under which other nodes find what they are to run
 
@@ -12393,5 +12421,7 @@ if __name__ == "__main__":
         sys.exit(by_its_name.check_exercise(sys.argv[2:]))
     elif sys.argv[1:2] == ["handout"]:
         by_its_name.handout(sys.argv[2:])
-    else:
+    elif sys.argv[1:]:
         unittest.main(by_its_name)
+    else:
+        sys.exit(by_its_name.run_all())
