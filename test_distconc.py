@@ -12385,7 +12385,8 @@ def _soak_source(directory, name, sink, echo):
 ######## All tests
 
 # These wait much and compute little, so each list runs in a process of its own.
-APART = [["Documents"], ["Exercises"], ["Processes", "OtherPrograms", "Children", "InTheMiddle"]]
+APART = [["Documents", "Faults"], ["Exercises", "InTheMiddle"],
+         ["Processes", "OtherPrograms", "Children"], ["TheWire", "Strangers", "Plain", "Shell"]]
 
 
 def run_all():
