@@ -2438,7 +2438,9 @@ def free_port():
 
 def environment(**changes):
     path = os.pathsep.join([HERE])
-    env = {**os.environ, "PYTHONPATH": path, **changes}
+    # A `make` that runs the tests would have another one tell of itself.
+    inherited = {name: value for name, value in os.environ.items() if "MAKE" not in name}
+    env = {**inherited, "PYTHONPATH": path, **changes}
     return {name: value for name, value in env.items() if value is not None}
 
 
@@ -9106,8 +9108,8 @@ class Documents(unittest.TestCase):
         self.save("lib/sitecustomize.py", "import sys\nsys.stdout.reconfigure("
                                           "line_buffering=True)  # as on a terminal\n")
         os.chmod(os.path.join(self.directory, "bin/python3"), 0o700)
-        self.environment = {
-            name: value for name, value in os.environ.items() if name[:8] != "DISTCONC"}
+        self.environment = {name: value for name, value in environment().items()
+                            if not name.startswith(("DISTCONC", "PYTHONPATH"))}
         self.environment.update(
             ERL_FLAGS=f"-start_epmd false -erl_epmd_port {self.ports['9000']}",
             HOME=self.directory, PYTHON_BASIC_REPL="1", TERM="dumb", NO_COLOR="1",
