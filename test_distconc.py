@@ -1225,6 +1225,12 @@ class HandleTests(Case):
         kept = weakref.WeakKeyDictionary((handle, handle.id) for handle in handles)
         self.assertEqual([self.me.id, "x"], [kept[handle] for handle in handles])
 
+    def test_a_handle_that_came_home_joins_as_its_thread_does(self):
+        thread = joined(int)
+        self.assertTrue(trip(thread).join(0))
+        with self.assertRaises(RuntimeError):
+            trip(self.me).join(0.1)
+
     def test_a_remote_thread_is_immutable(self):
         handle = RemoteThread(9000, "logger")
         for name in ("node", "id", "other"):
@@ -3109,6 +3115,17 @@ class TheWire(Net):
         ender.join()
         self.assertTrue(old.is_cut() and old.has_read_end)
         self.assertEqual(late.call(2, "echo"), 2)
+
+    def test_a_message_that_comes_too_late_takes_none_that_is_equal_with_it(self):
+        self.assertEqual(self.dial().call(1, "echo"), 1)
+        [connection] = self.node._established
+        header, equal, other = ("send", None, "kept", None), b"equal", b"other"
+        with connection._write_lock:
+            self.assertTrue(connection.post(header, equal))
+            self.assertTrue(connection.post(header, other))
+            connection.close()
+            self.assertFalse(connection.post(header, equal))
+            self.assertEqual([message[1] for message in connection._outbox], [equal, other])
 
     def test_who_watches_over_a_new_connection_is_not_forgotten_with_the_old_one(self):
         doomed = spawn(receive)
