@@ -2884,8 +2884,8 @@ class _Connection:
         if _local.must_not_wait or self._is_one_of_many(payload):
             return self.post(header, payload)
         try:
-            # Nor must a `__del__` wait that runs in this thread meanwhile: it would wait for its
-            # own thread, or for another that waits for this one.
+            # Nor must a `__del__` that runs in this thread meanwhile: it would wait for its own
+            # thread, or for another that waits for this one.
             _local.must_not_wait = True
             if self._write_at_once(header, payload):
                 return True
