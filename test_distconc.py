@@ -10124,6 +10124,7 @@ WRONG["echo"] = [
     ("send(data, sender)", "send(message, sender)"),  # the whole pair goes back
     ("while (message", "if (message"),  # one answer and no more
     ("while (message := receive()) != \"stop\":", "while message := receive():"),  # no end
+    ("(message := receive()) != \"stop\"", "\"stop\" not in (message := receive())"),  # data, too
 ]
 
 SOLUTIONS["counter"] = """
@@ -10209,6 +10210,8 @@ WRONG["kvstore"] = [
     ("raise ValueError(", "return print("),  # None, as if it were well
     # Dies of a message that is no call.
     ("        if not isinstance(call, Synchronous):\n            continue\n", ""),
+    # Leaves such a message in the mailbox.
+    ("call = receive()\n", "call = receive_if(Synchronous)\n"),
     ("    values = {}\n", "    values = kvstore.__dict__\n"),  # one for all stores
     ("if values.get(key) != old:", "if values.get(key) is not old:"),  # not the same object
     ("        try:\n            reply = serve(call.data, values)\n"
@@ -10355,6 +10358,13 @@ WRONG["chat"] = [
     ("rooms.get(room, set()).discard(handle)", "rooms[room].remove(handle)"),  # no such room
     ("for handle in rooms.get(room, ())", "for handle in rooms[room]"),  # unless nobody says
     ("rooms.get(room, ()):", "set().union(*rooms.values()):"),  # tells all rooms
+    # Watches each handle once, also if it ends and joins again.
+    ("    while True:\n        match receive():\n            case \"join\", room, handle:\n"
+     "                monitor(handle)\n",
+     "    watched = set()\n    while True:\n        match receive():\n"
+     "            case \"join\", room, handle:\n"
+     "                if handle not in watched:\n                    monitor(handle)\n"
+     "                watched.add(handle)\n"),
 ]
 
 SOLUTIONS["lookup"] = """
