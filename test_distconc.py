@@ -10538,6 +10538,8 @@ WRONG["mutex"] = [
     ("    while finished < len(others):", "    while False:"),  # leaves the others alone
     ("tell_others(\"finished\")", "pass"),  # nobody ends
     ("        send_synchronous((\"leave\", mine), record)\n", ""),
+    # While it waits it does not take over the clocks of others.
+    ("                    clock = max(clock, stamp[0])\n", ""),
 ]
 
 
@@ -11114,6 +11116,12 @@ WRONG["raft"] = [
     # A node that is gone ends all others.
     ("            with suppress(NodeDown):\n                send(message, peer)",
      "            send(message, peer)"),
+    # A candidate has not voted for itself, and so may vote for another.
+    ("\"candidate\", term + 1, me, {me}", "\"candidate\", term + 1, None, {me}"),
+    # All wait for the same time.
+    ("random.uniform(patience, 2 * patience)", "patience * 1.5"),
+    # They wait for too short a time.
+    ("random.uniform(patience, 2 * patience)", "random.uniform(0, patience)"),
 ]
 
 
