@@ -10849,6 +10849,10 @@ WRONG["gossip"] = [
     # News is not learnt from a pull.
     ("case (\"pull\", news):\n                learn(news)",
      "case (\"pull\", news):\n                pass"),
+    # The state itself is the reply.
+    ("reply_synchronous(state.copy(), message)", "reply_synchronous(state, message)"),
+    # New peers are more peers.
+    ("peers = threads", "peers = peers + threads"),
 ]
 
 
@@ -11156,6 +11160,14 @@ WRONG["raft"] = [
      "            send(message, peer)"),
     # A candidate has not voted for itself, and so may vote for another.
     ("\"candidate\", term + 1, me, {me}", "\"candidate\", term + 1, None, {me}"),
+    # A granted vote is no reason to wait anew.
+    ("voted_for, alarm = candidate, some_time()", "voted_for = candidate"),
+    # Who was only a candidate tells that it is no leader.
+    ('if role == "leader":\n                send((', 'if role != "follower":\n                send(('),
+    # Every vote makes it leader once more.
+    ('its_term == term and role == "candidate"', 'its_term == term and role != "follower"'),
+    # It tells of itself too seldom.
+    ("alarm = monotonic() + patience / 5", "alarm = monotonic() + patience"),
     # All wait for the same time.
     ("random.uniform(patience, 2 * patience)", "patience * 1.5"),
     # They wait for too short a time.
