@@ -11163,7 +11163,8 @@ WRONG["raft"] = [
     # A granted vote is no reason to wait anew.
     ("voted_for, alarm = candidate, some_time()", "voted_for = candidate"),
     # Who was only a candidate tells that it is no leader.
-    ('if role == "leader":\n                send((', 'if role != "follower":\n                send(('),
+    ('if role == "leader":\n                send((',
+     'if role != "follower":\n                send(('),
     # Every vote makes it leader once more.
     ('its_term == term and role == "candidate"', 'its_term == term and role != "follower"'),
     # It tells of itself too seldom.
