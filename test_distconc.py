@@ -9659,6 +9659,9 @@ def check_exercise(arguments):
     elif options.exercise.endswith(".py"):
         print(f"which exercise? make check EXERCISE=... FILE={options.exercise}")
         return 2
+    elif options.exercise not in all_ and os.path.isdir(options.exercise):
+        print(f"which exercise, or all? make check EXERCISE=all DIR={options.exercise}")
+        return 2
     elif options.exercise != "all" and options.exercise not in all_:
         near = difflib.get_close_matches(options.exercise, all_, cutoff=0.4) or all_
         print(f"there is no exercise {options.exercise}; there is", ", ".join(near))
@@ -9705,15 +9708,22 @@ def check_files(options, all_):
         print(RIGHTS + "\n")
     with ThreadPoolExecutor(options.jobs) as pool:
         verdicts = list(pool.map(verdict, pairs))
+    judged_files = {each["file"] for each in verdicts}
+    unsolved = [file for file in files if file not in judged_files]
     if options.json:
         for each in verdicts:
             print(json.dumps(each))
+        for file in unsolved:
+            print(json.dumps(dict(file=file, exercise=None, passed=False, said=UNSOLVED,
+                                  seconds=0.0)))
     else:
         print_table(verdicts)
-        for file in files:
-            if file not in {each["file"] for each in verdicts}:
-                print(f"{file}: no exercise is solved in it, or it is no Python")
+        for file in unsolved:
+            print(f"{file}: {UNSOLVED}")
     return bool(verdicts) and all(each["passed"] for each in verdicts)
+
+
+UNSOLVED = "no exercise is solved in it, or it is no Python"
 
 
 def solutions_in(name):
@@ -9752,6 +9762,8 @@ def handout(arguments):
     parser = argparse.ArgumentParser(prog="handout", description=handout.__doc__)
     parser.add_argument("directory")
     directory = parser.parse_args(arguments).directory
+    if not directory:
+        parser.error("into which directory? make handout DIR=for_students")
     os.makedirs(directory, exist_ok=True)
 
     def save(name, text):
@@ -9785,10 +9797,11 @@ if __name__ == "__main__":
     save("distconc.py", read("distconc.py"))
     text = re.sub(r"(?s)Here is the whole of a solution.*?</details>\n\n", "", read(TUTORIAL))
     save(TUTORIAL, re.sub(r"(?s)\n+## For the teacher\n.*", "\n", text))
+    save("README.md", read("README.md"))
     rules = [re.search(rf"(?m)^{name}.*\n(\t.*\n)+", read("Makefile"))[0]
              for name in ("NEEDS", "demo:", "check:")]
     save("Makefile", "PYTHON ?= python3\n" + "\n".join(rules))
-    print(f"{directory} has distconc.py, {TUTORIAL}, and what `make check` needs")
+    print(f"{directory} has distconc.py, {TUTORIAL}, README.md, and what `make check` needs")
 
 
 HANDOUT_IMPORTS = ("argparse", "ast", "difflib", "inspect", "json", "keyword", "os", "re",
@@ -10076,16 +10089,39 @@ class Exercises(unittest.TestCase):
         self.assertRegex(said, r"bob.py: no exercise is solved in it")
         self.assertIn("2 of 3 passed", said)
 
+    def test_a_file_in_which_nothing_is_solved_has_its_line_of_json_too(self):
+        directory = self.solutions_of_a_class({
+            "ann.py": SOLUTIONS["echo"], "bob.py": "def echo(:\n"})
+        status, said = self.run_check("all", "--json", directory)
+        self.assertEqual(0, status)
+        told = [json.loads(line) for line in said.splitlines()]
+        self.assertEqual([("ann.py", "echo", True), ("bob.py", None, False)],
+                         [(os.path.basename(each["file"]), each["exercise"], each["passed"])
+                          for each in told])
+        self.assertRegex(told[1]["said"], "no exercise is solved in it")
+
+    def test_a_directory_without_an_exercise_is_asked_about(self):
+        directory = self.solutions_of_a_class({"ann.py": SOLUTIONS["echo"]})
+        self.assertEqual(
+            (2, f"which exercise, or all? make check EXERCISE=all DIR={directory}\n"),
+            self.run_check(directory))
+
+    def test_a_handout_without_a_directory_says_how_to_name_one(self):
+        ended = subprocess.run([sys.executable, "test_distconc.py", "handout", ""], cwd=HERE,
+                               capture_output=True, text=True, timeout=60)
+        self.assertEqual(2, ended.returncode)
+        self.assertIn("make handout DIR=for_students", ended.stderr)
+
     def test_a_handout_checks_solutions_and_has_none(self):
         directory = self.solutions_of_a_class({"copy/my_echo.py": SOLUTIONS["echo"]})
         copy = os.path.join(directory, "copy")
         subprocess.run([sys.executable, "test_distconc.py", "handout", copy], cwd=HERE,
                        check=True, capture_output=True)
-        self.assertEqual({"Makefile", "distconc.py", "my_echo.py",
+        self.assertEqual({"Makefile", "README.md", "distconc.py", "my_echo.py",
                           "test_distconc.py", TUTORIAL},
                          {*os.listdir(copy)})
         given = ""
-        for name in "Makefile", "test_distconc.py", TUTORIAL:
+        for name in "Makefile", "README.md", "test_distconc.py", TUTORIAL:
             with open(os.path.join(copy, name)) as file:
                 given += file.read()
         for name, exercise in exercises().items():
@@ -10548,6 +10584,8 @@ WRONG["mutex"] = [
     ("    while finished < len(others):", "    while False:"),  # leaves the others alone
     ("tell_others(\"finished\")", "pass"),  # nobody ends
     ("        send_synchronous((\"leave\", mine), record)\n", ""),
+    # While it waits it does not take over the clocks of others.
+    ("                    clock = max(clock, stamp[0])\n", ""),
 ]
 
 
@@ -10821,6 +10859,10 @@ WRONG["gossip"] = [
     # News is not learnt from a pull.
     ("case (\"pull\", news):\n                learn(news)",
      "case (\"pull\", news):\n                pass"),
+    # The state itself is the reply.
+    ("reply_synchronous(state.copy(), message)", "reply_synchronous(state, message)"),
+    # New peers are more peers.
+    ("peers = threads", "peers = peers + threads"),
 ]
 
 
@@ -10947,6 +10989,8 @@ WRONG["snapshot"] = [
     ("            send((\"marker\", number, collector, me), peer)",
      "            spawn(lambda peer: (receive(0.5, None), send("
      "(\"marker\", number, collector, me), peer)), peer)"),
+    # Nobody can pay all that he has.
+    ("if amount <= balance:", "if amount < balance:"),
     # What is on its way is not added.
     ("                balance += amount\n                if sender in silent:\n"
      "                    channels[sender].append(amount)",
@@ -11124,6 +11168,21 @@ WRONG["raft"] = [
     # A node that is gone ends all others.
     ("            with suppress(NodeDown):\n                send(message, peer)",
      "            send(message, peer)"),
+    # A candidate has not voted for itself, and so may vote for another.
+    ("\"candidate\", term + 1, me, {me}", "\"candidate\", term + 1, None, {me}"),
+    # A granted vote is no reason to wait anew.
+    ("voted_for, alarm = candidate, some_time()", "voted_for = candidate"),
+    # Who was only a candidate tells that it is no leader.
+    ('if role == "leader":\n                send((',
+     'if role != "follower":\n                send(('),
+    # Every vote makes it leader once more.
+    ('its_term == term and role == "candidate"', 'its_term == term and role != "follower"'),
+    # It tells of itself too seldom.
+    ("alarm = monotonic() + patience / 5", "alarm = monotonic() + patience"),
+    # All wait for the same time.
+    ("random.uniform(patience, 2 * patience)", "patience * 1.5"),
+    # They wait for too short a time.
+    ("random.uniform(patience, 2 * patience)", "random.uniform(0, patience)"),
 ]
 
 
