@@ -11171,9 +11171,9 @@ WRONG["lab-threads"] = [
     # Each time another handle.
     ('if not hasattr(_running, "handle"):', "if True:"),
     # One handle for all threads.
-    ("_running = threading.local()", "_running = SimpleNamespace()"),
+    ("_running = threading.local()", "_running = Mailbox()"),
     # One mailbox for all threads.
-    ("self.mailbox = Mailbox()", 'self.mailbox = _here.__dict__.setdefault("box", Mailbox())'),
+    ("self.mailbox = Mailbox()", 'self.mailbox = globals().setdefault("_box", Mailbox())'),
     # It runs the function at once, and waits for it.
     ("    threading.Thread(target=thread.run, args=(func, args), name=thread.name,\n"
      "                     daemon=True).start()\n", "    thread.run(func, args)\n"),
@@ -11193,7 +11193,7 @@ WRONG["lab-handles"] = [
     # A handle is pickled with all that is in it.
     ("    def __reduce__(self):\n        return RemoteThread, (self.node, self.id)\n\n", ""),
     # The node is forgotten on the way.
-    ("return RemoteThread, (self.node, self.id)", "return RemoteThread, (_here.port, self.id)"),
+    ("return RemoteThread, (self.node, self.id)", "return RemoteThread, (Thread.node, self.id)"),
     # What comes back is another thread.
     ("return RemoteThread, (self.node, self.id)", "return Thread, (self.id,)"),
     # Two copies are two things.
@@ -11208,8 +11208,8 @@ WRONG["lab-handles"] = [
     # It cannot be hashed.
     ("    def __hash__(self):\n        return hash(self.id)\n\n", ""),
     # What comes home is dropped.
-    ("        if self.node == _here.port:\n            _deliver(self.id, message)",
-     "        if self.node == _here.port:\n            self.mailbox.put(message)"),
+    ("        if self.node == Thread.node:\n            _deliver(self.id, message)",
+     "        if self.node == Thread.node:\n            self.mailbox.put(message)"),
 ]
 WRONG["lab-nodes"] = [
     # No key is asked for.
@@ -11220,8 +11220,8 @@ WRONG["lab-nodes"] = [
     ("        with self.writing:\n            self.wire",
      "        if True:\n            self.wire"),
     # A thread keeps the node that it had when it was made: none.
-    ("    @property\n    def node(self):\n        return _here.port",
-     "    node = None"),
+    ("        self.name = name\n",
+     "        self.name = name\n        self.node = Thread.node\n"),
     # An unknown name ends the reader.
     ("_threads.get(_names.get(id, id))", "_threads[_names.get(id, id)]"),
     # Names are not known.
@@ -11239,8 +11239,7 @@ WRONG["lab-calls"] = [
     ("receive_if(lambda m: getattr(m, \"tag\", None) == request.tag, timeout)",
      "receive(timeout)"),
     # All calls have the same tag.
-    ("current_thread(), uuid4().hex)\n    _awaited[request",
-     "current_thread(), 1)\n    _awaited[request"),
+    ("uuid4().hex", "1"),
     # Nobody is told of an end.
     ("            _tell(watcher, Down(self, reason, tag))", "            pass"),
     # Only of a failure.
@@ -11267,15 +11266,14 @@ WRONG["lab-monitors"] = [
     # Who has nothing to say is taken for dead.
     ('connection.send(None, "I am alive")', "pass"),
     # A node that cannot be reached is an error of the one who asked.
-    ("    except OSError as error:\n        watch",
-     "    except ZeroDivisionError as error:\n        watch"),
+    ("    except OSError as error:\n        question",
+     "    except ZeroDivisionError as error:\n        question"),
     # Every end is a natural death.
-    ("            reason = error\n", ""),
+    ("            self.end(error)\n", "            self.end(None)\n"),
     # The loss of its node ends a thread a second time.
-    ("        _awaited.pop(message.tag, None)\n    if thread and",
-     "        pass\n    if thread and"),
-    # All that a watcher learns is that something has ended.
-    ("_awaited[watch.tag] = watch.sender, thread", "_awaited[1] = watch.sender, thread"),
+    ("not _awaited.pop(message.tag, None)", "not _awaited.get(message.tag)"),
+    # The Down does not say which monitor it is for.
+    ("Down(self, reason, tag)", "Down(self, reason, None)"),
     # The monitor arrives as a message.
     ("    if thread and not isinstance(message, Monitor):", "    if thread:"),
 ]
