@@ -9589,10 +9589,10 @@ def free_ports(count):
 class OtherNode:
     """A process that has imported the student's file, started a node and run a program."""
 
-    def __init__(self, known, port, program):
+    def __init__(self, known, port, program, key=KEY):
         words = (f"import sys; sys.path[:0] = {sys.path!r}\\n"
                  f"from {known.__module__} import *\\n"
-                 f"start_node({port}, {KEY!r})\\n{program}\\nprint('ready', flush=True)\\n"
+                 f"start_node({port}, {key!r})\\n{program}\\nprint('ready', flush=True)\\n"
                  "sys.stdin.read()")
         self.process = subprocess.Popen([sys.executable, "-c", words], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -9871,6 +9871,7 @@ def fault_of(exercise, file):
     unwritten = [part.name for part in ast.walk(tree)
                  if isinstance(part, ast.FunctionDef) and part.name in names
                  and ast.unparse(part.body[-1]).startswith("raise NotImplementedError")]
+    unwritten = list(dict.fromkeys(unwritten))  # a method may have a function's name
     if unwritten:
         return "not written yet" + f": {', '.join(unwritten)}" * (len(names) > 1)
     return None
@@ -9986,7 +9987,8 @@ def handed_in(exercise, label, text, right):
         passed, report = examined(exercise, file, stdout=subprocess.DEVNULL)
     said = report.splitlines()[-1].removeprefix(f"{exercise.name}: ")
     if label == "skeleton":
-        well = said.startswith("not written yet")
+        names = said.partition(": ")[2].split(", ")
+        well = said.startswith("not written yet") and len(names) == len(set(names))
     elif right:
         well = passed and said == "passed"
     else:
@@ -11188,12 +11190,19 @@ WRONG["lab-threads"] = [
     ("thread = Thread(name or func.__name__)", "thread = Thread(func.__name__)"),
     # So are the arguments.
     ("args=(func, args)", "args=(func, ())"),
+    # A server has the name of the function that calls the one given.
+    ("spawn(serve, name=name or func.__name__,", "spawn(serve, name=name,"),
+    # The process cannot end while the thread runs.
+    ("name=thread.name,\n                     daemon=True)", "name=thread.name)"),
+    # The number of a thread that is gone is given to another.
+    ("self.id = next(_numbers)", "self.id = id(self)"),
 ]
 WRONG["lab-handles"] = [
     # A handle is pickled with all that is in it.
     ("    def __reduce__(self):\n        return RemoteThread, (self.node, self.id)\n\n", ""),
     # The node is forgotten on the way.
-    ("return RemoteThread, (self.node, self.id)", "return RemoteThread, (Thread.node, self.id)"),
+    ("return RemoteThread, (self.node, self.id)",
+     "return RemoteThread, (Thread.node, self.id)"),
     # What comes back is another thread.
     ("return RemoteThread, (self.node, self.id)", "return Thread, (self.id,)"),
     # Two copies are two things.
@@ -11228,6 +11237,11 @@ WRONG["lab-nodes"] = [
     ("        _names[thread.name] = thread.id", "        pass"),
     # A connection for each message: they overtake each other.
     ("connection = _connections.get(port)", "connection = None"),
+    # A thread for each message that arrives: they overtake each other.
+    ("_deliver(*self.wire.recv())",
+     "threading.Thread(target=_deliver, args=self.wire.recv()).start()"),
+    # A key of one's own, the same for all.
+    ("    listener = Listener(", "    authkey = b'mine'\n    listener = Listener("),
     # start_node does not return.
     ("    threading.Thread(target=_accept, args=(listener,), daemon=True).start()",
      "    _accept(listener)"),
@@ -11249,6 +11263,9 @@ WRONG["lab-calls"] = [
     ("    if not thread and is_question:", "    if False:"),
     # Only who is there can be told, for a watcher is noted when the request is received.
     ("        if thread and is_question:", "        if False:"),
+    # The exception is returned.
+    ('raise ThreadDied(f"{thread} ended before it replied") from answer.reason',
+     "return ThreadDied(thread)"),
     # It serves once.
     ("    reply_synchronous(func(request.data), request)\n    return True",
      "    reply_synchronous(func(request.data), request)"),
