@@ -9623,10 +9623,10 @@ def free_ports(count):
 class OtherNode:
     """A process that has imported the student's file, started a node and run a program."""
 
-    def __init__(self, known, port, program):
+    def __init__(self, known, port, program, key=KEY):
         words = (f"import sys; sys.path[:0] = {sys.path!r}\\n"
                  f"from {known.__module__} import *\\n"
-                 f"start_node({port}, {KEY!r})\\n{program}\\nprint('ready', flush=True)\\n"
+                 f"start_node({port}, {key!r})\\n{program}\\nprint('ready', flush=True)\\n"
                  "sys.stdin.read()")
         self.process = subprocess.Popen([sys.executable, "-c", words], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -9918,6 +9918,7 @@ def fault_of(exercise, file):
     unwritten = [part.name for part in ast.walk(tree)
                  if isinstance(part, ast.FunctionDef) and part.name in names
                  and ast.unparse(part.body[-1]).startswith("raise NotImplementedError")]
+    unwritten = list(dict.fromkeys(unwritten))  # a method may have a function's name
     if unwritten:
         return "not written yet" + f": {', '.join(unwritten)}" * (len(names) > 1)
     return None
@@ -10033,7 +10034,8 @@ def handed_in(exercise, label, text, right):
         passed, report = examined(exercise, file, stdout=subprocess.DEVNULL)
     said = report.splitlines()[-1].removeprefix(f"{exercise.name}: ")
     if label == "skeleton":
-        well = said.startswith("not written yet")
+        names = said.partition(": ")[2].split(", ")
+        well = said.startswith("not written yet") and len(names) == len(set(names))
     elif right:
         well = passed and said == "passed"
     else:
@@ -11274,9 +11276,9 @@ WRONG["lab-threads"] = [
     # Each time another handle.
     ('if not hasattr(_running, "handle"):', "if True:"),
     # One handle for all threads.
-    ("_running = threading.local()", "_running = SimpleNamespace()"),
+    ("_running = threading.local()", "_running = Mailbox()"),
     # One mailbox for all threads.
-    ("self.mailbox = Mailbox()", 'self.mailbox = _here.__dict__.setdefault("box", Mailbox())'),
+    ("self.mailbox = Mailbox()", 'self.mailbox = globals().setdefault("_box", Mailbox())'),
     # It runs the function at once, and waits for it.
     ("    threading.Thread(target=thread.run, args=(func, args), name=thread.name,\n"
      "                     daemon=True).start()\n", "    thread.run(func, args)\n"),
@@ -11291,12 +11293,19 @@ WRONG["lab-threads"] = [
     ("thread = Thread(name or func.__name__)", "thread = Thread(func.__name__)"),
     # So are the arguments.
     ("args=(func, args)", "args=(func, ())"),
+    # A server has the name of the function that calls the one given.
+    ("spawn(serve, name=name or func.__name__,", "spawn(serve, name=name,"),
+    # The process cannot end while the thread runs.
+    ("name=thread.name,\n                     daemon=True)", "name=thread.name)"),
+    # The number of a thread that is gone is given to another.
+    ("self.id = next(_numbers)", "self.id = id(self)"),
 ]
 WRONG["lab-handles"] = [
     # A handle is pickled with all that is in it.
     ("    def __reduce__(self):\n        return RemoteThread, (self.node, self.id)\n\n", ""),
     # The node is forgotten on the way.
-    ("return RemoteThread, (self.node, self.id)", "return RemoteThread, (_here.port, self.id)"),
+    ("return RemoteThread, (self.node, self.id)",
+     "return RemoteThread, (Thread.node, self.id)"),
     # What comes back is another thread.
     ("return RemoteThread, (self.node, self.id)", "return Thread, (self.id,)"),
     # Two copies are two things.
@@ -11311,8 +11320,8 @@ WRONG["lab-handles"] = [
     # It cannot be hashed.
     ("    def __hash__(self):\n        return hash(self.id)\n\n", ""),
     # What comes home is dropped.
-    ("        if self.node == _here.port:\n            _deliver(self.id, message)",
-     "        if self.node == _here.port:\n            self.mailbox.put(message)"),
+    ("        if self.node == Thread.node:\n            _deliver(self.id, message)",
+     "        if self.node == Thread.node:\n            self.mailbox.put(message)"),
 ]
 WRONG["lab-nodes"] = [
     # No key is asked for.
@@ -11323,14 +11332,19 @@ WRONG["lab-nodes"] = [
     ("        with self.writing:\n            self.wire",
      "        if True:\n            self.wire"),
     # A thread keeps the node that it had when it was made: none.
-    ("    @property\n    def node(self):\n        return _here.port",
-     "    node = None"),
+    ("        self.name = name\n",
+     "        self.name = name\n        self.node = Thread.node\n"),
     # An unknown name ends the reader.
     ("_threads.get(_names.get(id, id))", "_threads[_names.get(id, id)]"),
     # Names are not known.
     ("        _names[thread.name] = thread.id", "        pass"),
     # A connection for each message: they overtake each other.
     ("connection = _connections.get(port)", "connection = None"),
+    # A thread for each message that arrives: they overtake each other.
+    ("_deliver(*self.wire.recv())",
+     "threading.Thread(target=_deliver, args=self.wire.recv()).start()"),
+    # A key of one's own, the same for all.
+    ("    listener = Listener(", "    authkey = b'mine'\n    listener = Listener("),
     # start_node does not return.
     ("    threading.Thread(target=_accept, args=(listener,), daemon=True).start()",
      "    _accept(listener)"),
@@ -11342,8 +11356,7 @@ WRONG["lab-calls"] = [
     ("receive_if(lambda m: getattr(m, \"tag\", None) == request.tag, timeout)",
      "receive(timeout)"),
     # All calls have the same tag.
-    ("current_thread(), uuid4().hex)\n    _awaited[request",
-     "current_thread(), 1)\n    _awaited[request"),
+    ("uuid4().hex", "1"),
     # Nobody is told of an end.
     ("            _tell(watcher, Down(self, reason, tag))", "            pass"),
     # Only of a failure.
@@ -11353,6 +11366,9 @@ WRONG["lab-calls"] = [
     ("    if not thread and is_question:", "    if False:"),
     # Only who is there can be told, for a watcher is noted when the request is received.
     ("        if thread and is_question:", "        if False:"),
+    # The exception is returned.
+    ('raise ThreadDied(f"{thread} ended before it replied") from answer.reason',
+     "return ThreadDied(thread)"),
     # It serves once.
     ("    reply_synchronous(func(request.data), request)\n    return True",
      "    reply_synchronous(func(request.data), request)"),
@@ -11370,15 +11386,14 @@ WRONG["lab-monitors"] = [
     # Who has nothing to say is taken for dead.
     ('connection.send(None, "I am alive")', "pass"),
     # A node that cannot be reached is an error of the one who asked.
-    ("    except OSError as error:\n        watch",
-     "    except ZeroDivisionError as error:\n        watch"),
+    ("    except OSError as error:\n        question",
+     "    except ZeroDivisionError as error:\n        question"),
     # Every end is a natural death.
-    ("            reason = error\n", ""),
+    ("            self.end(error)\n", "            self.end(None)\n"),
     # The loss of its node ends a thread a second time.
-    ("        _awaited.pop(message.tag, None)\n    if thread and",
-     "        pass\n    if thread and"),
-    # All that a watcher learns is that something has ended.
-    ("_awaited[watch.tag] = watch.sender, thread", "_awaited[1] = watch.sender, thread"),
+    ("not _awaited.pop(message.tag, None)", "not _awaited.get(message.tag)"),
+    # The Down does not say which monitor it is for.
+    ("Down(self, reason, tag)", "Down(self, reason, None)"),
     # The monitor arrives as a message.
     ("    if thread and not isinstance(message, Monitor):", "    if thread:"),
 ]
