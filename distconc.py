@@ -426,7 +426,13 @@ class Mailbox:
     def _get(self, deadline: float | None) -> _Entry | None:
         """Remove and return the oldest entry that can be loaded; None at the deadline."""
         while True:
-            entry = self._take_oldest()
+            entry = None
+            # Both in one step: another thread may number what has arrived in between.
+            with self._lock:
+                if self._numbered:
+                    entry = self._numbered.popleft()
+                elif self._arrived:
+                    entry = self._arrived.popleft()
             if entry is None:
                 if not self._arrival.wait_until(self._has_entries, deadline):
                     return None
@@ -440,15 +446,6 @@ class Mailbox:
                 # Ctrl-C: nothing has happened yet.
                 self._put_back([entry])
                 raise
-
-    def _take_oldest(self) -> _Entry | None:
-        # Both in one step: another thread may number what has arrived in between.
-        with self._lock:
-            if self._numbered:
-                return self._numbered.popleft()
-            if self._arrived:
-                return self._arrived.popleft()
-            return None
 
     def _put_back(self, entries: list[_Entry]) -> None:
         """Put back entries that were taken, as the oldest ones."""
@@ -1602,16 +1599,17 @@ class _PendingCall(_Pending):
         """Return the reply, or raise the failure.  Data of another node is loaded now."""
         if self._reply is not None:
             self._reply.load()
-            self._record(self._reply.message, self._reply.cause)
+            if _observer.is_recording:
+                self._record(self._reply.message, self._reply.cause)
             return self._reply.message
         assert self._failure is not None
         error = self._failure.error()
-        self._record(error, self._cause)
+        if _observer.is_recording:
+            self._record(error, self._cause)
         raise error
 
     def _record(self, outcome: Any, cause: _EventId | None) -> None:
-        if _observer.is_recording:
-            _observer.record_receive(outcome, cause)
+        _observer.record_receive(outcome, cause)
 
 
 def send_synchronous(message: Any, thread: Handle, timeout: float | None = None) -> Any:
@@ -2724,6 +2722,8 @@ def _check_header(header: Any) -> None:
 
 def _check_cause(cause: Any) -> _EventId | None:
     """Return a peer's cause, or None for a value that no event here could follow."""
+    if cause is None:
+        return None
     match cause:
         case (str(incarnation), int(thread), int(clock)):
             if 0 <= thread < MAX_CLOCK and 0 < clock < MAX_CLOCK:
@@ -2795,6 +2795,14 @@ class _Connection:
     by the node when an established connection to that peer has ended; and by a `disconnect` or
     `stop_node` that has waited long enough.
     """
+
+    __slots__ = (
+        "_node", "_socket", "_unread", "peer", "address", "addresses", "heartbeat",
+        "max_outgoing", "_max_incoming", "_leaves_nothing_queued", "_outgoing", "_incoming",
+        "is_local", "load", "serial", "peer_serial", "_outbox", "closing", "_work", "_room",
+        "delayed_until", "_write_lock", "_is_writing", "_last_write", "_has_ended_output",
+        "is_over", "_writer_has_ended", "_writer_end", "_has_read_end", "broken_by", "sent",
+        "received", "_requests", "_last_caller")
 
     def __init__(self, node: "Node", sock: socket.socket, key: bytes, mine: _Hello,
                  peer: _Hello, dialled: Address | None) -> None:
@@ -2914,9 +2922,14 @@ class _Connection:
 
     def encode_reply(self, tag: str, payload: bytes,
                      cause: _EventId | None) -> tuple[_Header, bytes]:
-        """Return the header and payload of a reply, or of a failure in place of a large one."""
+        """Return the header and payload of a reply, or of a failure in place of a large one.
+
+        Raises SerializationError if the reply is too large for this node itself.
+        """
         if len(payload) <= self.max_outgoing:
             return ("reply", tag, cause), payload
+        if len(payload) > self._node._max_message:
+            raise _too_large(payload, self._node._max_message)
         error = RemoteError("SerializationError", f"the reply has {len(payload)} bytes, more "
                             f"than the max_message of the caller's node, {self.max_outgoing}")
         return _encode_failure(tag, error, cause)
@@ -3150,33 +3163,30 @@ class _Connection:
         Raises EOFError or OSError if the connection ends, if it is silent for too long, or if
         bytes come that the peer has not written.
         """
-        start = self._read(FRAME_LENGTH.size)
-        [length] = FRAME_LENGTH.unpack(start)
+        self._receive(FRAME_LENGTH.size)
+        [length] = FRAME_LENGTH.unpack_from(self._unread)
         if length > MAX_FRAME:
             raise OSError(f"a frame of {length} bytes is too large")
-        rest = self._read(length + MAC_SIZE)
-        body = rest[:-MAC_SIZE]
-        self._check_mac(start + body, rest[-MAC_SIZE:])
-        groups, large_size = _decode_body(body)
+        end = FRAME_LENGTH.size + length
+        self._receive(end + MAC_SIZE)
+        frame = self._unread[:end]
+        mac = self._unread[end:end + MAC_SIZE]
+        self._unread = self._unread[end + MAC_SIZE:]
+        self._check_mac(frame, mac)
+        groups, large_size = _decode_body(frame[FRAME_LENGTH.size:])
         if large_size:
             [(header, _)] = groups
             groups = [(header, [self._read_large(large_size)])]
         return groups
 
-    def _read(self, size: int) -> bytes:
-        """Return the next `size` bytes of a frame."""
-        if len(self._unread) < size:
-            self._receive(size)
-        data = self._unread[:size]
-        self._unread = self._unread[size:]
-        return data
-
     def _receive(self, size: int) -> None:
-        """Receive until `size` bytes are here to be read.
+        """Receive until `size` bytes are unread.
 
         A frame that does not come whole in the time after which silence ends the connection
         ends the connection, too.
         """
+        if len(self._unread) >= size:
+            return
         deadline = monotonic() + 0.8 * self.heartbeat
         while True:
             try:
@@ -3197,7 +3207,8 @@ class _Connection:
             raise OSError(f"a message of {size} bytes is too large")
         data = memoryview(bytearray(size + MAC_SIZE))
         count = min(len(self._unread), len(data))
-        data[:count] = self._read(count)
+        data[:count] = self._unread[:count]
+        self._unread = self._unread[count:]
         while count < len(data):
             try:
                 received = self._socket.recv_into(data[count:])
@@ -4557,8 +4568,8 @@ class RemoteThread(_Handle):
         except Exception:
             payload = serialize(message)
         if len(payload) > connection.max_outgoing:
-            self._transmit_payload(self._send_header, payload)
-        elif not connection.send(self._send_header, payload):
+            raise _too_large(payload, connection.max_outgoing)
+        if not connection.send(self._send_header, payload):
             self._send(message)
 
     def _send(self, message: Any) -> None:
@@ -4591,7 +4602,6 @@ class RemoteThread(_Handle):
             return
         try:
             payload = serialize(data)
-            _check_size(len(payload), local_node()._max_message)
             connection = self._connection_for_reply()
             if not _send_over(connection, *connection.encode_reply(tag, payload, cause)):
                 raise NodeDown(f"the connection to {connection.name} ended before it took it")
@@ -4659,13 +4669,15 @@ class RemoteThread(_Handle):
         for _ in range(2):
             connection = self._connection
             if connection is None or connection.closing:
-                _check_size(len(payload), local_node()._max_message)
+                if len(payload) > local_node()._max_message:
+                    raise _too_large(payload, local_node()._max_message)
                 connection = local_node()._connection_to(self._node, self._incarnation)
                 self._connection = connection
             for pending in pendings:
                 # This precedes the sending, as contact may be lost at once.
                 pending.watched = connection.peer
-            _check_size(len(payload), connection.max_outgoing)
+            if len(payload) > connection.max_outgoing:
+                raise _too_large(payload, connection.max_outgoing)
             if _local.is_logging:
                 _losses.mute(f"{self._id!r} at {connection.name}")
             if _send_over(connection, header, payload):
@@ -4715,9 +4727,8 @@ def _record_lost(error: Exception, cause: _EventId | None) -> None:
     _observer.record(current_thread(), "lost", cause, why=_last_line(error))
 
 
-def _check_size(size: int, limit: int) -> None:
-    if size > limit:
-        raise SerializationError(f"{size} bytes are more than max_message, {limit}")
+def _too_large(payload: bytes, limit: int) -> SerializationError:
+    return SerializationError(f"{len(payload)} bytes are more than max_message, {limit}")
 
 
 def register_remote_thread(thread: Thread, name: str | None = None) -> None:
