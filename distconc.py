@@ -2550,10 +2550,10 @@ def _read_when_written(file: Any) -> bytes:
 # HMAC-SHA256(authkey, role of the sender + SHA-256(dialler's hello) + SHA-256(acceptor's hello)).
 #
 # A frame with an empty list is a tick: a side that has nothing to send sends one every fifth of
-# the heartbeat.  Silence for four fifths of a heartbeat ends the connection.
-# The last frame of a side has the header "end"; then that side shuts down its writing half, and
-# reads to the other's end.  A direction that ends without "end" was cut off: messages that were
-# sent last may be lost.
+# the heartbeat.  Silence for four fifths of a heartbeat ends the connection.  The last frame of
+# a side has the header "end"; then that side shuts down its writing half, and reads to the
+# other's end.  A direction that ends without "end" was cut off: messages that were sent last
+# may be lost.
 #
 # A body holds plain data only: of each header, at least one payload; in all, at most 65,536.
 # These are the headers, and their payloads:
@@ -3233,12 +3233,11 @@ class _Connection:
         self.received += len(payloads)
         if kind == "send":
             self._on_send(payloads, *fields)
-            return
-        handler = self._HANDLERS.get(kind)
-        if handler is None:
+        elif kind in self._HANDLERS:
+            for payload in payloads:
+                self._HANDLERS[kind](self, payload, *fields)
+        else:
             raise ValueError(f"{header!r:.100} is no header")
-        for payload in payloads:
-            handler(self, payload, *fields)
         if len(self._outbox) > MAX_UNREAD:
             raise OSError("the peer goes on asking and does not read the answers")
 
