@@ -2517,13 +2517,17 @@ def _read_when_written(file: Any) -> bytes:
 #   1  answers the challenge          <--      sends a challenge
 #   2  sends a challenge              -->      answers the challenge
 #   3  sends its hello                <->      sends its hello
-#   4  sends "serials"                -->      waits for older connections to end
-#   5  waits for older connections    <--      sends "serials"
-#   6  is established                          is established
+#   4  reads the tick                 <--      sends a tick
+#   5  sends "serials"                -->      waits for older connections to end
+#   6  waits for older connections    <--      sends "serials"
+#   7  is established                          is established
+#
+# By its first MAC each side shows that it has the key and has sent that hello: the acceptor's
+# is that of the tick, the dialler's that of "serials".  Until then all is a stranger's claim.
 #
 # A hello is these fields, as text, joined by NUL:
 #
-#   protocol       "distconc 5"
+#   protocol       "distconc 6"
 #   role           "dialler" or "acceptor"
 #   nonce          16 random bytes, in hex
 #   incarnation    of the sender, in hex
@@ -2584,7 +2588,7 @@ def _read_when_written(file: Any) -> bytes:
 # A request is ("ps",), ("is alive", incarnation, id), or ("spawn", func, args, name, register,
 # is_server, link): link is a tag, for which a failure of the new thread is reported, or None.
 
-PROTOCOL = "distconc 5"
+PROTOCOL = "distconc 6"
 MAX_HELLO = 4096  # bytes
 FRAME_LENGTHS = struct.Struct(">IQ")
 MAC_SIZE = 16  # bytes
@@ -3100,6 +3104,14 @@ class _Connection:
 
     # The handshake's last steps, and the reader
 
+    def send_tick(self) -> None:
+        with self._write_lock:
+            self._write_frame([], [])
+
+    def read_tick(self) -> None:
+        if self._read_frame():
+            raise ValueError("the peer speaks before its turn")
+
     def register_and_send_serials(self) -> None:
         """Register this connection; tell the peer its number, and that of the oldest here."""
         oldest = self._node._add_connection(self)
@@ -3578,8 +3590,9 @@ class _RemoteReply(_Entry):
 class _Handshake:
     """A connection in the making: with a node that we dial, or with a stranger that knocks.
 
-    A thread of its own shakes hands, and goes on as the connection's reader.  A timer aborts
-    a handshake that takes too long.  Threads that want to reach the node wait for the end.
+    A thread of its own shakes hands, and goes on as the connection's reader.  The node's timer
+    aborts a handshake that takes too long.  Threads that want to reach the node wait for the
+    end.
     """
 
     def __init__(self, node: "Node", dialled: Address | None, key: bytes,
@@ -3598,6 +3611,7 @@ class _Handshake:
         self._channel = channel
         self._socket: socket.socket | None = None
         self._is_over = False
+        self.deadline = monotonic() + node._connect_timeout
         # Threads wait here for the connection.
         self._end = _WaitQueue()
 
@@ -3616,6 +3630,12 @@ class _Handshake:
         if self._socket:
             _shut_down_socket(self._socket)
 
+    def time_out(self) -> None:
+        """Abort the handshake, which has taken too long.  Never blocks."""
+        self.abort(NodeUnreachable(
+            f"{_format_address(self.dialled)} did not answer within "
+            f"{self._node._connect_timeout:g} seconds{_network_hint(self.dialled)}"))
+
     def _finish(self) -> None:
         self._is_over = True
         self._end.wake_all()
@@ -3623,20 +3643,11 @@ class _Handshake:
     def _run(self) -> None:
         """Shake hands, then run the connection's reader, all in the handshake's thread."""
         _local.must_not_wait = True
-        seconds = self._node._connect_timeout
-        timeout = NodeUnreachable(
-            f"{_format_address(self.dialled)} did not answer within {seconds:g} seconds"
-            f"{_network_hint(self.dialled)}")
-        timer = threading.Timer(seconds, self.abort, [timeout])
-        timer.daemon = True
         try:
-            timer.start()
             connection = self._connect()
         except BaseException as error:
             self._fail(error)
             return
-        finally:
-            timer.cancel()
         self._node._handshake_ended(self)
         self.connection = connection
         self._finish()
@@ -3745,11 +3756,17 @@ class _Handshake:
         living connection does not take its place.  But all nodes with the key are equal: one
         that was let in as that peer, over a connection of its own, ends both connections when
         its own ends: see `Node._connection_closed`.
+
+        A stranger at an address that this node dials may claim to be any node.  The tick shows
+        that the peer has the key, before the connection gets a number and counts as that
+        node's oldest.
         """
         if self.dialled:
+            connection.read_tick()
             connection.register_and_send_serials()
             self._node._wait_for_older(connection, connection.read_serials())
         else:
+            connection.send_tick()
             self._node._wait_for_older(connection, connection.read_serials())
             connection.register_and_send_serials()
 
@@ -3796,7 +3813,7 @@ def _network_hint(address: Address | None) -> str:
 ######## Node: start_node, stop_node, local_node, nodes, connect, disconnect
 
 # Handshakes of strangers at once.  For each further one, an older one is ended.
-MAX_STRANGERS = 256
+MAX_STRANGERS = 512
 # The bounds of a heartbeat and of a connect_timeout, in seconds; of a max_message, in bytes.
 MIN_HEARTBEAT = 0.01
 MAX_SECONDS = 1e6
@@ -3817,7 +3834,7 @@ class Node(AbstractContextManager["Node"]):
     * the *accept thread*, from `start_node` to `stop_node`, which wakes the thread by dialling;
     * a *reader* for each dial and each stranger, which shakes hands first, and ends with the
       connection or with a handshake that fails;
-    * a *timer* for each handshake, which aborts the handshake after `connect_timeout`;
+    * a *timer*, while there are handshakes, which aborts those that outlast `connect_timeout`;
     * a *writer* for each connection, which starts when the connection is established, and
       which senders wake;
     * *requests*, for each connection over which another node asks for something.
@@ -3839,7 +3856,7 @@ class Node(AbstractContextManager["Node"]):
         # Guards the three tables below, and the counts.  Threads without the lock read copies.
         self._lock = _Lock()
 
-        # All connections, from the time when they get their serials to their end.
+        # All connections, from the peer's first MAC, when they get their serials, to their end.
         self._connections: set[_Connection] = set()
 
         # These two have their oldest members first.
@@ -3848,8 +3865,11 @@ class Node(AbstractContextManager["Node"]):
         self._counts = Counter(
             sent=0, received=0, undelivered=0, refused=0, lost=0, strangers=0)
 
-        # Woken when a connection comes, begins to close, or goes.
+        self._timer_is_running = False
+
+        # Woken when a connection comes, begins to close, or goes; when a handshake ends.
         self._connections_changed = _WaitQueue()
+        self._handshakes_changed = _WaitQueue()
         self._set_options(None, None, 10.0, 5.0, 1 << 28)
 
     # Options
@@ -4056,12 +4076,34 @@ class Node(AbstractContextManager["Node"]):
 
     def _begin(self, handshake: _Handshake) -> None:
         with self._lock:
+            if not self._timer_is_running:
+                _start_daemon("timer", self._time_handshakes)
+                self._timer_is_running = True
             handshake.start()
             self._handshakes.append(handshake)
 
     def _handshake_ended(self, handshake: _Handshake) -> None:
         with self._lock, suppress(ValueError):
             self._handshakes.remove(handshake)
+        self._handshakes_changed.wake_all()
+
+    def _time_handshakes(self) -> None:
+        """Be the timer: time out the oldest handshake, until there are none."""
+        _local.must_not_wait = True
+        while True:
+            with self._lock:
+                if not self._handshakes:
+                    self._timer_is_running = False
+                    return
+                oldest = self._handshakes[0]
+            has_ended = partial(self._has_ended, oldest)
+            if not self._handshakes_changed.wait_until(has_ended, oldest.deadline):
+                oldest.time_out()
+                # Its own thread may need a while to notice, and others are due meanwhile.
+                self._handshake_ended(oldest)
+
+    def _has_ended(self, handshake: _Handshake) -> bool:
+        return handshake not in self._handshakes
 
     def _add_connection(self, connection: _Connection) -> int:
         """Number a new connection; return the number of the oldest one to the same node."""
@@ -4110,8 +4152,7 @@ class Node(AbstractContextManager["Node"]):
                 self._established.remove(connection)
                 for other in same_peer:
                     other.abort()
-        # A connection whose peer has not introduced itself under the seal only claims to be one
-        # of that node.
+        # With a connection whose peer has not told its serials, there is no contact yet.
         is_last = connection.peer_serial and not any(c.peer_serial for c in same_peer)
         if is_last:
             # The peer's next connection waits until this one is out of the table; until then no

@@ -2189,6 +2189,10 @@ def owed_by(id):
     return len(get_remote_thread(id)._watchers)
 
 
+def make_room_for_strangers(number):
+    distconc.MAX_STRANGERS = number
+
+
 def census():
     """Count the threads of this process, and its descriptors (which Windows does not list)."""
     if ON_WINDOWS:
@@ -2490,7 +2494,7 @@ class RawPeer:
     def __init__(self, conn, role, address="", meant=(), key=KEY, heartbeat=10.0):
         self.conn, self.role, self.key = conn, role, key.encode()
         self.incarnation = int.from_bytes(os.urandom(8), "big")
-        self.fields = ["distconc 5", role, os.urandom(16).hex(), f"{self.incarnation:x}",
+        self.fields = ["distconc 6", role, os.urandom(16).hex(), f"{self.incarnation:x}",
                        str(heartbeat), str(1 << 28), address, *meant, "distconc"]
         self.inbox, self.has_read_end = [], False
 
@@ -2543,6 +2547,10 @@ class RawPeer:
 
     def introduce(self, oldest=None):
         """Exchange serials; `oldest` is that of our connections, if it is another than this."""
+        if self.role == "dialler":
+            self.read_tick()
+        else:
+            self.tick()
         for mine in (True, False) if self.role == "dialler" else (False, True):
             if mine:
                 serial = next(self.serials)
@@ -2575,6 +2583,10 @@ class RawPeer:
 
     def tick(self):
         self.pour(self.seal_lengths(0, 0))
+
+    def read_tick(self):
+        if self.read_groups():
+            raise AssertionError("no tick")
 
     def end(self):
         """Say that nothing follows, and show it."""
@@ -3339,6 +3351,34 @@ class TheWire(Net):
         self.assertEqual(receive(T), Down(watch, watch.target, None))
         asked.send("now")
         self.assertEqual(results.get(timeout=T), "late")
+
+    def test_whom_we_dial_and_who_has_no_key_is_not_counted_as_the_node_it_claims_to_be(self):
+        with Listener(("127.0.0.1", 0)) as false, Listener(("127.0.0.1", 0)) as true:
+            diallers = [spawn(swallow, connect, false.address)]
+            stranger = RawPeer(false.accept(), "acceptor", "%s:%d" % false.address)
+            with stranger:
+                stranger.challenge().greet()
+                self.assertFalse(stranger.conn.poll(0.5), "it tells its serials")
+                self.assertEqual(self.node._connections, set())
+                diallers.append(spawn(connect, true.address))
+                with RawPeer(true.accept(), "acceptor", "%s:%d" % true.address) as honest:
+                    honest.fields[3] = stranger.fields[3]
+                    honest.challenge().greet().tick()
+                    [[(_, serial, oldest), _]] = honest.read_groups()
+                    self.assertEqual(oldest, serial)
+                    honest.write((("serials", 1, 1), b""))
+                    self.assertTrue(diallers[1].join(T))
+            self.assertTrue(diallers[0].join(T))
+
+    def test_who_begins_with_anything_but_a_tick_is_not_connected(self):
+        listener, address = self.listen()
+        self.node._connect_timeout = 2 * T  # it is not that which ends it
+        results = queue.Queue()
+        spawn(lambda: results.put(outcome(connect, address)))
+        with RawPeer(listener.accept(), "acceptor", address) as peer:
+            peer.challenge().greet().write((("serials", 1, 1), b""))
+            self.assertTrue(peer.is_cut())
+        self.assertIsInstance(results.get(timeout=T), NodeUnreachable)
 
     def test_our_own_hello_sent_back_is_not_let_in(self):
         peer = self.knock().challenge()
@@ -6783,6 +6823,14 @@ class Strangers(OneChild):
             self.assertEqual(line.levelname, "WARNING")
             self.assertRegex(line.getMessage(), r"127\.0\.0\.[2-6]: digest .+")
 
+    def test_a_stranger_takes_one_thread_and_those_of_one_node_are_timed_by_one(self):
+        before = set(threading.enumerate())
+        crowd = [self.knock_from("127.0.0.1") for _ in range(20)]
+        for sock in crowd:
+            self.assertTrue(sock.recv(100))  # the challenge
+        names = Counter(t.name for t in set(threading.enumerate()) - before)
+        self.assertEqual(names, {"distconc reader": 20, "distconc timer": 1})
+
     def test_500_silent_sockets_delay_nobody_and_are_cut_in_time(self):
         silent = [self.knock() for _ in range(500)]
         start = monotonic()
@@ -7176,6 +7224,98 @@ class InTheMiddle(Net):
             self.assert_raises_soon(NodeDown, send_synchronous, 2, self.echo, T)
             self.twist = lambda inward, count, frame: [frame]
             self.assertEqual(send_synchronous(3, self.echo, T), 3)
+
+
+# Connects so many times a second, or as often as the node takes them, says nothing, and stays.
+# After two seconds, and at the end, it tells how many a second there were.
+KNOCKER = """
+import collections, selectors, socket, sys, threading, time
+host, port, rate = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+is_over = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), is_over.set()), daemon=True).start()
+knocks, count, start, has_told = collections.deque(), 0, time.monotonic(), False
+with selectors.DefaultSelector() as unanswered:
+    while not is_over.is_set():
+        for key, _ in unanswered.select(0.005):
+            unanswered.unregister(key.fileobj)
+        while count < rate * (time.monotonic() - start) and len(unanswered.get_map()) < 64:
+            knocks.append(socket.socket())
+            knocks[-1].setblocking(False)
+            knocks[-1].connect_ex((host, port))
+            unanswered.register(knocks[-1], selectors.EVENT_READ)
+            count += 1
+            if len(knocks) > 2000:  # the node has dropped this one long ago
+                knocks.popleft().close()
+        if not has_told and time.monotonic() > start + 2:
+            has_told = print(round(count / 2), flush=True) is None
+print(round(count / (time.monotonic() - start)))
+"""
+
+
+class Distance(Proxy):
+    """Passes all on as it comes, but every byte is under way for so many seconds."""
+
+    def __init__(self, target, seconds):
+        self.seconds = seconds
+        super().__init__(target, None)
+
+    def copy(self, source, sink, inward):
+        under_way, data = queue.Queue(), None
+        self.run(self.deliver, under_way, sink)
+        while data != b"":
+            data = outcome(source.recv, 1 << 16)
+            data = data if isinstance(data, bytes) else b""
+            under_way.put((monotonic() + self.seconds, data))
+
+    def deliver(self, under_way, sink):
+        data = None
+        with suppress(OSError):
+            while data != b"":
+                due, data = under_way.get()
+                time.sleep(max(due - monotonic(), 0))
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+
+class FarAway(Net):
+    """A round trip takes 200 ms."""
+
+    def setUp(self):
+        super().setUp()
+        port = free_port()
+        self.way = Distance(("127.0.0.1", port), 0.1)
+        self.addCleanup(self.way.__exit__)
+        self.far = self.child(port, advertise=self.way.address)
+        self.port = port
+
+    @contextmanager
+    def knocks(self, rate):
+        """Knock silently at the node from near by; yield a list with the rate, at the end two."""
+        with subprocess.Popen([sys.executable, "-c", KNOCKER, "127.0.0.1", str(self.port),
+                               str(rate)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              text=True) as knocker:
+            rates = [int(knocker.stdout.readline())]
+            try:
+                yield rates
+            finally:
+                knocker.stdin.close()
+                rates.append(int(knocker.stdout.read()))
+
+    def test_who_has_the_key_gets_in_from_afar_through_600_silent_knocks_a_second(self):
+        times = []
+        with self.knocks(600) as rates:
+            # On a slow machine there are fewer, and as much less room for them.  A handshake
+            # takes 0.9 seconds, 0.2 of them until the key is proved.
+            ask(self.far, make_room_for_strangers, round(0.6 * rates[0]))
+            for _ in range(4):
+                disconnect(self.far)
+                start = monotonic()
+                connect(self.far)
+                times.append(monotonic() - start)
+            strangers = ask(self.far, stats_here)["strangers"]
+        about = f"{rates} knocks a second, {strangers} were dropped; the honest took {times}"
+        self.assertGreater(min(times), 0.8, about)
+        self.assertGreater(strangers, 2 * rates[0], about)
 
 
 ######## Faults
