@@ -3639,6 +3639,13 @@ class TheWire(Net):
                         (nested(1000),)]:
             with self.subTest(repr(request)[:80] if request != (10**5000,) else "10**5000"):
                 self.assertIsInstance(peer.request(*request), Exception)
+        for args in [], None, 5, "x", {1}:
+            with self.subTest(args=args):
+                before = threads()
+                refused = peer.request("spawn", collect, args, "taken", True, False, None)
+                self.assertIsInstance(refused, Exception)
+                self.assertEqual(threads(), before)
+                self.assertRaises(NoSuchThread, get_remote_thread, "taken")
         for payload in pickle.dumps(None), pickle.dumps(laughing(9)), nested(20_000):
             with self.subTest(payload[:80]):
                 peer.write((("request", "t", None), payload))
@@ -4724,6 +4731,77 @@ if os.fork() == 0:
 os.wait()""")
                 self.assertEqual(done.out, "_NotAllowed\n", done.err)
                 self.assertFalse(os.path.exists(mark))
+
+    @not_on_windows("fork")
+    def test_a_forks_child_takes_no_more_from_a_connection_than_its_parent(self):
+        bomber = spawn_server(send_bomb, node=self.child(), name="bomber", register=True)
+        for options, inside in ("", True), ("allow=[]", False):
+            with self.subTest(options):
+                mark = self.mark()
+                done = script(f"""
+start_node({options})
+if os.fork() == 0:
+    try:
+        send_synchronous({mark!r}, RemoteThread(sys.argv[1], "bomber"), 20)
+        print("loaded", flush=True)
+    except RemoteError as error:
+        print(error.type, flush=True)
+    os._exit(0)
+os.wait()""", distconc._format_address(bomber.node))
+                self.assertEqual(done.out, "loaded\n" if inside else "_NotAllowed\n", done.err)
+                self.assertEqual(os.path.exists(mark), inside)
+
+    def test_dates_that_are_none_and_data_of_many_levels_end_no_node(self):
+        """As a key of a dict, data of so many levels may; the README says so."""
+        child = self.child(allow=[receive, echo, once])
+        taker = spawn_server(receive, node=child, name="taker", register=True)
+        before = ask(child, echo, 1)
+        day = datetime.datetime(2020, 1, 1)
+        zone = datetime.timezone(datetime.timedelta(hours=1))
+        with RawPeer.dial(child) as peer:
+            for kind, *arguments in (
+                    (datetime.date, b"\x07\xe4\x00\x01"), (datetime.date, b"\x00\x00\x01\x01"),
+                    (datetime.date, b"\xff\xff\xff\xff"), (datetime.date, b"\x07\xe4\x02\x1e"),
+                    (datetime.time, b"\x18\0\0\0\0\0"), (datetime.time, b"\0\0\0\xff\xff\xff"),
+                    (datetime.datetime, b"\x07\xe4\x0d\x01" + bytes(6)),
+                    (datetime.datetime, b"\x07\xe4\x01\x01\x18" + bytes(5)),
+                    (datetime.datetime, b"\xff" * 10, zone), (datetime.timedelta, 1 << 40),
+                    (datetime.timezone, datetime.timedelta(days=2)), (datetime.timezone, day)):
+                with self.subTest(kind, arguments=arguments):
+                    bad = pickle.dumps([Reduced(kind, tuple(arguments))])
+                    peer.write((("call", None, "taker", 1, "tag", None), bad))
+                    kind, tag, how, *_ = peer.read()
+                    self.assertEqual((kind, tag, how), ("failed", "tag", "unreadable"))
+            for depth in 1000, 100_000:
+                for deep in nested(depth), b"\x80\x04" + b"]" * depth + b"a" * (depth - 1) + b".":
+                    with self.subTest(depth, deep=deep[:4]):
+                        peer.write((("send", None, "taker", None), deep))
+                        self.assertEqual(ask(child, echo, before), before)
+        self.assertTrue(taker.is_alive())
+
+    def test_a_forged_sender_harms_no_server_whose_key_is_too_short_to_dial_it(self):
+        stop_node()
+        with start_node(authkey="short") as node:
+            server = spawn_server(handle_synchronous, echo, name="echo", register=True)
+            with RawPeer.dial(node, key="short") as peer:
+                forged = Synchronous(1, RemoteThread(("192.0.2.1", 9), 5, 77), "tag")
+                peer.send(forged, "echo")
+                self.assertEqual(peer.reply("tag"), 1)
+                self.assertEqual(peer.call(2, "echo"), 2)
+            self.assertEqual(send_synchronous(3, server, T), 3)
+
+    def test_handles_with_long_paths_that_a_peer_sends_are_not_kept(self):
+        stop_node()
+        with start_node() as node, RawPeer.dial(node) as peer:
+            self.here(collect, name="kept")
+            before = distconc._parse_and_keep.cache_info().currsize
+            for number in range(200):
+                handle = RemoteThread("/x", 1)
+                object.__setattr__(handle, "_node", f"/{number}" + "x" * 100_000)
+                peer.send(handle, "kept")
+            peer.send("last", "kept")
+            self.assertEqual(len(self.got(get_remote_thread("kept"), 201)), 201)
+            self.assertLess(distconc._parse_and_keep.cache_info().currsize, before + 10)
 
     def test_a_forged_sender_harms_no_server(self):
         child = self.child(allow=[handle_synchronous, echo])
@@ -5970,7 +6048,8 @@ os.waitpid(pid, 0)
     def test_bad_keys_are_refused(self):
         stop_node()
         everywhere = "0.0.0.0", 0
-        for address, key in (0, b""), (0, ""), (everywhere, "short"), (everywhere, b""):
+        for address, key in ((0, b""), (0, ""), (everywhere, "short"), (everywhere, b""),
+                             (("127.evil.org", 0), "short")):
             with self.subTest(address, key=key), self.assertRaises(ValueError):
                 start_node(address, authkey=key)
         start_node(authkey="short")
@@ -6013,6 +6092,30 @@ os.waitpid(pid, 0)
             for env, out in (({"DISTCONC_COOKIE": named}, "[]\n"), ({}, "refused\n"),
                              ({"DISTCONC_AUTHKEY": other, "DISTCONC_COOKIE": cookie}, "[]\n")):
                 self.assertEqual(script(text, local_node(), **{**quiet, **env}).out, out)
+
+    @not_on_windows("owner of a file")
+    def test_a_cookie_of_another_user_lets_no_node_listen_or_dial(self):
+        cookie = self.mark()
+        with open(os.open(cookie, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+            file.write(KEY)
+        text = """
+for act in start_node, lambda: connect(sys.argv[1]):
+    try:
+        act()
+        print("well")
+    except PermissionError as error:
+        print(error)
+"""
+        own = {"DISTCONC_AUTHKEY": None, "DISTCONC_COOKIE": cookie}
+        self.assertEqual(script(text, self.node, **own).out, "well\n" * 2)
+        try:
+            os.chown(cookie, os.getuid() + 4321, -1)
+        except OSError:
+            self.skipTest("only root may give a file away")
+        refused = script(text, self.node, **own).out.splitlines()
+        self.assertEqual(len(refused), 2)
+        for line in refused:
+            self.assertRegex(line, f"{cookie} belongs to another user")
 
     def test_processes_that_make_the_cookie_at_once_share_one_key(self):
         for turn in range(3):
