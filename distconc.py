@@ -2967,19 +2967,21 @@ class _Connection:
             with self._write_lock:
                 if self._has_ended_output or not self._outbox:
                     return
+                taken: list[tuple[_Header, bytes, object]] = []
                 try:
-                    groups, payloads = self._next_batch()
+                    groups, payloads = self._next_batch(taken)
                 except BaseException:
-                    # Ctrl-C: some messages are taken, so the others must not follow.
-                    self._has_ended_output = True
-                    self._shut_down_writing()
+                    # Ctrl-C: most of these are other threads' messages.
+                    self._outbox.extendleft(reversed(taken))
                     raise
                 self._write_frame(groups, payloads)
 
-    def _next_batch(self) -> tuple[list[tuple[_Header, list[int]]], list[bytes]]:
+    def _next_batch(self, taken: list[tuple[_Header, bytes, object]]
+                    ) -> tuple[list[tuple[_Header, list[int]]], list[bytes]]:
         """Take the messages of one frame from the outbox: many small ones, or a large one.
 
-        Returns each header, with the lengths of its payloads, and all payloads.
+        Returns each header, with the lengths of its payloads, and all payloads.  The messages
+        are in `taken` even if Ctrl-C interrupts this.
         """
         groups: list[tuple[_Header, list[int]]] = []
         payloads: list[bytes] = []
@@ -2990,6 +2992,7 @@ class _Connection:
             if len(payload) > SMALL_PAYLOAD and payloads:
                 self._outbox.appendleft(message)
                 break
+            taken.append(message)
             if header is not last_header:
                 lengths: list[int] = []
                 groups.append((header, lengths))

@@ -474,6 +474,30 @@ class MailboxTests(Case):
             self.assertRaises(TimeoutError, box.get_if, str, 0)
             self.assertIn(receive(WAIT), (7, [7]))
 
+    def test_who_looks_at_a_mailbox_while_another_takes_changes_no_order(self):
+        box, lookers = Mailbox(), []
+
+        def look():
+            box._snapshot()  # as `ps` does
+            box.put("third")
+
+        class Seen(deque):
+            """Somebody looks at the mailbox just when this one was found empty."""
+
+            def __bool__(self):
+                is_empty = len(self) == 0
+                if is_empty and not lookers:
+                    lookers.append(threading.Thread(target=look))
+                    lookers[0].start()
+                    lookers[0].join(0.3)  # it may have to wait for this thread
+                return not is_empty
+        box._numbered = Seen()
+        box.put("first")
+        box.put("second")
+        self.assertEqual(box.get(0), "first")
+        lookers[0].join(WAIT)
+        self.assertEqual([box.get(WAIT), box.get(WAIT)], ["second", "third"])
+
     def test_get_all_waits_for_the_first_and_takes_all(self):  # Factor's own
         box = Mailbox()
         putter = spawn(lambda: (receive(WAIT), box.put("foo")))
@@ -3138,6 +3162,78 @@ class TheWire(Net):
             connection.close()
             self.assertFalse(connection.post(header, equal))
             self.assertEqual([message[1] for message in connection._outbox], [equal, other])
+
+    def test_ctrl_c_while_messages_are_taken_to_be_written_costs_none_of_other_threads(self):
+        class Struck(deque):
+            strikes = 3
+
+            def popleft(self):
+                self.strikes -= 1
+                if self.strikes == 0:
+                    raise KeyboardInterrupt
+                return super().popleft()
+        peer = self.dial()
+        self.assertEqual(peer.call(1, "echo"), 1)
+        [connection] = self.node._established
+        with connection._write_lock:
+            connection._outbox = Struck()
+            others = [spawn(connection.post, ("unwatch", str(n))) for n in range(5)]
+            for other in others:
+                self.assertTrue(other.join(T))
+            queued = [message[0] for message in connection._outbox]
+            self.assertRaises(KeyboardInterrupt, connection._write_waiting)
+        self.assertEqual([peer.read()[:2] for _ in range(5)], queued)
+        self.assertEqual(peer.call(2, "echo"), 2)
+
+    def lose_and_remake(self, peer):
+        """End a connection, and make another one to the same node."""
+        peer.end()
+        self.assertTrue(peer.is_cut())
+        self.wait_until_alone()
+        again = self.knock()
+        again.fields[3] = peer.fields[3]
+        return again.challenge().greet().introduce()
+
+    def test_a_link_fails_if_contact_is_lost_and_remade_before_the_spawn_has_returned(self):
+        peer, address = self.accept()
+        results, is_remade, set_child = queue.Queue(), threading.Event(), \
+            distconc._PendingLink.set_child
+
+        def set_late(link, child):
+            check(is_remade.wait(T))
+            set_child(link, child)
+        with mock.patch.object(distconc._PendingLink, "set_child", set_late):
+            parent = spawn(lambda: (spawn_linked(echo, 1, node=address),
+                                    results.put(outcome(receive, T))))
+            kind, tag, cause, _ = peer.read()
+            self.assertEqual(kind, "request")
+            child = RemoteThread(address, 5, peer.incarnation)
+            peer.write((("reply", tag, None), pickle.dumps(child)))
+            again = self.lose_and_remake(peer)
+            is_remade.set()
+            error = results.get(timeout=T)
+        self.assertIsInstance(error, LinkedError)
+        self.assertIsInstance(error.error, NodeDown)
+        self.assertEqual(error.thread, child)
+        self.assertTrue(parent.join(T))
+        self.assertEqual(again.call(1, "echo"), 1)
+
+    def test_a_monitor_or_a_call_that_is_lost_as_soon_as_it_went_out_is_told(self):
+        connection_send = distconc._Connection.send
+        for kind, act in (("monitor", monitor), ("call", partial(send_synchronous, 1))):
+            with self.subTest(kind):
+                peer, address = self.accept()
+
+                def send_and_lose(connection, header, payload):
+                    was_taken = connection_send(connection, header, payload)
+                    if header[0] == kind:
+                        self.lose_and_remake(peer)
+                    return was_taken
+                with mock.patch.object(distconc._Connection, "send", send_and_lose):
+                    result = outcome(act, RemoteThread(address, "there"))
+                if kind == "monitor":
+                    result = receive(T).reason
+                self.assertIsInstance(result, NodeDown)
 
     def test_who_watches_over_a_new_connection_is_not_forgotten_with_the_old_one(self):
         doomed = spawn(receive)
@@ -7613,6 +7709,26 @@ class Faults(OneChild):
         self.assertIsInstance(receive(T), NodeDown)
         there.send("stop")
         self.assertEqual(receive(T), [])
+
+    def test_what_a_cut_drops_is_not_counted_as_sent(self):
+        target = spawn(keep_all, "end", current_thread(), node=self.other)
+        before = self.node.stats()["sent"]
+        with faults(to=self.other, drop=1):
+            for number in range(50):
+                send(number, target)
+                self.assertEqual(self.node.stats()["sent"], before)
+            [connection] = self.node._established
+            for number in range(10):
+                self.assertTrue(connection.post(("unwatch", str(number))))
+            while connection._outbox:
+                receive(0.01, None)
+            with connection._write_lock:
+                self.assertEqual(self.node.stats()["sent"], before)
+        send("end", target)
+        self.assertEqual((receive(T), self.node.stats()["sent"]), ([], before + 1))
+        with faults(to=self.other, drop=1):
+            disconnect(self.other)
+        self.assertEqual(self.node.stats()["sent"], before + 1)
 
     def test_a_short_cut_that_nobody_noticed_leaves_the_connection_in_step(self):
         target = self.collector(self.other, "steps")
