@@ -4022,6 +4022,9 @@ class Node(AbstractContextManager["Node"]):
         Raises NodeUnreachable, NodeDown, AuthenticationError after `connect_timeout` at most.
         """
         deadline = monotonic() + self._connect_timeout
+        if _local.must_not_wait:
+            # In such a thread, a `__del__` sends.
+            deadline = monotonic()
 
         def is_settled() -> bool:
             last = self._established_with(incarnation, address)

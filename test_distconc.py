@@ -6518,6 +6518,28 @@ class OtherPrograms(Net):
             self.assertLess(monotonic() - start, 7)  # the loss is noticed after 8 seconds
         frozen.kill()
 
+    def test_a_del_that_sends_in_a_reader_does_not_wait_for_the_end_of_a_connection(self):
+        frozen, good = self.child(), self.child()
+        target, dropped = self.collector(frozen), []
+        self.got(target)
+        self.assertEqual(ask(good, echo, 1), 1)
+        dispatch = distconc._Connection._dispatch
+
+        def drop(connection, header, payloads):
+            if connection.address == good.address and not dropped:
+                dropped.append(outcome(send, "too late", target))
+            dispatch(connection, header, payloads)
+        freeze(frozen)
+        connection = self.node._established_with(None, frozen.address)
+        connection.post(target._send_header, bytes(64 << 20))  # far more than the network holds
+        connection.close()
+        with mock.patch.object(distconc._Connection, "_dispatch", drop):
+            start = monotonic()
+            self.assertEqual(ask(good, echo, 2), 2)
+            self.assertLess(monotonic() - start, 3)  # to connect may take 5 seconds
+        self.assertIsInstance(dropped[0], NodeUnreachable)
+        frozen.kill()
+
     def test_a_logging_handler_that_sends_to_a_frozen_or_lost_node_delays_no_down(self):
         for strike in freeze, lambda child: os.kill(child.pid, signal.SIGKILL):
             child = self.child(heartbeat=3)
