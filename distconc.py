@@ -214,7 +214,8 @@ class RemoteError(DistconcError):
 # Locks.  Each stands beside the data that it guards, and is taken alone, but for
 # `_Process.lock`, which the thread that starts a node takes before all others.  Only the holder
 # of `_Connection._write_lock` may have to wait for the network.  No lock is held while code of
-# the user's runs, but for a `__del__`, which may interrupt any line.
+# the user's runs, but for a `__del__`, which may interrupt any line; a `__del__` that sends
+# there waits for nothing: see `_must_not_wait`.
 
 ######## Waiting: deadlines, and queues of threads that wait
 
@@ -2767,6 +2768,8 @@ MAX_QUEUED = 2000  # messages in an outbox
 MAX_UNREAD = 64_000  # answers in an outbox
 # A peer with more requests that wait for the node is cut off.
 MAX_REQUESTS = 1000
+# A write of more is likely to wait for the network.
+LONG_WRITE = 1 << 18  # bytes
 # A message so soon after a write is one of many.
 BURST_SECONDS = 50e-6
 # A write to a lost peer must not kill the process.  On macOS this is an option of the socket,
@@ -2783,6 +2786,28 @@ class _Peer(NamedTuple):
     def remove_watcher(self, tag: str) -> None:
         """Tell the node that the thread's end need not be reported any more.  Never blocks."""
         local_node()._post(self.incarnation, ("unwatch", tag))
+
+
+def _must_not_wait() -> bool:
+    """Return whether others would wait for this thread, which therefore must not wait.
+
+    So it is in the threads of this module, and within a write.  So it is also if a `__del__`
+    that sends has struck while its thread held a lock which the readers take.
+    """
+    if _local.must_not_wait:
+        return True
+    tables = [_registry.lock, _pending._lock, local_node()._lock, _log_thread._lock,
+              _losses._lock, _wrong_keys._lock, _noise._lock]
+    return any(map(_is_held, tables))
+
+
+def _is_held(lock: Any) -> bool:
+    """Return whether this thread holds the lock: only the holder may notify."""
+    try:
+        threading.Condition(lock).notify()
+    except RuntimeError:
+        return False
+    return True
 
 
 class _Connection:
@@ -2886,6 +2911,9 @@ class _Connection:
         if contact was lost during the write.
         """
         if _local.must_not_wait or self._is_one_of_many(payload):
+            return self.post(header, payload)
+        is_slow = self._outbox or self._is_writing or len(payload) > LONG_WRITE
+        if is_slow and _must_not_wait():
             return self.post(header, payload)
         try:
             # Nor must a `__del__` that runs in this thread meanwhile: it would wait for its own
@@ -4021,9 +4049,11 @@ class Node(AbstractContextManager["Node"]):
 
         Raises NodeUnreachable, NodeDown, AuthenticationError after `connect_timeout` at most.
         """
+        connection = self._established_with(incarnation, address)
+        if connection is not None and not connection.closing:
+            return connection
         deadline = monotonic() + self._connect_timeout
-        if _local.must_not_wait:
-            # In such a thread, a `__del__` sends.
+        if _must_not_wait():
             deadline = monotonic()
 
         def is_settled() -> bool:
@@ -4065,10 +4095,10 @@ class Node(AbstractContextManager["Node"]):
                 "with this node now; start_node() there lets others dial it")
         if _faults.cut_off({address}):
             raise NodeUnreachable(f"faults(drop=1) cuts {_format_address(address)} off")
-        if _local.must_not_wait:
+        if _must_not_wait():
             raise NodeUnreachable(
-                "a __del__ that runs in a thread of this module, or within a send, cannot dial "
-                f"{_format_address(address)}; connect to it first")
+                "a __del__ that runs in a thread of this module, or within a call of it, cannot "
+                f"dial {_format_address(address)}; connect to it first")
         return _find_key(self._key, address)
 
     def _dial(self, address: Address | None, key: bytes) -> _Handshake:

@@ -6540,6 +6540,25 @@ class OtherPrograms(Net):
         self.assertIsInstance(dropped[0], NodeUnreachable)
         frozen.kill()
 
+    def test_a_del_that_sends_while_its_thread_holds_a_lock_does_not_wait(self):
+        frozen, good = self.child(), self.child()
+        target = self.collector(frozen)
+        self.got(target)
+        freeze(frozen)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            nobody = RemoteThread(silent.getsockname(), "nobody")
+            for lock in (self.node._lock, distconc._registry.lock, distconc._pending._lock,
+                         distconc._log_thread._lock, distconc._losses._lock):
+                with self.subTest(lock):
+                    start = monotonic()
+                    with lock:  # a `__del__` strikes, and sends more than the network holds
+                        for _ in range(20):
+                            send(bytes(1 << 20), target)
+                        self.assertRaises(NodeUnreachable, send, 1, nobody)
+                    self.assertLess(monotonic() - start, 4)  # the loss is noticed after 8
+        self.assertEqual(ask(good, echo, 1), 1)
+        frozen.kill()
+
     def test_a_logging_handler_that_sends_to_a_frozen_or_lost_node_delays_no_down(self):
         for strike in freeze, lambda child: os.kill(child.pid, signal.SIGKILL):
             child = self.child(heartbeat=3)
