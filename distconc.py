@@ -4893,7 +4893,9 @@ def _serve_requests(connection: _Connection, requests: Mailbox) -> None:
             answer = serialize(connection._delivery_error(error))
         except (Exception, SystemExit) as error:
             answer = _pickled_error(error)
-        connection.post(("reply", tag, None), answer)
+        with suppress(NodeDown):
+            # A peer that does not read holds up its own requests, and no memory.
+            connection.send(*connection.encode_reply(tag, answer, None))
 
 
 def _pickled_error(error: BaseException) -> bytes:

@@ -3725,6 +3725,22 @@ class TheWire(Net):
             server.join(T)
         self.assertEqual(servers(), [])
 
+    def test_the_answers_to_requests_that_nobody_reads_take_little_memory(self):
+        for number in range(50):
+            self.here(hold, name=f"{number:03}" + "\U0001f600" * 250)
+        with self.dial() as peer:
+            asked = ("request", "t", None), pickle.dumps(("ps",))
+            peer.write(asked)
+            self.assertGreater(len(peer.read()[-1]), 50_000)
+            [connection] = self.node._established
+            before, waiting = memory(), connection._requests._arrived
+            peer.write(*[asked] * 900)
+            number = -1
+            while number != len(waiting):  # until all are answered, or the network is full
+                number = len(waiting)
+                receive(1, None)
+            self.assertLess(memory() - before, 25 << 20)
+
     def test_a_request_of_unknown_or_huge_kind_is_answered_with_an_error(self):
         peer = self.dial()
         for request in [(), ("bogus",), ("x" * (1 << 20),), (None,), (b"ps",), ("ps", 1),
