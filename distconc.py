@@ -1149,6 +1149,9 @@ class _Registry:
             watcher.watched = thread
             if thread._ended:
                 return False
+            if watcher.tag in self.by_watcher:
+                # A peer uses a tag twice.  The earlier one could not be removed any more.
+                self.remove_watcher(watcher.tag)
             thread._watchers[watcher.tag] = watcher
             self.by_watcher[watcher.tag] = thread
             return True
@@ -2893,6 +2896,8 @@ class _Connection:
         # How many messages were sent, guarded by `_write_lock`, and how many were received.
         self.sent = 0
         self.received = 0
+        # How many of the messages sent the peer has told to be lost.
+        self._lost = 0
         # The peer's requests to this node.
         self._requests: Mailbox | None = None
         self._last_caller: RemoteThread | None = None
@@ -3332,8 +3337,11 @@ class _Connection:
         self._requests.put((tag, _check_cause(cause), payload))
 
     def _on_undelivered(self, id: "int | str", why: Any, count: Any, cause: Any) -> None:
-        if type(count) is not int or not 0 < count < 1 << 32:
+        # A frame that is being written is not counted as sent yet.
+        most = self.sent + MAX_BATCH - self._lost
+        if type(count) is not int or not 0 < count <= most:
             raise ValueError(f"{count!r:.100} messages cannot be lost")
+        self._lost += count
         target = f"{_one_line(repr(id), MAX_NAME)} at {self.name}"
         _losses.add(target, _one_line(why), count, _check_cause(cause))
 

@@ -3792,6 +3792,43 @@ class TheWire(Net):
                 self.assertTrue(peer.is_cut())
         self.assertEqual(self.node.stats()["lost"], lost)
 
+    def test_no_more_can_be_lost_than_was_sent(self):
+        peer, lost = self.dial(), self.node.stats()["lost"]
+        for number in range(distconc.MAX_BATCH):
+            peer.write((("undelivered", f"x{number}", "why", 1, None), b""))
+        self.assertEqual(peer.call(1, "echo"), 1)
+        with suppress(Cut):
+            for number in range(10):
+                peer.write((("undelivered", f"y{number}", "why", 1, None), b""))
+        self.assertTrue(peer.is_cut())
+        # It was sent one reply, at most.
+        self.assertLessEqual(self.node.stats()["lost"] - lost, distconc.MAX_BATCH + 1)
+
+    def test_all_losses_of_a_flood_are_counted(self):
+        child = self.child()
+        connect(child)
+        lost = self.node.stats()["lost"]
+        for number in range(5000):
+            send(number, RemoteThread(child, f"nobody {number % 7}"))
+        self.assertEqual(ask(child, echo, 1), 1)
+        end = monotonic() + T
+        while self.node.stats()["lost"] < lost + 5000 and monotonic() < end:
+            receive(0.01, None)
+        self.assertEqual(self.node.stats()["lost"], lost + 5000)
+
+    def test_a_tag_that_a_peer_uses_twice_leaves_nothing_behind(self):
+        one, two = self.here(hold), self.here(hold)
+        with self.dial() as peer:
+            for thread in one, two:
+                for number in range(10):
+                    peer.monitor(thread.id, f"tag {number}")
+            self.assertEqual(peer.call(1, "echo"), 1)
+            self.assertEqual((len(one._watchers), len(two._watchers)), (0, 10))
+            peer.end()
+            self.assertTrue(peer.is_cut())
+        self.wait_until_alone()
+        self.assertEqual((one._watchers, two._watchers), ({}, {}))
+
     @not_on_windows("Unix sockets")
     def test_a_peers_address_is_no_second_line_of_the_log(self):
         for address in "a\nb:9", "\x1b[31m:9", "/tmp/a\nb", "/\x1b[31m":
