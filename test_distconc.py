@@ -3897,6 +3897,14 @@ class TheWire(Net):
             # Of a pickle, this would be a bomb: LONG_BINPUT, which can ask for gigabytes.
             return bytes(data).replace(b"r", b"q")
 
+        def meet():
+            """Knock at the node, or have it dial."""
+            if choose.random() < 0.7:
+                return RawPeer.knock(self.node)
+            with Listener(("127.0.0.1", 0)) as listener:
+                spawn(swallow, connect, listener.address)
+                return RawPeer(listener.accept(), "acceptor", "%s:%d" % listener.address)
+
         def odd_header():
             header = list(choose.choice(self.HEADERS))
             for _ in range(choose.randint(0, 2)):
@@ -3944,7 +3952,7 @@ class TheWire(Net):
         while monotonic() < end:
             act = choose.choice([odd_hello, odd_challenge, odd_serials, odd_frame, odd_frame,
                                  odd_envelope, odd_bytes])
-            with RawPeer.knock(self.node) as peer:
+            with meet() as peer:
                 with suppress(Cut, OSError, EOFError, AuthenticationError):
                     act(peer)
                     peer.end()
