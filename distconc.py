@@ -4105,8 +4105,8 @@ class Node(AbstractContextManager["Node"]):
             raise NodeUnreachable(f"faults(drop=1) cuts {_format_address(address)} off")
         if _must_not_wait():
             raise NodeUnreachable(
-                "a __del__ that runs in a thread of this module, or within a call of it, cannot "
-                f"dial {_format_address(address)}; connect to it first")
+                "a __del__ that runs in a thread of this module, or within a call of it, "
+                f"cannot dial {_format_address(address)}; connect to it first")
         return _find_key(self._key, address)
 
     def _dial(self, address: Address | None, key: bytes) -> _Handshake:
