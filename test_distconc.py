@@ -6665,6 +6665,10 @@ class OtherPrograms(Net):
         self.addCleanup(go_on.set)
         with RawPeer.dial(self.node) as peer:
             before = threading.active_count()
+            peer.monitor(0, "first")
+            self.assertEqual(peer.read()[:2], ("failed", "first"))
+            [connection] = self.node._established
+            connection.sent += 3000
             peer.write(*((("undelivered", number, "why", 1, None), b"") for number in range(3000)))
             peer.monitor(0, "m")
             self.assertEqual(peer.read()[:2], ("failed", "m"))
