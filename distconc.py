@@ -2542,29 +2542,31 @@ def _read_when_written(file: Any) -> bytes:
 #   reached        from the dialler alone: the address that its socket is connected to
 #   module         the name by which the sender imports this file; its pickles say so, too
 #
-# A frame is two pieces, its lengths and its body, each with a MAC behind it.  A piece has no
-# meaning until its MAC is right, so no memory is taken for lengths that a stranger altered:
+# A frame has at most 4 MiB, and nothing in it has a meaning until its MAC is right:
 #
 #   bytes   meaning
-#   4       length of the envelope, big-endian, at most 64 MiB
-#   8       length of all payloads, at most max_message, or 1 MiB if that is more
-#   16      MAC
-#   ...     envelope: a pickled list of pairs (header, lengths of its payloads)
-#   ...     the payloads, end to end
-#   16      MAC
+#   4       length of the body, big-endian
+#   ...     body: a pickled pair of a list and a length
+#   16      MAC of all bytes before
 #
-# A MAC is BLAKE2b, keyed, of all pieces of that direction so far, with the SHA-256 of each that
-# is longer than 2048 bytes in its place.  Its key is HMAC-SHA256(authkey, role of the sender +
-# SHA-256(dialler's hello) + SHA-256(acceptor's hello)).
+# The list has pairs: (header, list of its payloads, which are bytes).  A payload of more than
+# 2048 bytes does not stand in the list, but follows its frame, with a MAC of its own.  Its
+# length is the second of the body's pair, which else is 0.  So no memory is taken for a length
+# that a stranger altered; and as a frame must come whole within a heartbeat, the frames that
+# follow it are not long taken for its rest.
 #
-# A frame with lengths of 0 has no body, and is a tick: a side that has nothing to send sends
-# one every fifth of the heartbeat.  Silence for four fifths of a heartbeat ends the connection.
+# A MAC is BLAKE2b, keyed, of all frames and payloads of that direction so far, without their
+# MACs, and with the SHA-256 of each that is longer than 2048 bytes in its place.  Its key is
+# HMAC-SHA256(authkey, role of the sender + SHA-256(dialler's hello) + SHA-256(acceptor's hello)).
+#
+# A frame with an empty list is a tick: a side that has nothing to send sends one every fifth of
+# the heartbeat.  Silence for four fifths of a heartbeat ends the connection.
 # The last frame of a side has the header "end"; then that side shuts down its writing half, and
 # reads to the other's end.  A direction that ends without "end" was cut off: messages that were
 # sent last may be lost.
 #
-# An envelope holds plain data only: of each header, at least one payload; in all, at most
-# 65,536.  These are the headers, and their payloads:
+# A body holds plain data only: of each header, at least one payload; in all, at most 65,536.
+# These are the headers, and their payloads:
 #
 #   "serials"      serial, oldest serial          empty; see _Handshake._exchange_serials
 #   "send"         incarnation, id, cause         the message, pickled
@@ -2572,7 +2574,7 @@ def _read_when_written(file: Any) -> bytes:
 #   "monitor"      incarnation, id, tag, cause    empty; the answer is "failed", at the end
 #   "request"      tag, cause                     the request to the node itself, pickled
 #   "reply"        tag, cause                     the reply, pickled
-#   "failed"       tag, kind, text, traceback, cause      the reason, pickled, or empty
+#   "failed"       tag, kind, cause               (text, traceback, reason), pickled
 #   "unwatch"      tag                            empty; the end need not be reported any more
 #   "undelivered"  id, why, count, cause          empty; sends that nobody could take
 #   "end"                                         empty; nothing follows
@@ -2584,7 +2586,9 @@ def _read_when_written(file: Any) -> bytes:
 #   cause          the event that the message was sent by: (incarnation in hex, thread, clock);
 #                  None if the event was not recorded
 #   kind           "no thread", "returned", "died", or "unreadable"
-#   traceback      a pair: the error's name, and its traceback or why the message is unreadable
+#   traceback      None, or a pair: the error's name, and its traceback or why the message is
+#                  unreadable
+#   reason         the exception that ended the thread, pickled, or empty
 #
 # A thread may pass a call on to a third node, which knows no way to the caller.  The reply then
 # goes to the node that passed the call on, and that node sends the reply to the caller's node.
@@ -2594,17 +2598,17 @@ def _read_when_written(file: Any) -> bytes:
 
 PROTOCOL = "distconc 6"
 MAX_HELLO = 4096  # bytes
-FRAME_LENGTHS = struct.Struct(">IQ")
+FRAME_LENGTH = struct.Struct(">I")
 MAC_SIZE = 16  # bytes
-# MAX_BATCH failures of MAX_ERROR_TEXT each are less.
-MAX_ENVELOPE = 1 << 26  # bytes
-# Every node accepts this much.  MAX_BATCH small payloads are less.
-MIN_PAYLOADS = 1 << 20  # bytes
+# MAX_BATCH messages are less, however long their headers.
+MAX_FRAME = 1 << 22  # bytes
 MAX_PAYLOADS = 1 << 16  # in a frame
+# A larger payload follows its frame, as copying costs more.
+SMALL_PAYLOAD = 2048  # bytes
+# Every node accepts this much, whatever its `max_message`.  Failures are less.
+MIN_PAYLOAD = 1 << 20  # bytes
 # Of an error with a larger pickled reason, only the text and the traceback are sent.
 MAX_REASON = 1 << 16  # bytes
-# A larger payload has a frame of its own, as copying costs more.
-SMALL_PAYLOAD = 2048  # bytes
 READ_BUFFER = 1 << 16  # bytes
 MAX_CLOCK = 1 << 63  # of a cause
 
@@ -2672,52 +2676,39 @@ class _Seal:
         direction_key = hmac.digest(key, sender.role.encode() + transcript, "sha256")
         self._state = hashlib.blake2b(key=direction_key, digest_size=MAC_SIZE)
 
-    def mac(self, *pieces: "bytes | memoryview") -> bytes:
-        """Return the MAC of all earlier pieces followed by these."""
-        if sum(map(len, pieces)) > SMALL_PAYLOAD:
+    def mac(self, piece: "bytes | memoryview") -> bytes:
+        """Return the MAC of all earlier pieces followed by this one."""
+        if len(piece) > SMALL_PAYLOAD:
             # SHA-256 is twice as fast per byte as BLAKE2b, but slower to begin.
-            digest = hashlib.sha256()
-            for piece in pieces:
-                digest.update(piece)
-            pieces = (digest.digest(),)
-        for piece in pieces:
-            self._state.update(piece)
+            piece = hashlib.sha256(piece).digest()
+        self._state.update(piece)
         return self._state.digest()
 
 
-class _EnvelopeUnpickler(pickle.Unpickler):
-    """Loads envelopes, which are plain data only, even if `allow` lets more into messages."""
+class _BodyUnpickler(pickle.Unpickler):
+    """Loads bodies, which are plain data only, even if `allow` lets more into messages."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"an envelope names {module}.{name}"[:300])
+        raise pickle.UnpicklingError(f"a body names {module}.{name}"[:300])
 
 
-def _decode_frame(envelope: memoryview, payloads: memoryview) -> list[_Group]:
-    """Return the headers of a frame, each with its payloads; raise an error for nonsense."""
-    decoded: list[_Group] = []
-    start = 0
+def _decode_body(body: bytes) -> tuple[list[_Group], int]:
+    """Return the headers of a frame, each with its payloads, and the length of what follows.
+
+    Raises an error for nonsense.
+    """
+    groups, large_size = _BodyUnpickler(io.BytesIO(body)).load()
     count = 0
-    for header, lengths in _EnvelopeUnpickler(io.BytesIO(envelope)).load():
+    for header, payloads in groups:
         _check_header(header)
-        count += len(lengths)
-        if not lengths or count > MAX_PAYLOADS:
-            raise ValueError(f"a header has {len(lengths)} payloads, its frame {count}")
-        if lengths == [len(payloads)]:
-            # The only message of a frame may be large, and is not copied.
-            decoded.append((header, [payloads]))
-            start += len(payloads)
-            continue
-        parts = []
-        for length in lengths:
-            if length < 0:
-                raise ValueError(f"a payload of {length} bytes")
-            # A payload is copied, lest a message that nobody takes keep all others in memory.
-            parts.append(bytes(payloads[start:start + length]))
-            start += length
-        decoded.append((header, parts))
-    if start != len(payloads):
-        raise ValueError(f"payloads of {len(payloads)} bytes, of which {start} are announced")
-    return decoded
+        if type(payloads) is not list or set(map(type, payloads)) != {bytes}:
+            raise ValueError(f"a header {header[0]!r:.30} has no list of payloads")
+        count += len(payloads)
+    if count > MAX_PAYLOADS:
+        raise ValueError(f"a frame has {count} payloads")
+    if type(large_size) is not int or large_size < 0:
+        raise ValueError("a payload has no length")
+    return groups, large_size
 
 
 _PLAIN_FIELDS = frozenset([str, int, float, type(None)])
@@ -2765,6 +2756,8 @@ def _clean_lines(text: object) -> str:
 ######## Connection: one sealed connection, its outbox, its reader and its writer
 
 MAX_BATCH = 400  # messages in a frame
+# A frame comes whole in a part of the shortest heartbeat, over a slow network, too.
+MAX_BATCH_SIZE = 1 << 15  # bytes of payloads
 # A sender of more messages waits for the network.
 MAX_QUEUED = 2000  # messages in an outbox
 # A peer that asks for more answers reads none of them, and is cut off.
@@ -2839,7 +2832,8 @@ class _Connection:
                  peer: _Hello, dialled: Address | None) -> None:
         self._node = node
         self._socket = sock
-        self._file: Any = _open_for_reading(sock)
+        # The bytes that the reader has received, but not yet read.
+        self._unread = b""
 
         # The results of the handshake.
         self.peer = _Peer(peer.incarnation)
@@ -2852,7 +2846,7 @@ class _Connection:
         # once its tasks are done.  So there a sender writes by itself, and leaves nothing to
         # the writer, which may have no time left.
         self._leaves_nothing_queued = current_process().daemon
-        self._max_incoming = max(mine.max_message, MIN_PAYLOADS)
+        self._max_incoming = max(mine.max_message, MIN_PAYLOAD)
         dialler, acceptor = (mine, peer) if dialled else (peer, mine)
         self._outgoing = _Seal(key, mine, dialler, acceptor)
         self._incoming = _Seal(key, peer, dialler, acceptor)
@@ -2988,7 +2982,7 @@ class _Connection:
         with self._write_lock:
             if self._outbox or self.closing:
                 return False
-            self._write_frame([(header, [len(payload)])], [payload])
+            self._write_frame([(header, [payload])], 1)
             return True
 
     def _write_waiting(self) -> None:
@@ -3002,44 +2996,45 @@ class _Connection:
                     return
                 taken: list[tuple[_Header, bytes, object]] = []
                 try:
-                    groups, payloads = self._next_batch(taken)
+                    groups, count = self._next_batch(taken)
                 except BaseException:
                     # Ctrl-C: most of these are other threads' messages.
                     self._outbox.extendleft(reversed(taken))
                     raise
-                self._write_frame(groups, payloads)
+                self._write_frame(groups, count)
 
     def _next_batch(self, taken: list[tuple[_Header, bytes, object]]
-                    ) -> tuple[list[tuple[_Header, list[int]]], list[bytes]]:
+                    ) -> tuple[list[_Group], int]:
         """Take the messages of one frame from the outbox: many small ones, or a large one.
 
-        Returns each header, with the lengths of its payloads, and all payloads.  The messages
-        are in `taken` even if Ctrl-C interrupts this.
+        Returns each header with its payloads, and the number of messages.  The messages are in
+        `taken` even if Ctrl-C interrupts this.
         """
-        groups: list[tuple[_Header, list[int]]] = []
-        payloads: list[bytes] = []
+        groups: list[_Group] = []
         last_header = None
-        while self._outbox and len(payloads) < MAX_BATCH:
+        count = 0
+        size = 0
+        while self._outbox and count < MAX_BATCH and size < MAX_BATCH_SIZE:
             message = self._outbox.popleft()
             header, payload, _ = message
-            if len(payload) > SMALL_PAYLOAD and payloads:
+            if len(payload) > SMALL_PAYLOAD and groups:
                 self._outbox.appendleft(message)
                 break
             taken.append(message)
             if header is not last_header:
-                lengths: list[int] = []
-                groups.append((header, lengths))
+                payloads: list[bytes] = []
+                groups.append((header, payloads))
                 last_header = header
-            lengths.append(len(payload))
             payloads.append(payload)
+            count += 1
+            size += len(payload)
             if len(payload) > SMALL_PAYLOAD:
                 break
         self._room.wake_all()
-        return groups, payloads
+        return groups, count
 
-    def _write_frame(self, groups: list[tuple[_Header, list[int]]],
-                     payloads: list[bytes], is_message: bool = True) -> None:
-        """Write one frame, or a tick if there are no payloads; `_write_lock` is held.
+    def _write_frame(self, groups: list[_Group], count: int = 0) -> None:
+        """Write one frame, with so many messages of threads; `_write_lock` is held.
 
         If a fault cuts the peer off, the messages are lost.  If the network fails, or Ctrl-C
         interrupts the write, half a frame may be out, and no other can follow: this side's
@@ -3049,13 +3044,12 @@ class _Connection:
             return
         self._is_writing = True
         try:
-            pieces = self._make_frame(groups, payloads)
+            pieces = self._make_frame(groups)
             # The time is set before the answer can be read, as a read resets the time.
             self._last_write = monotonic()
             for piece in pieces:
                 self._socket.sendall(piece, NO_SIGPIPE)
-            if is_message:
-                self.sent += len(payloads)
+            self.sent += count
         except BaseException as error:
             self._has_ended_output = True
             self._shut_down_writing()
@@ -3066,23 +3060,23 @@ class _Connection:
         finally:
             self._is_writing = False
 
-    def _make_frame(self, groups: list[tuple[_Header, list[int]]],
-                    payloads: list[bytes]) -> "Sequence[bytes | memoryview]":
-        """Return a frame's bytes with its MACs, in one piece unless joining costs too much."""
-        seal = self._outgoing
-        if not groups:
-            lengths = FRAME_LENGTHS.pack(0, 0)
-            return [lengths + seal.mac(lengths)]
-        envelope = pickle.dumps(groups, 5)
-        payload = payloads[0]
-        if len(payloads) > 1:
-            payload = b"".join(payloads)
-        lengths = FRAME_LENGTHS.pack(len(envelope), len(payload))
-        start = lengths + seal.mac(lengths)
-        if len(payload) > READ_BUFFER:
-            return [start + envelope, *_cut(payload), seal.mac(envelope, payload)]
-        body = envelope + payload
-        return [start + body + seal.mac(body)]
+    def _make_frame(self, groups: list[_Group]) -> "Sequence[bytes | memoryview]":
+        """Return a frame's bytes, in one piece unless joining costs too much."""
+        large: bytes | memoryview = b""
+        if groups:
+            header, payloads = groups[0]
+            if len(payloads[0]) > SMALL_PAYLOAD:
+                large = payloads[0]
+                groups = [(header, [b""])]
+        body = pickle.dumps((groups, len(large)), 5)
+        frame = FRAME_LENGTH.pack(len(body)) + body
+        frame += self._outgoing.mac(frame)
+        if not large:
+            return [frame]
+        mac = self._outgoing.mac(large)
+        if len(large) > READ_BUFFER:
+            return [frame, *_cut(large), mac]
+        return [frame + large + mac]
 
     # The writer
 
@@ -3117,13 +3111,13 @@ class _Connection:
             return
         with self._write_lock:
             if not self._has_ended_output:
-                self._write_frame([], [])
+                self._write_frame([])
 
     def _write_end(self) -> None:
         """Tell the peer that nothing follows."""
         with self._write_lock:
             if not self._has_ended_output:
-                self._write_frame([(("end",), [0])], [b""], is_message=False)
+                self._write_frame([(("end",), [b""])])
 
     def _end_output(self) -> None:
         with self._write_lock:
@@ -3142,7 +3136,7 @@ class _Connection:
 
     def send_tick(self) -> None:
         with self._write_lock:
-            self._write_frame([], [])
+            self._write_frame([])
 
     def read_tick(self) -> None:
         if self._read_frame():
@@ -3153,7 +3147,7 @@ class _Connection:
         oldest = self._node._add_connection(self)
         with self._write_lock:
             header = ("serials", self.serial, oldest)
-            self._write_frame([(header, [0])], [b""], is_message=False)
+            self._write_frame([(header, [b""])])
 
     def read_serials(self) -> int:
         """Read the peer's number for this connection; return the number of its oldest one."""
@@ -3199,70 +3193,94 @@ class _Connection:
         self._release()
 
     def _read_frame(self) -> list[_Group]:
-        """Wait for a frame, check its MACs, and return its headers, each with its payloads.
+        """Wait for a frame, check its MAC, and return its headers, each with its payloads.
 
         Raises EOFError or OSError if the connection ends, if it is silent for too long, or if
         bytes come that the peer has not written.
         """
-        lengths = self._read_piece(FRAME_LENGTHS.size)
-        envelope_length, payloads_length = FRAME_LENGTHS.unpack(lengths)
-        if envelope_length == 0 and payloads_length == 0:
-            return []
-        if envelope_length > MAX_ENVELOPE or payloads_length > self._max_incoming:
-            raise OSError(
-                f"a frame of {envelope_length} + {payloads_length} bytes is too large")
-        body = self._read_piece(envelope_length + payloads_length)
-        return _decode_frame(body[:envelope_length], body[envelope_length:])
+        start = self._read(FRAME_LENGTH.size)
+        [length] = FRAME_LENGTH.unpack(start)
+        if length > MAX_FRAME:
+            raise OSError(f"a frame of {length} bytes is too large")
+        rest = self._read(length + MAC_SIZE)
+        body = rest[:-MAC_SIZE]
+        self._check_mac(start + body, rest[-MAC_SIZE:])
+        groups, large_size = _decode_body(body)
+        if large_size:
+            [(header, _)] = groups
+            groups = [(header, [self._read_large(large_size)])]
+        return groups
 
-    def _read_piece(self, size: int) -> memoryview:
-        """Read so many bytes and their MAC; return the bytes if the MAC is right."""
-        data: bytes | None = self._file.read(size + MAC_SIZE)
-        if data is None:
-            raise OSError("nothing was heard for too long")
-        if not data:
-            raise EOFError("it was cut off: the other side had not said that it ends")
-        if len(data) < size + MAC_SIZE:
-            raise OSError("it ended, or fell silent, in the middle of a frame")
-        piece = memoryview(data)[:size]
-        if not hmac.compare_digest(self._incoming.mac(piece), data[size:]):
+    def _read(self, size: int) -> bytes:
+        """Return the next `size` bytes of a frame."""
+        if len(self._unread) < size:
+            self._receive(size)
+        data = self._unread[:size]
+        self._unread = self._unread[size:]
+        return data
+
+    def _receive(self, size: int) -> None:
+        """Receive until `size` bytes are here to be read.
+
+        A frame that does not come whole in the time after which silence ends the connection
+        ends the connection, too.
+        """
+        deadline = monotonic() + 0.8 * self.heartbeat
+        while True:
+            try:
+                data = self._socket.recv(READ_BUFFER)
+            except (BlockingIOError, TimeoutError):
+                raise OSError("nothing was heard for too long") from None
+            if not data:
+                raise EOFError("it was cut off: the other side had not said that it ends")
+            self._unread += data
+            if len(self._unread) >= size:
+                return
+            if monotonic() > deadline:
+                raise OSError("a frame came too slowly: its length may have been altered")
+
+    def _read_large(self, size: int) -> memoryview:
+        """Return the payload that follows a frame, uncopied."""
+        if size > self._max_incoming:
+            raise OSError(f"a message of {size} bytes is too large")
+        data = memoryview(bytearray(size + MAC_SIZE))
+        count = min(len(self._unread), len(data))
+        data[:count] = self._read(count)
+        while count < len(data):
+            try:
+                received = self._socket.recv_into(data[count:])
+            except (BlockingIOError, TimeoutError):
+                raise OSError("nothing was heard for too long") from None
+            if not received:
+                raise EOFError("it was cut off in the middle of a message")
+            count += received
+        self._check_mac(data[:size], data[size:])
+        return data[:size]
+
+    def _check_mac(self, piece: "bytes | memoryview", mac: "bytes | memoryview") -> None:
+        if not hmac.compare_digest(self._incoming.mac(piece), mac):
             raise OSError("a frame was altered, repeated, lost or moved on its way")
-        return piece
 
     def _dispatch(self, header: _Header, payloads: "Sequence[bytes | memoryview]") -> None:
         """Handle the messages with this header."""
-        kind = header[0]
-        if kind != "end":
-            self.received += len(payloads)
-        if kind == "send":
-            _, incarnation, id, cause = header
-            self._on_send(incarnation, id, cause, payloads)
+        kind, *fields = header
+        if kind == "end":
+            self._has_read_end = True
             return
+        self.received += len(payloads)
+        if kind == "send":
+            self._on_send(payloads, *fields)
+            return
+        handler = self._HANDLERS.get(kind)
+        if handler is None:
+            raise ValueError(f"{header!r:.100} is no header")
         for payload in payloads:
-            match header:
-                case "call", incarnation, id, caller, tag, cause:
-                    self._on_call(incarnation, id, caller, tag, cause, payload)
-                case "reply", tag, cause:
-                    self._on_reply(tag, cause, payload)
-                case "failed", tag, kind, text, traceback, cause:
-                    failure = _RemoteFailure(self, kind, text, traceback, payload)
-                    _pending.fail(tag, failure, _check_cause(cause))
-                case "monitor", incarnation, id, tag, cause:
-                    self._find_and_watch(incarnation, id, tag, _check_cause(cause))
-                case "unwatch", tag:
-                    _registry.remove_watcher(tag)
-                case "request", tag, cause:
-                    self._on_request(tag, cause, payload)
-                case "undelivered", id, why, count, cause:
-                    self._on_undelivered(id, why, count, cause)
-                case ("end",):
-                    self._has_read_end = True
-                case _:
-                    raise ValueError(f"{header!r:.100} is no header")
+            handler(self, payload, *fields)
         if len(self._outbox) > MAX_UNREAD:
             raise OSError("the peer goes on asking and does not read the answers")
 
-    def _on_send(self, incarnation: int | None, id: "int | str", cause: Any,
-                 payloads: "Sequence[bytes | memoryview]") -> None:
+    def _on_send(self, payloads: "Sequence[bytes | memoryview]", incarnation: int | None,
+                 id: "int | str", cause: Any) -> None:
         """Put messages into the mailbox; the thread that takes one loads its payload."""
         cause = _check_cause(cause)
         try:
@@ -3275,8 +3293,8 @@ class _Connection:
         thread._mailbox._put_all(
             [_RemoteEntry(payload, self, id, cause) for payload in payloads])
 
-    def _on_call(self, incarnation: int | None, id: "int | str", caller: int, tag: str,
-                 cause: Any, payload: "bytes | memoryview") -> None:
+    def _on_call(self, payload: "bytes | memoryview", incarnation: int | None, id: "int | str",
+                 caller: int, tag: str, cause: Any) -> None:
         """Put a call into the mailbox; see to it that the caller hears of a failure."""
         cause = _check_cause(cause)
         thread = self._find_and_watch(incarnation, id, tag, cause)
@@ -3308,15 +3326,15 @@ class _Connection:
             return None
         return thread
 
-    def _on_reply(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
+    def _on_reply(self, payload: "bytes | memoryview", tag: str, cause: Any) -> None:
         """Give the reply to the waiting caller, which loads the payload."""
         if not isinstance(tag, str):
             raise TypeError(f"{tag!r:.100} is no tag")
         reply = _RemoteReply(payload, self, _check_cause(cause))
         if not _pending.resolve(tag, reply, self.peer):
-            self._pass_reply_on(tag, cause, payload)
+            self._pass_reply_on(payload, tag, cause)
 
-    def _pass_reply_on(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
+    def _pass_reply_on(self, payload: "bytes | memoryview", tag: str, cause: Any) -> None:
         """Hand on the reply to a call that a thread of this node has passed on to the peer.
 
         Until its reply comes, the caller's node watches the thread that was called here.
@@ -3327,7 +3345,19 @@ class _Connection:
             if caller is not None:
                 caller.post(*caller.encode_reply(tag, bytes(payload), _check_cause(cause)))
 
-    def _on_request(self, tag: str, cause: Any, payload: "bytes | memoryview") -> None:
+    def _on_failed(self, payload: "bytes | memoryview", tag: str, kind: str,
+                   cause: Any) -> None:
+        """Tell the waiter that its call failed, or that the watched thread has ended."""
+        _pending.fail(tag, _RemoteFailure(self, kind, payload), _check_cause(cause))
+
+    def _on_monitor(self, _: "bytes | memoryview", incarnation: int | None, id: "int | str",
+                    tag: str, cause: Any) -> None:
+        self._find_and_watch(incarnation, id, tag, _check_cause(cause))
+
+    def _on_unwatch(self, _: "bytes | memoryview", tag: str) -> None:
+        _registry.remove_watcher(tag)
+
+    def _on_request(self, payload: "bytes | memoryview", tag: str, cause: Any) -> None:
         """Queue a request for a separate thread, since requests may run the user's code."""
         if self._requests is None:
             self._requests = Mailbox()
@@ -3336,7 +3366,8 @@ class _Connection:
             raise OSError("the peer asks for more than this node can do")
         self._requests.put((tag, _check_cause(cause), payload))
 
-    def _on_undelivered(self, id: "int | str", why: Any, count: Any, cause: Any) -> None:
+    def _on_undelivered(self, _: "bytes | memoryview", id: "int | str", why: Any, count: Any,
+                         cause: Any) -> None:
         # A frame that is being written is not counted as sent yet.
         most = self.sent + MAX_BATCH - self._lost
         if type(count) is not int or not 0 < count <= most:
@@ -3344,6 +3375,16 @@ class _Connection:
         self._lost += count
         target = f"{_one_line(repr(id), MAX_NAME)} at {self.name}"
         _losses.add(target, _one_line(why), count, _check_cause(cause))
+
+    _HANDLERS: "dict[str, Callable[..., None]]" = {
+        "call": _on_call,
+        "monitor": _on_monitor,
+        "request": _on_request,
+        "reply": _on_reply,
+        "failed": _on_failed,
+        "unwatch": _on_unwatch,
+        "undelivered": _on_undelivered,
+    }
 
     def _delivery_error(self, error: BaseException) -> DistconcError:
         """Count a message that no thread got; return the error for its sender."""
@@ -3383,16 +3424,7 @@ class _Connection:
         """Close the descriptors, which no thread uses any more, and free the buffers."""
         with self._write_lock:
             self._socket.close()
-        self._file.close()
         self._outbox.clear()
-
-
-def _open_for_reading(sock: socket.socket) -> Any:
-    """Return a buffered file that reads from the socket."""
-    if os.name == "posix":
-        # This is twice as fast as `makefile`, where every read runs Python code.
-        return open(sock.fileno(), "rb", READ_BUFFER, closefd=False)
-    return sock.makefile("rb", READ_BUFFER)
 
 
 # Whether `shutdown` wakes a thread that is blocked in a read or a write of that socket.  On
@@ -3426,7 +3458,7 @@ def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, option, value)
 
 
-def _cut(body: bytes) -> "Sequence[bytes | memoryview]":
+def _cut(body: "bytes | memoryview") -> "Sequence[bytes | memoryview]":
     """Return `body` in the pieces to write: small ones where each write has a time-out."""
     if SHUTDOWN_WAKES:
         return [body]
@@ -3468,39 +3500,47 @@ class _RemoteWatcher:
 def _encode_failure(tag: str, error: DistconcError,
                     cause: _EventId | None) -> tuple[_Header, bytes]:
     """Return the header and the payload that tell a waiter on another node of `error`."""
-    text = str(error)[:MAX_ERROR_TEXT]
+    kind = "died"
+    traceback = None
+    reason = b""
     if isinstance(error, NoSuchThread):
-        return ("failed", tag, "no thread", text, None, cause), b""
-    if isinstance(error, RemoteError):
-        return ("failed", tag, "unreadable", text, (error.type, text), cause), b""
-    if not isinstance(error, ThreadDied) or error.reason is None:
-        return ("failed", tag, "returned", text, None, cause), b""
-    remote_error: Any = error.__cause__
-    traceback = (remote_error.type, str(remote_error))
-    payload = b""
-    # A reason that cannot be pickled, or is too large, is sent as its traceback alone.
-    with suppress(BaseException):
-        payload = serialize(error.reason)
-    if len(payload) > MAX_REASON:
-        payload = b""
-    return ("failed", tag, "died", text, traceback, cause), payload
+        kind = "no thread"
+    elif isinstance(error, RemoteError):
+        kind = "unreadable"
+        traceback = error.type, str(error)[:MAX_ERROR_TEXT]
+    elif not isinstance(error, ThreadDied) or error.reason is None:
+        kind = "returned"
+    else:
+        remote_error: Any = error.__cause__
+        traceback = remote_error.type, str(remote_error)
+        # A reason that cannot be pickled, or is too large, is sent as its traceback alone.
+        with suppress(BaseException):
+            reason = serialize(error.reason)
+        if len(reason) > MAX_REASON:
+            reason = b""
+    payload = pickle.dumps((str(error)[:MAX_ERROR_TEXT], traceback, reason), 5)
+    return ("failed", tag, kind, cause), payload
 
 
 class _RemoteFailure(_Failure):
     """A failure that another node has reported.  The waiter loads the reason."""
 
-    def __init__(self, connection: "_Connection", kind: str, text: str,
-                 traceback: tuple[str, str] | None, payload: "bytes | memoryview") -> None:
+    def __init__(self, connection: "_Connection", kind: str,
+                 payload: "bytes | memoryview") -> None:
         if kind not in ("no thread", "returned", "died", "unreadable"):
             raise ValueError(f"{kind!r} is no kind of failure")
         self._connection = connection
         self._kind = kind
-        self._text = _clean_lines(text)
         self._traceback: RemoteError | None = None
-        if traceback is not None:
-            name, lines = traceback
-            self._traceback = RemoteError(_one_line(name, MAX_NAME), _clean_lines(lines))
-        self._payload = payload
+        match _BodyUnpickler(io.BytesIO(payload)).load():
+            case str(text), (str(name), str(lines)), bytes(reason):
+                self._traceback = RemoteError(_one_line(name, MAX_NAME), _clean_lines(lines))
+            case str(text), None, bytes(reason):
+                pass
+            case _:
+                raise ValueError("a failure without a text")
+        self._text = _clean_lines(text)
+        self._reason = reason
 
     def is_return(self) -> bool:
         return self._kind == "returned"
@@ -3514,9 +3554,9 @@ class _RemoteFailure(_Failure):
         if self._kind == "returned":
             return ThreadDied(None, None, self._text)
         reason: BaseException | None = self._traceback
-        if self._payload:
+        if self._reason:
             with suppress(BaseException):
-                loaded = _load(self._connection, self._payload)
+                loaded = _load(self._connection, self._reason)
                 if isinstance(loaded, BaseException):
                     reason = loaded
         return ThreadDied(reason, self._traceback, self._text)
