@@ -7592,7 +7592,8 @@ with selectors.DefaultSelector() as unanswered:
             if len(knocks) > 2000:  # the node has dropped this one long ago
                 knocks.popleft().close()
         if not has_told and time.monotonic() > start + 2:
-            has_told = print(round(count / 2), flush=True) is None
+            rate = count / 2  # no more from now on, if the node then has more time for it
+            has_told = print(round(rate), flush=True) is None
 print(round(count / (time.monotonic() - start)))
 """
 
@@ -7651,7 +7652,7 @@ class FarAway(Net):
         with self.knocks(600) as rates:
             # On a slow machine there are fewer, and as much less room for them.  A handshake
             # takes 0.9 seconds, 0.2 of them until the key is proved.
-            ask(self.far, make_room_for_strangers, round(0.6 * rates[0]))
+            ask(self.far, make_room_for_strangers, round(0.7 * rates[0]))
             for _ in range(4):
                 disconnect(self.far)
                 start = monotonic()
