@@ -214,7 +214,8 @@ class RemoteError(DistconcError):
 # Locks.  Each stands beside the data that it guards, and is taken alone, but for
 # `_Process.lock`, which the thread that starts a node takes before all others.  Only the holder
 # of `_Connection._write_lock` may have to wait for the network.  No lock is held while code of
-# the user's runs, but for a `__del__`, which may interrupt any line.
+# the user's runs, but for a `__del__`, which may interrupt any line; a `__del__` that sends
+# there waits for nothing: see `_must_not_wait`.
 
 ######## Waiting: deadlines, and queues of threads that wait
 
@@ -1145,6 +1146,9 @@ class _Registry:
             watcher.watched = thread
             if thread._ended:
                 return False
+            if watcher.tag in self.by_watcher:
+                # A peer uses a tag twice.  The earlier one could not be removed any more.
+                self.remove_watcher(watcher.tag)
             thread._watchers[watcher.tag] = watcher
             self.by_watcher[watcher.tag] = thread
             return True
@@ -2515,9 +2519,13 @@ def _read_when_written(file: Any) -> bytes:
 #   1  answers the challenge          <--      sends a challenge
 #   2  sends a challenge              -->      answers the challenge
 #   3  sends its hello                <->      sends its hello
-#   4  sends "serials"                -->      waits for older connections to end
-#   5  waits for older connections    <--      sends "serials"
-#   6  is established                          is established
+#   4  reads the tick                 <--      sends a tick
+#   5  sends "serials"                -->      waits for older connections to end
+#   6  waits for older connections    <--      sends "serials"
+#   7  is established                          is established
+#
+# By its first MAC each side shows that it has the key and has sent that hello: the acceptor's
+# is that of the tick, the dialler's that of "serials".  Until then all is a stranger's claim.
 #
 # A hello is these fields, as text, joined by NUL:
 #
@@ -2756,6 +2764,8 @@ MAX_QUEUED = 2000  # messages in an outbox
 MAX_UNREAD = 64_000  # answers in an outbox
 # A peer with more requests that wait for the node is cut off.
 MAX_REQUESTS = 1000
+# A write of more is likely to wait for the network.
+LONG_WRITE = 1 << 18  # bytes
 # A message so soon after a write is one of many.
 BURST_SECONDS = 50e-6
 # A write to a lost peer must not kill the process.  On macOS this is an option of the socket,
@@ -2772,6 +2782,28 @@ class _Peer(NamedTuple):
     def remove_watcher(self, tag: str) -> None:
         """Tell the node that the thread's end need not be reported any more.  Never blocks."""
         local_node()._post(self.incarnation, ("unwatch", tag))
+
+
+def _must_not_wait() -> bool:
+    """Return whether others would wait for this thread, which therefore must not wait.
+
+    So it is in the threads of this module, and within a write.  So it is also if a `__del__`
+    that sends has struck while its thread held a lock which the readers take.
+    """
+    if _local.must_not_wait:
+        return True
+    tables = [_registry.lock, _pending._lock, local_node()._lock, _log_thread._lock,
+              _losses._lock, _wrong_keys._lock, _noise._lock]
+    return any(map(_is_held, tables))
+
+
+def _is_held(lock: Any) -> bool:
+    """Return whether this thread holds the lock: only the holder may notify."""
+    try:
+        threading.Condition(lock).notify()
+    except RuntimeError:
+        return False
+    return True
 
 
 class _Connection:
@@ -2866,6 +2898,8 @@ class _Connection:
         # How many messages were sent, guarded by `_write_lock`, and how many were received.
         self.sent = 0
         self.received = 0
+        # How many of the messages sent the peer has told to be lost.
+        self._lost = 0
         # The peer's requests to this node.
         self._requests: Mailbox | None = None
         self._last_caller: RemoteThread | None = None
@@ -2884,6 +2918,9 @@ class _Connection:
         if contact was lost during the write.
         """
         if _local.must_not_wait or self._is_one_of_many(payload):
+            return self.post(header, payload)
+        is_slow = self._outbox or self._is_writing or len(payload) > LONG_WRITE
+        if is_slow and _must_not_wait():
             return self.post(header, payload)
         try:
             # Nor must a `__del__` that runs in this thread meanwhile: it would wait for its own
@@ -2970,19 +3007,21 @@ class _Connection:
             with self._write_lock:
                 if self._has_ended_output or not self._outbox:
                     return
+                taken: list[tuple[_Header, bytes, object]] = []
                 try:
-                    groups, count = self._next_batch()
+                    groups, count = self._next_batch(taken)
                 except BaseException:
-                    # Ctrl-C: some messages are taken, so the others must not follow.
-                    self._has_ended_output = True
-                    self._shut_down_writing()
+                    # Ctrl-C: most of these are other threads' messages.
+                    self._outbox.extendleft(reversed(taken))
                     raise
                 self._write_frame(groups, count)
 
-    def _next_batch(self) -> tuple[list[_Group], int]:
+    def _next_batch(self, taken: list[tuple[_Header, bytes, object]]
+                    ) -> tuple[list[_Group], int]:
         """Take the messages of one frame from the outbox: many small ones, or a large one.
 
-        Returns each header with its payloads, and the number of messages.
+        Returns each header with its payloads, and the number of messages.  The messages are in
+        `taken` even if Ctrl-C interrupts this.
         """
         groups: list[_Group] = []
         last_header = None
@@ -2994,6 +3033,7 @@ class _Connection:
             if len(payload) > SMALL_PAYLOAD and groups:
                 self._outbox.appendleft(message)
                 break
+            taken.append(message)
             if header is not last_header:
                 payloads: list[bytes] = []
                 groups.append((header, payloads))
@@ -3106,6 +3146,14 @@ class _Connection:
         self._room.wake_all()
 
     # The handshake's last steps, and the reader
+
+    def send_tick(self) -> None:
+        with self._write_lock:
+            self._write_frame([])
+
+    def read_tick(self) -> None:
+        if self._read_frame():
+            raise ValueError("the peer speaks before its turn")
 
     def register_and_send_serials(self) -> None:
         """Register this connection; tell the peer its number, and that of the oldest here."""
@@ -3329,9 +3377,12 @@ class _Connection:
         self._requests.put((tag, _check_cause(cause), payload))
 
     def _on_undelivered(self, _: "bytes | memoryview", id: "int | str", why: Any, count: Any,
-                        cause: Any) -> None:
-        if type(count) is not int or not 0 < count < 1 << 32:
+                         cause: Any) -> None:
+        # A frame that is being written is not counted as sent yet.
+        most = self.sent + MAX_BATCH - self._lost
+        if type(count) is not int or not 0 < count <= most:
             raise ValueError(f"{count!r:.100} messages cannot be lost")
+        self._lost += count
         target = f"{_one_line(repr(id), MAX_NAME)} at {self.name}"
         _losses.add(target, _one_line(why), count, _check_cause(cause))
 
@@ -3628,8 +3679,9 @@ class _RemoteReply(_Entry):
 class _Handshake:
     """A connection in the making: with a node that we dial, or with a stranger that knocks.
 
-    A thread of its own shakes hands, and goes on as the connection's reader.  A timer aborts
-    a handshake that takes too long.  Threads that want to reach the node wait for the end.
+    A thread of its own shakes hands, and goes on as the connection's reader.  The node's timer
+    aborts a handshake that takes too long.  Threads that want to reach the node wait for the
+    end.
     """
 
     def __init__(self, node: "Node", dialled: Address | None, key: bytes,
@@ -3648,6 +3700,7 @@ class _Handshake:
         self._channel = channel
         self._socket: socket.socket | None = None
         self._is_over = False
+        self.deadline = monotonic() + node._connect_timeout
         # Threads wait here for the connection.
         self._end = _WaitQueue()
 
@@ -3666,6 +3719,12 @@ class _Handshake:
         if self._socket:
             _shut_down_socket(self._socket)
 
+    def time_out(self) -> None:
+        """Abort the handshake, which has taken too long.  Never blocks."""
+        self.abort(NodeUnreachable(
+            f"{_format_address(self.dialled)} did not answer within "
+            f"{self._node._connect_timeout:g} seconds{_network_hint(self.dialled)}"))
+
     def _finish(self) -> None:
         self._is_over = True
         self._end.wake_all()
@@ -3673,20 +3732,11 @@ class _Handshake:
     def _run(self) -> None:
         """Shake hands, then run the connection's reader, all in the handshake's thread."""
         _local.must_not_wait = True
-        seconds = self._node._connect_timeout
-        timeout = NodeUnreachable(
-            f"{_format_address(self.dialled)} did not answer within {seconds:g} seconds"
-            f"{_network_hint(self.dialled)}")
-        timer = threading.Timer(seconds, self.abort, [timeout])
-        timer.daemon = True
         try:
-            timer.start()
             connection = self._connect()
         except BaseException as error:
             self._fail(error)
             return
-        finally:
-            timer.cancel()
         self._node._handshake_ended(self)
         self.connection = connection
         self._finish()
@@ -3795,11 +3845,17 @@ class _Handshake:
         living connection does not take its place.  But all nodes with the key are equal: one
         that was let in as that peer, over a connection of its own, ends both connections when
         its own ends: see `Node._connection_closed`.
+
+        A stranger at an address that this node dials may claim to be any node.  The tick shows
+        that the peer has the key, before the connection gets a number and counts as that
+        node's oldest.
         """
         if self.dialled:
+            connection.read_tick()
             connection.register_and_send_serials()
             self._node._wait_for_older(connection, connection.read_serials())
         else:
+            connection.send_tick()
             self._node._wait_for_older(connection, connection.read_serials())
             connection.register_and_send_serials()
 
@@ -3846,7 +3902,7 @@ def _network_hint(address: Address | None) -> str:
 ######## Node: start_node, stop_node, local_node, nodes, connect, disconnect
 
 # Handshakes of strangers at once.  For each further one, an older one is ended.
-MAX_STRANGERS = 256
+MAX_STRANGERS = 512
 # The bounds of a heartbeat and of a connect_timeout, in seconds; of a max_message, in bytes.
 MIN_HEARTBEAT = 0.01
 MAX_SECONDS = 1e6
@@ -3867,7 +3923,7 @@ class Node(AbstractContextManager["Node"]):
     * the *accept thread*, from `start_node` to `stop_node`, which wakes the thread by dialling;
     * a *reader* for each dial and each stranger, which shakes hands first, and ends with the
       connection or with a handshake that fails;
-    * a *timer* for each handshake, which aborts the handshake after `connect_timeout`;
+    * a *timer*, while there are handshakes, which aborts those that outlast `connect_timeout`;
     * a *writer* for each connection, which starts when the connection is established, and
       which senders wake;
     * *requests*, for each connection over which another node asks for something.
@@ -3889,7 +3945,7 @@ class Node(AbstractContextManager["Node"]):
         # Guards the three tables below, and the counts.  Threads without the lock read copies.
         self._lock = _Lock()
 
-        # All connections, from the time when they get their serials to their end.
+        # All connections, from the peer's first MAC, when they get their serials, to their end.
         self._connections: set[_Connection] = set()
 
         # These two have their oldest members first.
@@ -3898,8 +3954,11 @@ class Node(AbstractContextManager["Node"]):
         self._counts = Counter(
             sent=0, received=0, undelivered=0, refused=0, lost=0, strangers=0)
 
-        # Woken when a connection comes, begins to close, or goes.
+        self._timer_is_running = False
+
+        # Woken when a connection comes, begins to close, or goes; when a handshake ends.
         self._connections_changed = _WaitQueue()
+        self._handshakes_changed = _WaitQueue()
         self._set_options(None, None, 10.0, 5.0, 1 << 28)
 
     # Options
@@ -4048,7 +4107,12 @@ class Node(AbstractContextManager["Node"]):
 
         Raises NodeUnreachable, NodeDown, AuthenticationError after `connect_timeout` at most.
         """
+        connection = self._established_with(incarnation, address)
+        if connection is not None and not connection.closing:
+            return connection
         deadline = monotonic() + self._connect_timeout
+        if _must_not_wait():
+            deadline = monotonic()
 
         def is_settled() -> bool:
             last = self._established_with(incarnation, address)
@@ -4089,10 +4153,10 @@ class Node(AbstractContextManager["Node"]):
                 "with this node now; start_node() there lets others dial it")
         if _faults.cut_off({address}):
             raise NodeUnreachable(f"faults(drop=1) cuts {_format_address(address)} off")
-        if _local.must_not_wait:
+        if _must_not_wait():
             raise NodeUnreachable(
-                "a __del__ that runs in a thread of this module, or within a send, cannot dial "
-                f"{_format_address(address)}; connect to it first")
+                "a __del__ that runs in a thread of this module, or within a call of it, "
+                f"cannot dial {_format_address(address)}; connect to it first")
         return _find_key(self._key, address)
 
     def _dial(self, address: Address | None, key: bytes) -> _Handshake:
@@ -4106,12 +4170,34 @@ class Node(AbstractContextManager["Node"]):
 
     def _begin(self, handshake: _Handshake) -> None:
         with self._lock:
+            if not self._timer_is_running:
+                _start_daemon("timer", self._time_handshakes)
+                self._timer_is_running = True
             handshake.start()
             self._handshakes.append(handshake)
 
     def _handshake_ended(self, handshake: _Handshake) -> None:
         with self._lock, suppress(ValueError):
             self._handshakes.remove(handshake)
+        self._handshakes_changed.wake_all()
+
+    def _time_handshakes(self) -> None:
+        """Be the timer: time out the oldest handshake, until there are none."""
+        _local.must_not_wait = True
+        while True:
+            with self._lock:
+                if not self._handshakes:
+                    self._timer_is_running = False
+                    return
+                oldest = self._handshakes[0]
+            has_ended = partial(self._has_ended, oldest)
+            if not self._handshakes_changed.wait_until(has_ended, oldest.deadline):
+                oldest.time_out()
+                # Its own thread may need a while to notice, and others are due meanwhile.
+                self._handshake_ended(oldest)
+
+    def _has_ended(self, handshake: _Handshake) -> bool:
+        return handshake not in self._handshakes
 
     def _add_connection(self, connection: _Connection) -> int:
         """Number a new connection; return the number of the oldest one to the same node."""
@@ -4160,8 +4246,7 @@ class Node(AbstractContextManager["Node"]):
                 self._established.remove(connection)
                 for other in same_peer:
                     other.abort()
-        # A connection whose peer has not introduced itself under the seal only claims to be one
-        # of that node.
+        # With a connection whose peer has not told its serials, there is no contact yet.
         is_last = connection.peer_serial and not any(c.peer_serial for c in same_peer)
         if is_last:
             # The peer's next connection waits until this one is out of the table; until then no
@@ -4866,7 +4951,9 @@ def _serve_requests(connection: _Connection, requests: Mailbox) -> None:
             answer = serialize(connection._delivery_error(error))
         except (Exception, SystemExit) as error:
             answer = _pickled_error(error)
-        connection.post(("reply", tag, None), answer)
+        with suppress(NodeDown):
+            # A peer that does not read holds up its own requests, and no memory.
+            connection.send(*connection.encode_reply(tag, answer, None))
 
 
 def _pickled_error(error: BaseException) -> bytes:

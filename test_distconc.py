@@ -474,6 +474,30 @@ class MailboxTests(Case):
             self.assertRaises(TimeoutError, box.get_if, str, 0)
             self.assertIn(receive(WAIT), (7, [7]))
 
+    def test_who_looks_at_a_mailbox_while_another_takes_changes_no_order(self):
+        box, lookers = Mailbox(), []
+
+        def look():
+            box._snapshot()  # as `ps` does
+            box.put("third")
+
+        class Seen(deque):
+            """Somebody looks at the mailbox just when this one was found empty."""
+
+            def __bool__(self):
+                is_empty = len(self) == 0
+                if is_empty and not lookers:
+                    lookers.append(threading.Thread(target=look))
+                    lookers[0].start()
+                    lookers[0].join(0.3)  # it may have to wait for this thread
+                return not is_empty
+        box._numbered = Seen()
+        box.put("first")
+        box.put("second")
+        self.assertEqual(box.get(0), "first")
+        lookers[0].join(WAIT)
+        self.assertEqual([box.get(WAIT), box.get(WAIT)], ["second", "third"])
+
     def test_get_all_waits_for_the_first_and_takes_all(self):  # Factor's own
         box = Mailbox()
         putter = spawn(lambda: (receive(WAIT), box.put("foo")))
@@ -2189,6 +2213,10 @@ def owed_by(id):
     return len(get_remote_thread(id)._watchers)
 
 
+def make_room_for_strangers(number):
+    distconc.MAX_STRANGERS = number
+
+
 def census():
     """Count the threads of this process, and its descriptors (which Windows does not list)."""
     if ON_WINDOWS:
@@ -2496,7 +2524,7 @@ class RawPeer:
         self.incarnation = int.from_bytes(os.urandom(8), "big")
         self.fields = ["distconc 6", role, os.urandom(16).hex(), f"{self.incarnation:x}",
                        str(heartbeat), str(1 << 28), address, *meant, "distconc"]
-        self.inbox, self.has_read_end = [], False
+        self.inbox, self.has_read_end, self.is_altered = [], False, False
 
     @classmethod
     def dial(cls, node, **options):
@@ -2525,6 +2553,7 @@ class RawPeer:
     def greet(self, alter=None):
         """Exchange hellos; `alter` is what somebody on the way makes of ours."""
         mine = "\0".join(self.fields).encode("utf-8", "surrogateescape")
+        self.is_altered = alter is not None
         try:
             self.conn.send_bytes(alter(mine) if alter else mine)
             if not self.conn.poll(T):
@@ -2547,6 +2576,10 @@ class RawPeer:
 
     def introduce(self, oldest=None):
         """Exchange serials; `oldest` is that of our connections, if it is another than this."""
+        if self.role == "dialler":
+            self.read_tick()
+        else:
+            self.tick()
         for mine in (True, False) if self.role == "dialler" else (False, True):
             if mine:
                 serial = next(self.serials)
@@ -2580,6 +2613,10 @@ class RawPeer:
 
     def tick(self):
         self.write()
+
+    def read_tick(self):
+        if self.read_groups():
+            raise AssertionError("no tick")
 
     def end(self):
         """Say that nothing follows, and show it."""
@@ -2620,7 +2657,8 @@ class RawPeer:
 
     def check(self, piece):
         self.into.update(piece if len(piece) <= 2048 else hashlib.sha256(piece).digest())
-        if self.take(16) != self.into.digest():
+        # The node has sealed for the hello that it has read.
+        if self.take(16) != self.into.digest() and not self.is_altered:
             raise AssertionError("the node's MAC is wrong")
 
     def read_frame(self):
@@ -3140,6 +3178,78 @@ class TheWire(Net):
             self.assertFalse(connection.post(header, equal))
             self.assertEqual([message[1] for message in connection._outbox], [equal, other])
 
+    def test_ctrl_c_while_messages_are_taken_to_be_written_costs_none_of_other_threads(self):
+        class Struck(deque):
+            strikes = 3
+
+            def popleft(self):
+                self.strikes -= 1
+                if self.strikes == 0:
+                    raise KeyboardInterrupt
+                return super().popleft()
+        peer = self.dial()
+        self.assertEqual(peer.call(1, "echo"), 1)
+        [connection] = self.node._established
+        with connection._write_lock:
+            connection._outbox = Struck()
+            others = [spawn(connection.post, ("unwatch", str(n))) for n in range(5)]
+            for other in others:
+                self.assertTrue(other.join(T))
+            queued = [message[0] for message in connection._outbox]
+            self.assertRaises(KeyboardInterrupt, connection._write_waiting)
+        self.assertEqual([peer.read()[:2] for _ in range(5)], queued)
+        self.assertEqual(peer.call(2, "echo"), 2)
+
+    def lose_and_remake(self, peer):
+        """End a connection, and make another one to the same node."""
+        peer.end()
+        self.assertTrue(peer.is_cut())
+        self.wait_until_alone()
+        again = self.knock()
+        again.fields[3] = peer.fields[3]
+        return again.challenge().greet().introduce()
+
+    def test_a_link_fails_if_contact_is_lost_and_remade_before_the_spawn_has_returned(self):
+        peer, address = self.accept()
+        results, is_remade, set_child = queue.Queue(), threading.Event(), \
+            distconc._PendingLink.set_child
+
+        def set_late(link, child):
+            check(is_remade.wait(T))
+            set_child(link, child)
+        with mock.patch.object(distconc._PendingLink, "set_child", set_late):
+            parent = spawn(lambda: (spawn_linked(echo, 1, node=address),
+                                    results.put(outcome(receive, T))))
+            kind, tag, cause, _ = peer.read()
+            self.assertEqual(kind, "request")
+            child = RemoteThread(address, 5, peer.incarnation)
+            peer.write((("reply", tag, None), pickle.dumps(child)))
+            again = self.lose_and_remake(peer)
+            is_remade.set()
+            error = results.get(timeout=T)
+        self.assertIsInstance(error, LinkedError)
+        self.assertIsInstance(error.error, NodeDown)
+        self.assertEqual(error.thread, child)
+        self.assertTrue(parent.join(T))
+        self.assertEqual(again.call(1, "echo"), 1)
+
+    def test_a_monitor_or_a_call_that_is_lost_as_soon_as_it_went_out_is_told(self):
+        connection_send = distconc._Connection.send
+        for kind, act in (("monitor", monitor), ("call", partial(send_synchronous, 1))):
+            with self.subTest(kind):
+                peer, address = self.accept()
+
+                def send_and_lose(connection, header, payload):
+                    was_taken = connection_send(connection, header, payload)
+                    if header[0] == kind:
+                        self.lose_and_remake(peer)
+                    return was_taken
+                with mock.patch.object(distconc._Connection, "send", send_and_lose):
+                    result = outcome(act, RemoteThread(address, "there"))
+                if kind == "monitor":
+                    result = receive(T).reason
+                self.assertIsInstance(result, NodeDown)
+
     def test_who_watches_over_a_new_connection_is_not_forgotten_with_the_old_one(self):
         doomed = spawn(receive)
         contact_lost, may_go_on, has_told = Node._contact_lost, *map(
@@ -3352,6 +3462,34 @@ class TheWire(Net):
         self.assertEqual(receive(T), Down(watch, watch.target, None))
         asked.send("now")
         self.assertEqual(results.get(timeout=T), "late")
+
+    def test_whom_we_dial_and_who_has_no_key_is_not_counted_as_the_node_it_claims_to_be(self):
+        with Listener(("127.0.0.1", 0)) as false, Listener(("127.0.0.1", 0)) as true:
+            diallers = [spawn(swallow, connect, false.address)]
+            stranger = RawPeer(false.accept(), "acceptor", "%s:%d" % false.address)
+            with stranger:
+                stranger.challenge().greet()
+                self.assertFalse(stranger.conn.poll(0.5), "it tells its serials")
+                self.assertEqual(self.node._connections, set())
+                diallers.append(spawn(connect, true.address))
+                with RawPeer(true.accept(), "acceptor", "%s:%d" % true.address) as honest:
+                    honest.fields[3] = stranger.fields[3]
+                    honest.challenge().greet().tick()
+                    [[(_, serial, oldest), _]] = honest.read_groups()
+                    self.assertEqual(oldest, serial)
+                    honest.write((("serials", 1, 1), b""))
+                    self.assertTrue(diallers[1].join(T))
+            self.assertTrue(diallers[0].join(T))
+
+    def test_who_begins_with_anything_but_a_tick_is_not_connected(self):
+        listener, address = self.listen()
+        self.node._connect_timeout = 2 * T  # it is not that which ends it
+        results = queue.Queue()
+        spawn(lambda: results.put(outcome(connect, address)))
+        with RawPeer(listener.accept(), "acceptor", address) as peer:
+            peer.challenge().greet().write((("serials", 1, 1), b""))
+            self.assertTrue(peer.is_cut())
+        self.assertIsInstance(results.get(timeout=T), NodeUnreachable)
 
     def test_our_own_hello_sent_back_is_not_let_in(self):
         peer = self.knock().challenge()
@@ -3619,6 +3757,22 @@ class TheWire(Net):
             server.join(T)
         self.assertEqual(servers(), [])
 
+    def test_the_answers_to_requests_that_nobody_reads_take_little_memory(self):
+        for number in range(50):
+            self.here(hold, name=f"{number:03}" + "\U0001f600" * 250)
+        with self.dial() as peer:
+            asked = ("request", "t", None), pickle.dumps(("ps",))
+            peer.write(asked)
+            self.assertGreater(len(peer.read()[-1]), 50_000)
+            [connection] = self.node._established
+            before, waiting = memory(), connection._requests._arrived
+            peer.write(*[asked] * 900)
+            number = -1
+            while number != len(waiting):  # until all are answered, or the network is full
+                number = len(waiting)
+                receive(1, None)
+            self.assertLess(memory() - before, 25 << 20)
+
     def test_a_request_of_unknown_or_huge_kind_is_answered_with_an_error(self):
         peer = self.dial()
         for request in [(), ("bogus",), ("x" * (1 << 20),), (None,), (b"ps",), ("ps", 1),
@@ -3631,6 +3785,13 @@ class TheWire(Net):
                         (nested(1000),)]:
             with self.subTest(repr(request)[:80] if request != (10**5000,) else "10**5000"):
                 self.assertIsInstance(peer.request(*request), Exception)
+        for args in [], None, 5, "x", {1}:
+            with self.subTest(args=args):
+                before = threads()
+                refused = peer.request("spawn", collect, args, "taken", True, False, None)
+                self.assertIsInstance(refused, Exception)
+                self.assertEqual(threads(), before)
+                self.assertRaises(NoSuchThread, get_remote_thread, "taken")
         for payload in pickle.dumps(None), pickle.dumps(laughing(9)), nested(20_000):
             with self.subTest(payload[:80]):
                 peer.write((("request", "t", None), payload))
@@ -3662,6 +3823,43 @@ class TheWire(Net):
                 peer.write((("undelivered", "x", "why", count, None), b""))
                 self.assertTrue(peer.is_cut())
         self.assertEqual(self.node.stats()["lost"], lost)
+
+    def test_no_more_can_be_lost_than_was_sent(self):
+        peer, lost = self.dial(), self.node.stats()["lost"]
+        for number in range(distconc.MAX_BATCH):
+            peer.write((("undelivered", f"x{number}", "why", 1, None), b""))
+        self.assertEqual(peer.call(1, "echo"), 1)
+        with suppress(Cut):
+            for number in range(10):
+                peer.write((("undelivered", f"y{number}", "why", 1, None), b""))
+        self.assertTrue(peer.is_cut())
+        # It was sent one reply, at most.
+        self.assertLessEqual(self.node.stats()["lost"] - lost, distconc.MAX_BATCH + 1)
+
+    def test_all_losses_of_a_flood_are_counted(self):
+        child = self.child()
+        connect(child)
+        lost = self.node.stats()["lost"]
+        for number in range(5000):
+            send(number, RemoteThread(child, f"nobody {number % 7}"))
+        self.assertEqual(ask(child, echo, 1), 1)
+        end = monotonic() + T
+        while self.node.stats()["lost"] < lost + 5000 and monotonic() < end:
+            receive(0.01, None)
+        self.assertEqual(self.node.stats()["lost"], lost + 5000)
+
+    def test_a_tag_that_a_peer_uses_twice_leaves_nothing_behind(self):
+        one, two = self.here(hold), self.here(hold)
+        with self.dial() as peer:
+            for thread in one, two:
+                for number in range(10):
+                    peer.monitor(thread.id, f"tag {number}")
+            self.assertEqual(peer.call(1, "echo"), 1)
+            self.assertEqual((len(one._watchers), len(two._watchers)), (0, 10))
+            peer.end()
+            self.assertTrue(peer.is_cut())
+        self.wait_until_alone()
+        self.assertEqual((one._watchers, two._watchers), ({}, {}))
 
     @not_on_windows("Unix sockets")
     def test_a_peers_address_is_no_second_line_of_the_log(self):
@@ -3712,6 +3910,7 @@ class TheWire(Net):
         shown, hook = [], threading.excepthook
         self.addCleanup(setattr, threading, "excepthook", hook)
         threading.excepthook = shown.append
+        self.here(self.serve_echo, name="beside it all")
         honest = self.dial()
         items = [None, -1, 0, 1, 7, 1 << 63, 1 << 80, 0.5, math.nan, True, "", "kept", "echo",
                  "t", "died", "no\nne", "x" * 3000, b"", b"kept", (), (1, 2), ("a", 1, 2), [],
@@ -3727,7 +3926,16 @@ class TheWire(Net):
             data = bytearray(data or b"?")
             for _ in range(choose.randint(1, 3)):
                 data[choose.randrange(len(data))] = choose.randrange(256)
-            return bytes(data)
+            # Of a pickle, this would be a bomb: LONG_BINPUT, which can ask for gigabytes.
+            return bytes(data).replace(b"r", b"q")
+
+        def meet():
+            """Knock at the node, or have it dial."""
+            if choose.random() < 0.7:
+                return RawPeer.knock(self.node)
+            with Listener(("127.0.0.1", 0)) as listener:
+                spawn(swallow, connect, listener.address)
+                return RawPeer(listener.accept(), "acceptor", "%s:%d" % listener.address)
 
         def odd_header():
             header = list(choose.choice(self.HEADERS))
@@ -3776,18 +3984,20 @@ class TheWire(Net):
         while monotonic() < end:
             act = choose.choice([odd_hello, odd_challenge, odd_serials, odd_frame, odd_frame,
                                  odd_body, odd_bytes])
-            with RawPeer.knock(self.node) as peer:
+            with meet() as peer:
                 with suppress(Cut, OSError, EOFError, AuthenticationError):
                     act(peer)
                     peer.end()
                     self.assertTrue(peer.is_cut(), f"seed {seed}, {counts}, {act.__name__}")
             counts[act.__name__] += 1
             if counts.total() % 20 == 0:
-                self.assertEqual(honest.call(1, "echo"), 1, f"seed {seed}, {counts}")
-        self.assertEqual(honest.call(2, "echo"), 2)
-        self.assertEqual(self.dial().call(3, "echo"), 3)
+                self.assertEqual(honest.call(1, "beside it all"), 1, f"seed {seed}, {counts}")
+        self.assertEqual(honest.call(2, "beside it all"), 2)
+        self.assertEqual(self.dial().call(3, "beside it all"), 3)
         self.assertEqual(len(counts), 6, counts)
-        self.assertEqual([], [args for args in shown if args.exc_type is not SystemExit])
+        # The threads of this test, to which odd messages come, may fail; no others.
+        failed = {args.thread.name for args in shown if args.exc_type is not SystemExit}
+        self.assertLessEqual(failed, {"kept", "echo"})
 
 
 ######## Two nodes
@@ -4716,6 +4926,77 @@ if os.fork() == 0:
 os.wait()""")
                 self.assertEqual(done.out, "_NotAllowed\n", done.err)
                 self.assertFalse(os.path.exists(mark))
+
+    @not_on_windows("fork")
+    def test_a_forks_child_takes_no_more_from_a_connection_than_its_parent(self):
+        bomber = spawn_server(send_bomb, node=self.child(), name="bomber", register=True)
+        for options, inside in ("", True), ("allow=[]", False):
+            with self.subTest(options):
+                mark = self.mark()
+                done = script(f"""
+start_node({options})
+if os.fork() == 0:
+    try:
+        send_synchronous({mark!r}, RemoteThread(sys.argv[1], "bomber"), 20)
+        print("loaded", flush=True)
+    except RemoteError as error:
+        print(error.type, flush=True)
+    os._exit(0)
+os.wait()""", distconc._format_address(bomber.node))
+                self.assertEqual(done.out, "loaded\n" if inside else "_NotAllowed\n", done.err)
+                self.assertEqual(os.path.exists(mark), inside)
+
+    def test_dates_that_are_none_and_data_of_many_levels_end_no_node(self):
+        """As a key of a dict, data of so many levels may; the README says so."""
+        child = self.child(allow=[receive, echo, once])
+        taker = spawn_server(receive, node=child, name="taker", register=True)
+        before = ask(child, echo, 1)
+        day = datetime.datetime(2020, 1, 1)
+        zone = datetime.timezone(datetime.timedelta(hours=1))
+        with RawPeer.dial(child) as peer:
+            for kind, *arguments in (
+                    (datetime.date, b"\x07\xe4\x00\x01"), (datetime.date, b"\x00\x00\x01\x01"),
+                    (datetime.date, b"\xff\xff\xff\xff"), (datetime.date, b"\x07\xe4\x02\x1e"),
+                    (datetime.time, b"\x18\0\0\0\0\0"), (datetime.time, b"\0\0\0\xff\xff\xff"),
+                    (datetime.datetime, b"\x07\xe4\x0d\x01" + bytes(6)),
+                    (datetime.datetime, b"\x07\xe4\x01\x01\x18" + bytes(5)),
+                    (datetime.datetime, b"\xff" * 10, zone), (datetime.timedelta, 1 << 40),
+                    (datetime.timezone, datetime.timedelta(days=2)), (datetime.timezone, day)):
+                with self.subTest(kind, arguments=arguments):
+                    bad = pickle.dumps([Reduced(kind, tuple(arguments))])
+                    peer.write((("call", None, "taker", 1, "tag", None), bad))
+                    kind, tag, how, *_ = peer.read()
+                    self.assertEqual((kind, tag, how), ("failed", "tag", "unreadable"))
+            for depth in 1000, 100_000:
+                for deep in nested(depth), b"\x80\x04" + b"]" * depth + b"a" * (depth - 1) + b".":
+                    with self.subTest(depth, deep=deep[:4]):
+                        peer.write((("send", None, "taker", None), deep))
+                        self.assertEqual(ask(child, echo, before), before)
+        self.assertTrue(taker.is_alive())
+
+    def test_a_forged_sender_harms_no_server_whose_key_is_too_short_to_dial_it(self):
+        stop_node()
+        with start_node(authkey="short") as node:
+            server = spawn_server(handle_synchronous, echo, name="echo", register=True)
+            with RawPeer.dial(node, key="short") as peer:
+                forged = Synchronous(1, RemoteThread(("192.0.2.1", 9), 5, 77), "tag")
+                peer.send(forged, "echo")
+                self.assertEqual(peer.reply("tag"), 1)
+                self.assertEqual(peer.call(2, "echo"), 2)
+            self.assertEqual(send_synchronous(3, server, T), 3)
+
+    def test_handles_with_long_paths_that_a_peer_sends_are_not_kept(self):
+        stop_node()
+        with start_node() as node, RawPeer.dial(node) as peer:
+            self.here(collect, name="kept")
+            before = distconc._parse_and_keep.cache_info().currsize
+            for number in range(200):
+                handle = RemoteThread("/x", 1)
+                object.__setattr__(handle, "_node", f"/{number}" + "x" * 100_000)
+                peer.send(handle, "kept")
+            peer.send("last", "kept")
+            self.assertEqual(len(self.got(get_remote_thread("kept"), 201)), 201)
+            self.assertLess(distconc._parse_and_keep.cache_info().currsize, before + 10)
 
     def test_a_forged_sender_harms_no_server(self):
         child = self.child(allow=[handle_synchronous, echo])
@@ -5962,7 +6243,8 @@ os.waitpid(pid, 0)
     def test_bad_keys_are_refused(self):
         stop_node()
         everywhere = "0.0.0.0", 0
-        for address, key in (0, b""), (0, ""), (everywhere, "short"), (everywhere, b""):
+        for address, key in ((0, b""), (0, ""), (everywhere, "short"), (everywhere, b""),
+                             (("127.evil.org", 0), "short")):
             with self.subTest(address, key=key), self.assertRaises(ValueError):
                 start_node(address, authkey=key)
         start_node(authkey="short")
@@ -6005,6 +6287,30 @@ os.waitpid(pid, 0)
             for env, out in (({"DISTCONC_COOKIE": named}, "[]\n"), ({}, "refused\n"),
                              ({"DISTCONC_AUTHKEY": other, "DISTCONC_COOKIE": cookie}, "[]\n")):
                 self.assertEqual(script(text, local_node(), **{**quiet, **env}).out, out)
+
+    @not_on_windows("owner of a file")
+    def test_a_cookie_of_another_user_lets_no_node_listen_or_dial(self):
+        cookie = self.mark()
+        with open(os.open(cookie, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+            file.write(KEY)
+        text = """
+for act in start_node, lambda: connect(sys.argv[1]):
+    try:
+        act()
+        print("well")
+    except PermissionError as error:
+        print(error)
+"""
+        own = {"DISTCONC_AUTHKEY": None, "DISTCONC_COOKIE": cookie}
+        self.assertEqual(script(text, self.node, **own).out, "well\n" * 2)
+        try:
+            os.chown(cookie, os.getuid() + 4321, -1)
+        except OSError:
+            self.skipTest("only root may give a file away")
+        refused = script(text, self.node, **own).out.splitlines()
+        self.assertEqual(len(refused), 2)
+        for line in refused:
+            self.assertRegex(line, f"{cookie} belongs to another user")
 
     def test_processes_that_make_the_cookie_at_once_share_one_key(self):
         for turn in range(3):
@@ -6305,6 +6611,47 @@ class OtherPrograms(Net):
             self.assertLess(monotonic() - start, 7)  # the loss is noticed after 8 seconds
         frozen.kill()
 
+    def test_a_del_that_sends_in_a_reader_does_not_wait_for_the_end_of_a_connection(self):
+        frozen, good = self.child(), self.child()
+        target, dropped = self.collector(frozen), []
+        self.got(target)
+        self.assertEqual(ask(good, echo, 1), 1)
+        dispatch = distconc._Connection._dispatch
+
+        def drop(connection, header, payloads):
+            if connection.address == good.address and not dropped:
+                dropped.append(outcome(send, "too late", target))
+            dispatch(connection, header, payloads)
+        freeze(frozen)
+        connection = self.node._established_with(None, frozen.address)
+        connection.post(target._send_header, bytes(64 << 20))  # far more than the network holds
+        connection.close()
+        with mock.patch.object(distconc._Connection, "_dispatch", drop):
+            start = monotonic()
+            self.assertEqual(ask(good, echo, 2), 2)
+            self.assertLess(monotonic() - start, 3)  # to connect may take 5 seconds
+        self.assertIsInstance(dropped[0], NodeUnreachable)
+        frozen.kill()
+
+    def test_a_del_that_sends_while_its_thread_holds_a_lock_does_not_wait(self):
+        frozen, good = self.child(), self.child()
+        target = self.collector(frozen)
+        self.got(target)
+        freeze(frozen)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            nobody = RemoteThread(silent.getsockname(), "nobody")
+            for lock in (self.node._lock, distconc._registry.lock, distconc._pending._lock,
+                         distconc._log_thread._lock, distconc._losses._lock):
+                with self.subTest(lock):
+                    start = monotonic()
+                    with lock:  # a `__del__` strikes, and sends more than the network holds
+                        for _ in range(20):
+                            send(bytes(1 << 20), target)
+                        self.assertRaises(NodeUnreachable, send, 1, nobody)
+                    self.assertLess(monotonic() - start, 4)  # the loss is noticed after 8
+        self.assertEqual(ask(good, echo, 1), 1)
+        frozen.kill()
+
     def test_a_logging_handler_that_sends_to_a_frozen_or_lost_node_delays_no_down(self):
         for strike in freeze, lambda child: os.kill(child.pid, signal.SIGKILL):
             child = self.child(heartbeat=3)
@@ -6350,6 +6697,10 @@ class OtherPrograms(Net):
         self.addCleanup(go_on.set)
         with RawPeer.dial(self.node) as peer:
             before = threading.active_count()
+            peer.monitor(0, "first")
+            self.assertEqual(peer.read()[:2], ("failed", "first"))
+            [connection] = self.node._established
+            connection.sent += 3000
             peer.write(*((("undelivered", number, "why", 1, None), b"") for number in range(3000)))
             peer.monitor(0, "m")
             self.assertEqual(peer.read()[:2], ("failed", "m"))
@@ -6815,6 +7166,14 @@ class Strangers(OneChild):
             self.assertEqual(line.levelname, "WARNING")
             self.assertRegex(line.getMessage(), r"127\.0\.0\.[2-6]: digest .+")
 
+    def test_a_stranger_takes_one_thread_and_those_of_one_node_are_timed_by_one(self):
+        before = set(threading.enumerate())
+        crowd = [self.knock_from("127.0.0.1") for _ in range(20)]
+        for sock in crowd:
+            self.assertTrue(sock.recv(100))  # the challenge
+        names = Counter(t.name for t in set(threading.enumerate()) - before)
+        self.assertEqual(names, {"distconc reader": 20, "distconc timer": 1})
+
     def test_500_silent_sockets_delay_nobody_and_are_cut_in_time(self):
         silent = [self.knock() for _ in range(500)]
         start = monotonic()
@@ -7212,6 +7571,99 @@ class InTheMiddle(Net):
             self.assertEqual(send_synchronous(3, self.echo, T), 3)
 
 
+# Connects so many times a second, or as often as the node takes them, says nothing, and stays.
+# After two seconds, and at the end, it tells how many a second there were.
+KNOCKER = """
+import collections, selectors, socket, sys, threading, time
+host, port, rate = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+is_over = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), is_over.set()), daemon=True).start()
+knocks, count, start, has_told = collections.deque(), 0, time.monotonic(), False
+with selectors.DefaultSelector() as unanswered:
+    while not is_over.is_set():
+        for key, _ in unanswered.select(0.005):
+            unanswered.unregister(key.fileobj)
+        while count < rate * (time.monotonic() - start) and len(unanswered.get_map()) < 64:
+            knocks.append(socket.socket())
+            knocks[-1].setblocking(False)
+            knocks[-1].connect_ex((host, port))
+            unanswered.register(knocks[-1], selectors.EVENT_READ)
+            count += 1
+            if len(knocks) > 2000:  # the node has dropped this one long ago
+                knocks.popleft().close()
+        if not has_told and time.monotonic() > start + 2:
+            rate = count / 2  # no more from now on, if the node then has more time for it
+            has_told = print(round(rate), flush=True) is None
+print(round(count / (time.monotonic() - start)))
+"""
+
+
+class Distance(Proxy):
+    """Passes all on as it comes, but every byte is under way for so many seconds."""
+
+    def __init__(self, target, seconds):
+        self.seconds = seconds
+        super().__init__(target, None)
+
+    def copy(self, source, sink, inward):
+        under_way, data = queue.Queue(), None
+        self.run(self.deliver, under_way, sink)
+        while data != b"":
+            data = outcome(source.recv, 1 << 16)
+            data = data if isinstance(data, bytes) else b""
+            under_way.put((monotonic() + self.seconds, data))
+
+    def deliver(self, under_way, sink):
+        data = None
+        with suppress(OSError):
+            while data != b"":
+                due, data = under_way.get()
+                time.sleep(max(due - monotonic(), 0))
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+
+class FarAway(Net):
+    """A round trip takes 200 ms."""
+
+    def setUp(self):
+        super().setUp()
+        port = free_port()
+        self.way = Distance(("127.0.0.1", port), 0.1)
+        self.addCleanup(self.way.__exit__)
+        self.far = self.child(port, advertise=self.way.address)
+        self.port = port
+
+    @contextmanager
+    def knocks(self, rate):
+        """Knock silently at the node from near by; yield a list with the rate, at the end two."""
+        with subprocess.Popen([sys.executable, "-c", KNOCKER, "127.0.0.1", str(self.port),
+                               str(rate)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              text=True) as knocker:
+            rates = [int(knocker.stdout.readline())]
+            try:
+                yield rates
+            finally:
+                knocker.stdin.close()
+                rates.append(int(knocker.stdout.read()))
+
+    def test_who_has_the_key_gets_in_from_afar_through_600_silent_knocks_a_second(self):
+        times = []
+        with self.knocks(600) as rates:
+            # On a slow machine there are fewer, and as much less room for them.  A handshake
+            # takes 0.9 seconds, 0.2 of them until the key is proved.
+            ask(self.far, make_room_for_strangers, round(0.7 * rates[0]))
+            for _ in range(4):
+                disconnect(self.far)
+                start = monotonic()
+                connect(self.far)
+                times.append(monotonic() - start)
+            strangers = ask(self.far, stats_here)["strangers"]
+        about = f"{rates} knocks a second, {strangers} were dropped; the honest took {times}"
+        self.assertGreater(min(times), 0.8, about)
+        self.assertGreater(strangers, 2 * rates[0], about)
+
+
 ######## Faults
 
 
@@ -7404,6 +7856,26 @@ class Faults(OneChild):
         self.assertIsInstance(receive(T), NodeDown)
         there.send("stop")
         self.assertEqual(receive(T), [])
+
+    def test_what_a_cut_drops_is_not_counted_as_sent(self):
+        target = spawn(keep_all, "end", current_thread(), node=self.other)
+        before = self.node.stats()["sent"]
+        with faults(to=self.other, drop=1):
+            for number in range(50):
+                send(number, target)
+                self.assertEqual(self.node.stats()["sent"], before)
+            [connection] = self.node._established
+            for number in range(10):
+                self.assertTrue(connection.post(("unwatch", str(number))))
+            while connection._outbox:
+                receive(0.01, None)
+            with connection._write_lock:
+                self.assertEqual(self.node.stats()["sent"], before)
+        send("end", target)
+        self.assertEqual((receive(T), self.node.stats()["sent"]), ([], before + 1))
+        with faults(to=self.other, drop=1):
+            disconnect(self.other)
+        self.assertEqual(self.node.stats()["sent"], before + 1)
 
     def test_a_short_cut_that_nobody_noticed_leaves_the_connection_in_step(self):
         target = self.collector(self.other, "steps")
