@@ -2834,7 +2834,7 @@ class _Connection:
         "is_local", "load", "serial", "peer_serial", "_outbox", "closing", "_work", "_room",
         "delayed_until", "_write_lock", "_is_writing", "_last_write", "_has_ended_output",
         "is_over", "_writer_has_ended", "_writer_end", "_has_read_end", "broken_by", "sent",
-        "received", "_requests", "_last_caller")
+        "received", "_lost", "_requests", "_last_caller")
 
     def __init__(self, node: "Node", sock: socket.socket, key: bytes, mine: _Hello,
                  peer: _Hello, dialled: Address | None) -> None:
@@ -3377,7 +3377,7 @@ class _Connection:
         self._requests.put((tag, _check_cause(cause), payload))
 
     def _on_undelivered(self, _: "bytes | memoryview", id: "int | str", why: Any, count: Any,
-                         cause: Any) -> None:
+                        cause: Any) -> None:
         # A frame that is being written is not counted as sent yet.
         most = self.sent + MAX_BATCH - self._lost
         if type(count) is not int or not 0 < count <= most:
