@@ -6698,6 +6698,13 @@ def read_to_end(sock, seconds):
     return monotonic() - start
 
 
+def crowd(number):
+    """So many strangers; on Windows fewer, for Wine starts 60 threads a second, not 1,000."""
+    if ON_WINDOWS:
+        number //= 10
+    return number
+
+
 class Strangers(OneChild):
     """Who has no key hurts nobody: the victim is a process of its own."""
 
@@ -6797,14 +6804,15 @@ class Strangers(OneChild):
             self.assertRegex(line.getMessage(), r"127\.0\.0\.[2-6]: digest .+")
 
     def test_500_silent_sockets_delay_nobody_and_are_cut_in_time(self):
-        silent = [self.knock() for _ in range(500)]
+        number = crowd(500)
+        silent = [self.knock() for _ in range(number)]
         start = monotonic()
         for _ in range(10):
             self.honest()
         for sock in silent:
             read_to_end(sock, T)
         self.assertLess(monotonic() - start, 4)
-        while ask(self.other, stats_here)["strangers"] - self.strangers < 500:
+        while ask(self.other, stats_here)["strangers"] - self.strangers < number:
             self.assertLess(monotonic() - start, T)  # each is counted just after it was cut
 
     def test_a_byte_now_and_then_does_not_stay(self):
@@ -6822,7 +6830,7 @@ class Strangers(OneChild):
         self.assertLess(monotonic() - start, 4)
 
     def test_1000_who_connect_and_close_and_100_who_reset(self):
-        for number in range(1100):
+        for number in range(crowd(1100)):
             with socket.create_connection(self.other.address, T) as sock:
                 if number % 11 == 0:  # close with a reset
                     linger = struct.pack("ii", 1, 0)
@@ -6850,19 +6858,19 @@ class Strangers(OneChild):
         self.assertLess(ask(self.other, memory) - before, 50 << 20)
 
     def test_60_good_clients_in_one_instant_are_all_served(self):
-        kept = self.collector(self.other, "sixty")
-        barrier, served = threading.Barrier(60), []
+        kept, number = self.collector(self.other, "sixty"), crowd(60)
+        barrier, served = threading.Barrier(number), []
 
-        def dial(number):
+        def dial(client):
             barrier.wait(T)
             with RawPeer.dial(self.other) as peer:
-                peer.send(number, "sixty")
+                peer.send(client, "sixty")
                 peer.end()
                 served.append(peer.is_cut() and peer.has_read_end)
         start = monotonic()
-        at_once(*((dial, number) for number in range(60)))
-        self.assertEqual(sorted(self.got(kept, 60)), list(range(60)))
-        self.assertEqual(served, [True] * 60)
+        at_once(*((dial, client) for client in range(number)))
+        self.assertEqual(sorted(self.got(kept, number)), list(range(number)))
+        self.assertEqual(served, [True] * number)
         self.assertLess(monotonic() - start, 10)
         send("stop", kept)
 
