@@ -4690,6 +4690,7 @@ class Plain(Net):
                 self.assertEqual(os.path.exists(mark), is_same_host)
                 self.assertEqual(isinstance(result, RemoteError), not is_same_host)
 
+    @not_on_windows("fork")
     def test_a_forks_child_lets_in_no_more_than_its_parent(self):
         for options in 'allow=[]', '("0.0.0.0", 0), authkey="x" * 16':
             with self.subTest(options):
