@@ -4308,8 +4308,7 @@ except ThreadDied:
             self.assertEqual({("WARNING", "distconc")},
                              {(record.levelname, record.name) for record in lines})
             times = [record.created for record in lines]
-            for early, late in zip(times, times[1:-1]):
-                self.assertGreater(late - early, 0.9)
+            self.assertLess(len(lines), 3 + times[-1] - times[0])
         self.assertEqual(ask(self.other, stats_here)["undelivered"] - before, 2000)
 
     def test_sends_to_a_dead_thread_here_or_there_are_logged_and_never_raise(self):
@@ -6318,7 +6317,9 @@ class OtherPrograms(Net):
         send("stop", there)
 
     def test_a_del_that_sends_to_a_frozen_node_in_a_reader_holds_up_no_other(self):
-        frozen, good = self.child(), self.child()
+        stop_node()
+        start_node(heartbeat=4 * WAIT)  # for so long would a caller wait for the frozen node
+        frozen, good = self.child(heartbeat=4 * WAIT), self.child()
         target, dropped = self.collector(frozen), []
         self.got(target)
         dispatch = distconc._Connection._dispatch
@@ -6333,7 +6334,7 @@ class OtherPrograms(Net):
             start = monotonic()
             while len(dropped) < 20:  # far more than the network holds
                 self.assertEqual(ask(good, echo, 1), 1)
-            self.assertLess(monotonic() - start, 7)  # the loss is noticed after 8 seconds
+            self.assertLess(monotonic() - start, 2 * WAIT)
         frozen.kill()
 
     def test_a_logging_handler_that_sends_to_a_frozen_or_lost_node_delays_no_down(self):
@@ -6492,6 +6493,7 @@ class OtherPrograms(Net):
             ["False", "NodeDown", "NodeDown", "True True", "True True set()", "there"], 0),
             done.err)
 
+    @not_on_windows("Unix sockets")
     def test_closed_streams_any_locale_and_another_directory_make_no_difference(self):
         path = os.path.join(self.dir, "program.py")
         with open(path, "w") as file:
