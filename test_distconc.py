@@ -247,7 +247,7 @@ class Case(unittest.TestCase):
 
 
 class WaitingTests(Case):
-    @unittest.skipIf(sys.version_info < (3, 11), "on 3.10 a second Ctrl-C may end a `with` early")
+    @unittest.skipIf(sys.version_info < (3, 11), "3.10: a second Ctrl-C ends a `with` early")
     @not_on_windows("timer that interrupts")
     def test_ctrl_c_leaves_no_lock_held(self):
         lock = distconc._Lock()
@@ -6081,7 +6081,8 @@ class OtherPrograms(Net):
             file.write("from distconc import *\nimport os, sys\n" + textwrap.dedent(text))
         done = subprocess.run(
             [sys.executable, path, *map(str, args), " ".join(self.METHODS)],
-            env=environment(**env), text=True, timeout=100, cwd=self.dir, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            env=environment(**env), text=True, timeout=100, cwd=self.dir,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         return types.SimpleNamespace(out=done.stdout, err=done.stderr, status=done.returncode)
 
     def test_what_a_process_of_multiprocessing_sent_last_arrives(self):
@@ -7988,7 +7989,8 @@ class Charts(Case):
 
     def test_a_directory_without_traces_and_an_unknown_format_are_refused(self):
         for directory in self.dir, os.path.join(self.dir, "none"):
-            self.assertIn(repr(directory), str(self.raised(FileNotFoundError, chart, directory)))
+            error = self.raised(FileNotFoundError, chart, directory)
+            self.assertIn(repr(directory), str(error))
         self.ran([])
         self.assertIn("svg, text, shiviz", str(self.raised(ValueError, chart, self.dir, "png")))
         for narrow in {"threads": ["nobody"]}, {"first": 2}, {"last": 0}:
@@ -8806,7 +8808,8 @@ class Shell(Net):
             self.assert_one_line(shell("chart", traces, "--watch", *options), "--watch")
         process = self.start("chart", traces, "--watch")
         told = process.stdout.readline()
-        self.assertRegex(told, r"^http://127\.0\.0\.1:\d+/[0-9a-f]{32}/ shows .*" + re.escape(line) + "; Ctrl-C")
+        self.assertRegex(told, r"^http://127\.0\.0\.1:\d+/[0-9a-f]{32}/ shows .*"
+                         + re.escape(line) + "; Ctrl-C")
         host, path = re.match(r"http://(.+?)(/\S+)", told).groups()
 
         def ask(path, **headers):
