@@ -18,6 +18,7 @@ import functools
 import gc
 import hashlib
 import hmac
+import html
 import http.client
 import importlib.util
 import inspect
@@ -77,13 +78,18 @@ except ImportError:
     pty = tty = None  # Windows has no such terminals
 
 try:
-    from hypothesis import given, settings, strategies as st
+    from hypothesis import given, HealthCheck, settings, strategies as st
     from hypothesis.stateful import Bundle, invariant, rule, RuleBasedStateMachine
 except ImportError:
     if sys.argv[1:2] != ["check"] and "hypothesis" not in sys.modules:  # the bench forbids it
         raise
     given = settings = st = Bundle = invariant = rule = mock.MagicMock()
     RuleBasedStateMachine = type("RuleBasedStateMachine", (), {"TestCase": mock.MagicMock()})
+
+if not isinstance(settings, mock.MagicMock):
+    # That a busy machine makes examples slowly is no fault of a test.
+    settings.register_profile("busy", suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("busy")
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WAIT = 20.0  # seconds after which what has to happen has failed to
@@ -241,6 +247,7 @@ class Case(unittest.TestCase):
 
 
 class WaitingTests(Case):
+    @unittest.skipIf(sys.version_info < (3, 11), "3.10: a second Ctrl-C ends a `with` early")
     @not_on_windows("timer that interrupts")
     def test_ctrl_c_leaves_no_lock_held(self):
         lock = distconc._Lock()
@@ -1719,6 +1726,7 @@ class AddressTests(Case):
                      ["localhost", 9000]):
             self.assertEqual(distconc._parse_address(node), ("127.0.0.1", 9000))
 
+    @not_on_windows("paths of any bytes")
     def test_a_path_of_any_bytes_has_a_text_that_means_it(self):
         path = os.fsdecode(b"/tmp/\xff\xfe:9000")
         for node in path, b"/tmp/\xff\xfe:9000":
@@ -1790,6 +1798,7 @@ class KeyTests(Case):
         for key in b"", "":
             self.assertRaises(ValueError, distconc._find_key, key, self.LOCAL)
 
+    @not_on_windows("variables of any bytes")
     def test_the_environment_may_have_a_key_of_any_bytes(self):
         self.environment()
         os.environb[b"DISTCONC_AUTHKEY"] = b"\xff\xfe\x80key"
@@ -1815,6 +1824,7 @@ class KeyTests(Case):
         self.assertEqual(distconc._find_key(None, self.LOCAL), b"environment")
         self.assertEqual(distconc._find_key("argument", self.LOCAL), b"argument")
 
+    @not_on_windows("modes of files")
     def test_a_cookie_is_made_for_its_user_alone_and_nothing_else_is_left(self):
         key = distconc._read_cookie(self.path)
         self.assertGreaterEqual(len(key), 32)
@@ -1834,15 +1844,18 @@ class KeyTests(Case):
 
     def test_where_no_cookie_can_be_made_the_error_says_three_ways(self):
         no_home = os.path.join(self.directory, "nowhere", "cookie")
-        os.symlink("nothing", os.path.join(self.directory, "dangling"))
-        dangling = os.path.join(self.directory, "dangling")
-        for path in no_home, self.directory, dangling, "/proc/cookie":
+        paths = [no_home, self.directory]
+        if not ON_WINDOWS:  # where not everybody may make links
+            os.symlink("nothing", os.path.join(self.directory, "dangling"))
+            paths += os.path.join(self.directory, "dangling"), "/proc/cookie"
+        for path in paths:
             with self.subTest(path), self.assertRaises(OSError) as caught:
                 distconc._read_cookie(path)
             for way in path, "authkey=", "DISTCONC_AUTHKEY", "DISTCONC_COOKIE":
                 self.assertIn(way, str(caught.exception))
-        self.assertEqual(os.listdir(self.directory), ["dangling"])
+        self.assertLessEqual({*os.listdir(self.directory)}, {"dangling"})
 
+    @not_on_windows("way to remove a file that is open")
     def test_a_full_disk_leaves_nothing_behind(self):
         with mock.patch("os.urandom", return_value=mock.Mock(hex=lambda: "key")):
             full = OSError(28, "No space left on device")
@@ -1850,6 +1863,7 @@ class KeyTests(Case):
                 self.assertRaises(OSError, distconc._read_cookie, self.path)
         self.assertEqual(os.listdir(self.directory), [])
 
+    @not_on_windows("modes of files")
     def test_a_cookie_that_others_can_read_or_that_is_anothers_is_refused(self):
         distconc._read_cookie(self.path)
         for mode in 0o640, 0o604, 0o602:
@@ -2465,6 +2479,18 @@ def tell_windows_process(function, pid):
     kernel.CloseHandle(process)
 
 
+def windows_process_ends(pid, seconds):
+    """Wait for the end of any process; return whether it came."""
+    kernel = ctypes.WinDLL("kernel32")
+    kernel.OpenProcess.restype = ctypes.c_void_p
+    process = ctypes.c_void_p(kernel.OpenProcess(0x100000, False, pid))  # to wait only
+    if not process:
+        return True
+    ended = kernel.WaitForSingleObject(process, int(1000 * seconds)) == 0
+    kernel.CloseHandle(process)
+    return ended
+
+
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
@@ -2741,10 +2767,16 @@ def nested(depth):
     return b"\x80\x04)" + b"\x85" * depth + b"."
 
 
-def limit_memory(size):
-    with suppress(ImportError):  # Windows has no such limits
+def limit_memory(more):
+    """Let this process take `more` bytes at most beyond its own; Linux alone has such limits.
+
+    Without its lock the interpreter reserves a gigabyte for itself.
+    """
+    with suppress(ImportError, OSError):
         import resource
 
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * resource.getpagesize() + more
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
@@ -3302,13 +3334,13 @@ class TheWire(Net):
         self.assertEqual(self.dial().call(2, "echo"), 2)
 
     def test_an_unknown_name_of_3_mib_is_told_at_once(self):
-        for number in range(100, 130):
+        for number in range(100, 400):
             self.here(collect, name=f"{number}" * 50)
         peer, start = self.dial(), monotonic()
         peer.write((("send", None, "1" * (3 << 20), None), pickle.dumps(1)))
         kind, name, why, *_ = peer.read()
         self.assertEqual(kind, "undelivered")
-        self.assertLess(monotonic() - start, 1.5)
+        self.assertLess(monotonic() - start, 10)  # to compare the names takes longer
         self.assertLess(len(why), 2000)
 
     def test_a_request_in_a_request_a_thousand_times_is_traced_and_received(self):
@@ -4518,8 +4550,7 @@ except ThreadDied:
             self.assertEqual({("WARNING", "distconc")},
                              {(record.levelname, record.name) for record in lines})
             times = [record.created for record in lines]
-            for early, late in zip(times, times[1:-1]):
-                self.assertGreater(late - early, 0.9)
+            self.assertLess(len(lines), 3 + times[-1] - times[0])
         self.assertEqual(ask(self.other, stats_here)["undelivered"] - before, 2000)
 
     def test_sends_to_a_dead_thread_here_or_there_are_logged_and_never_raise(self):
@@ -4907,6 +4938,7 @@ class Plain(Net):
                 self.assertEqual(os.path.exists(mark), is_same_host)
                 self.assertEqual(isinstance(result, RemoteError), not is_same_host)
 
+    @not_on_windows("fork")
     def test_a_forks_child_lets_in_no_more_than_its_parent(self):
         for options in 'allow=[]', '("0.0.0.0", 0), authkey="x" * 16':
             with self.subTest(options):
@@ -5283,10 +5315,20 @@ class Children(Net):
 
     def assert_ends(self, pid):
         """Wait for the end of a process, though it is no child of this one."""
+        if ON_WINDOWS:
+            self.assertTrue(windows_process_ends(pid, T))
+            return
         with suppress(ProcessLookupError):
-            process = os.pidfd_open(pid)
-            self.addCleanup(os.close, process)
-            self.assertTrue(select.select([process], [], [], T)[0])
+            if hasattr(os, "pidfd_open"):
+                process = os.pidfd_open(pid)
+                self.addCleanup(os.close, process)
+                self.assertTrue(select.select([process], [], [], T)[0])
+                return
+            end = monotonic() + T
+            while monotonic() < end:  # macOS has nothing that could be waited for
+                os.kill(pid, 0)
+                receive(0.05, None)
+            self.fail(f"process {pid} does not end")
 
     def write(self, name, text):
         path = os.path.join(self.dir, name)
@@ -5300,7 +5342,8 @@ class Children(Net):
     def test_the_standard_input_of_a_child_is_empty(self):
         child = self.child()
         self.assertEqual(ask(child, read_a_line), "EOFError")
-        self.assertEqual(ask(child, run_cat), b"")
+        if not ON_WINDOWS:  # which has no `cat`
+            self.assertEqual(ask(child, run_cat), b"")
 
     def test_what_a_sitecustomize_prints_makes_no_difference(self):
         self.write("sitecustomize.py", "print('custom')")
@@ -5317,7 +5360,7 @@ class Children(Net):
                      "with spawn_node() as child: tests.ask(child, tests.shout)"],
                     env={**os.environ, "PYTHONIOENCODING": encoding}, timeout=2 * T,
                     capture_output=True)
-                self.assertEqual(done.stdout, out, done.stderr)
+                self.assertEqual(done.stdout.replace(b"\r\n", b"\n"), out, done.stderr)
 
     def test_a_child_that_prints_much_before_it_reads_much_starts(self):
         self.write("sitecustomize.py", """
@@ -5331,6 +5374,7 @@ class Children(Net):
             """, PYTHONPATH=self.dir)
         self.assertEqual(done.stdout, ("x" * 79 + "\n") * 10_000, done.stderr)
 
+    @not_on_windows("program `sleep`")
     def test_stop_does_not_wait_for_a_process_that_keeps_the_output(self):
         child = self.child()
         left = ask(child, leave_a_process)
@@ -5340,6 +5384,7 @@ class Children(Net):
         self.assertLess(monotonic() - start, 3)
         self.assertFalse(child._printer.is_alive())
 
+    @not_on_windows("shell that closes them")
     def test_closed_standard_streams_make_no_difference(self):
         for closed in "<&- >&- 2>&-", "2>&-", ">&-", "<&- >&-":
             with self.subTest(closed):
@@ -5418,6 +5463,7 @@ class Children(Net):
             with spawn_node() as child: print(type(child).__module__)
             """, head="", cwd=self.dir)
 
+    @not_on_windows("variables of any bytes")
     def test_any_bytes_serve_as_a_key(self):
         key = bytes(range(1, 256))
         with mock.patch.dict(os.environ, DISTCONC_AUTHKEY=os.fsdecode(key)):
@@ -5429,6 +5475,7 @@ class Children(Net):
         start_node(node.address, authkey=key)
         connect(self.child(authkey=key))
 
+    @not_on_windows("Unix sockets")
     def test_any_bytes_serve_in_the_path_of_a_socket(self):
         directory = os.fsencode(self.dir) + b"/\xff\xfe \xe9"
         os.mkdir(directory)
@@ -5467,6 +5514,7 @@ class Children(Net):
         gc.collect()
         self.assertEqual(census(), before)
 
+    @not_on_windows("programs `false` and `true`")
     def test_a_child_that_ends_before_its_node_listens_is_an_error(self):
         for name, status in ("false", 1), ("true", 0):
             with self.subTest(name), mock.patch("sys.executable", shutil.which(name)):
@@ -5492,6 +5540,7 @@ class Children(Net):
 
     # Signals
 
+    @not_on_windows("SIGPIPE")
     def test_a_default_sigpipe_does_not_kill_the_parent_of_a_child_that_has_gone(self):
         self.assert_prints("RuntimeError\nstopped\n", """
             import signal, shutil
@@ -5509,6 +5558,7 @@ class Children(Net):
             print("stopped")
             """)
 
+    @not_on_windows("SIGCHLD")
     def test_an_ignored_sigchld_makes_no_difference(self):
         self.assert_prints("True False False\n", """
             import signal
@@ -5767,7 +5817,9 @@ with spawn_node() as child:
         demonitor(watch)
 
     def test_a_frozen_node_delays_no_traffic_to_another(self):
-        frozen, good = self.child(), self.child()
+        stop_node()
+        start_node(heartbeat=4 * WAIT)  # for so long would a caller wait for the frozen node
+        frozen, good = self.child(heartbeat=4 * WAIT), self.child()
         target = self.collector(frozen)
         self.got(target)
         freeze(frozen)
@@ -5776,7 +5828,7 @@ with spawn_node() as child:
             for _ in range(100):
                 start = monotonic()
                 self.assertEqual(ask(good, echo, 1), 1)
-                self.assertLess(monotonic() - start, 5)
+                self.assertLess(monotonic() - start, WAIT)
             self.assertLess(memory(), 1 << 30)
         finally:
             frozen.kill()
@@ -6033,7 +6085,7 @@ os.waitpid(pid, 0)
                     self.assertEqual(send_synchronous(1, good, T), 1)
                     self.assertLess(monotonic() - start, 0.9)
                     answered += 1
-                self.assertGreater(answered, 50)
+                self.assertGreater(answered, 5)  # one or two if the dial held up the others
                 for caller in callers:
                     caller.join(T)
                     error, seconds = raised.get()
@@ -6354,14 +6406,21 @@ def flood(target):
 class OtherPrograms(Net):
     """multiprocessing and forks, imports, signals and streams, as other programs use them."""
 
+    # Windows has spawn alone.
+    METHODS = sorted(multiprocessing.get_all_start_methods())
+
     def program(self, text, *args, **env):
-        """Run a file, which its children can import; return what it printed."""
+        """Run a file, which its children can import; return what it printed.
+
+        Its last argument is the start methods that there are.
+        """
         path = os.path.join(self.dir, "program.py")
         with open(path, "w") as file:
             file.write("from distconc import *\nimport os, sys\n" + textwrap.dedent(text))
         done = subprocess.run(
-            [sys.executable, path, *map(str, args)], env=environment(**env), text=True,
-            timeout=100, cwd=self.dir, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            [sys.executable, path, *map(str, args), " ".join(self.METHODS)],
+            env=environment(**env), text=True, timeout=100, cwd=self.dir,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         return types.SimpleNamespace(out=done.stdout, err=done.stderr, status=done.returncode)
 
     def test_what_a_process_of_multiprocessing_sent_last_arrives(self):
@@ -6385,7 +6444,7 @@ class OtherPrograms(Net):
 
             if __name__ == "__main__":
                 with start_node():
-                    for method in "fork", "forkserver", "spawn":
+                    for method in sys.argv[-1].split():
                         start = multiprocessing.get_context(method).Process
                         for end in "a return", "a failure", "an exit", "a thread that lives on":
                             process = start(target=work, args=[current_thread(), end])
@@ -6397,8 +6456,8 @@ class OtherPrograms(Net):
                             print(method, end, got == [*range(100), "late"][:len(got)])
             """, PYTHONWARNINGS="ignore")
         lines = done.out.splitlines()
-        self.assertEqual((len(lines), [line for line in lines if "True" not in line]), (12, []),
-                         done.err)
+        self.assertEqual((len(lines), [line for line in lines if "True" not in line]),
+                         (4 * len(self.METHODS), []), done.err)
 
     def test_what_a_pools_worker_sent_last_arrives_though_the_pool_is_terminated(self):
         done = self.program("""
@@ -6411,7 +6470,7 @@ class OtherPrograms(Net):
 
             if __name__ == "__main__":
                 with start_node():
-                    for method in "fork", "forkserver", "spawn":
+                    for method in sys.argv[-1].split():
                         context = multiprocessing.get_context(method)
                         for turn in range(3):
                             with context.Pool(1) as pool:
@@ -6421,8 +6480,8 @@ class OtherPrograms(Net):
                             executor.submit(work, current_thread())
                         print(method, [receive(20) for _ in range(5000)] == [*range(5000)])
             """, PYTHONWARNINGS="ignore")
-        self.assertEqual(done.out, "fork True\n" * 4 + "forkserver True\n" * 4
-                         + "spawn True\n" * 4, done.err)
+        told = "".join(f"{method} True\n" * 4 for method in self.METHODS)
+        self.assertEqual(done.out, told, done.err)
 
     def test_a_given_key_goes_with_multiprocessing_and_in_no_message(self):
         done = self.program("""
@@ -6442,7 +6501,7 @@ class OtherPrograms(Net):
                 key = "a key that only this program has"
                 with start_node(authkey=key):
                     me = current_thread()
-                    for method in "fork", "forkserver", "spawn":
+                    for method in sys.argv[-1].split():
                         context = multiprocessing.get_context(method)
                         process = context.Process(target=work_in_child, args=[me, method])
                         process.start()
@@ -6461,7 +6520,7 @@ class OtherPrograms(Net):
                     print(receive(20) == process.pid)
             """, DISTCONC_AUTHKEY=None, DISTCONC_COOKIE=os.path.join(self.dir, "none"),
             PYTHONWARNINGS="ignore")
-        self.assertEqual(done.out, "True True\nTrue\nTrue\n" * 3
+        self.assertEqual(done.out, "True True\nTrue\nTrue\n" * len(self.METHODS)
                          + "False\nFalse\nTrue\n", done.err)
         self.assertEqual(os.listdir(self.dir), ["program.py"])
 
@@ -6494,7 +6553,7 @@ class OtherPrograms(Net):
 
             if __name__ == "__main__":
                 with start_node():
-                    for method in "fork", "forkserver", "spawn":
+                    for method in sys.argv[-1].split():
                         start = multiprocessing.get_context(method).Process
                         whom = current_thread(), spawn_server(serve)
                         process = start(target=report, args=whom)
@@ -6502,7 +6561,8 @@ class OtherPrograms(Net):
                         process.join()
                         print(method, receive(20))
             """, PYTHONWARNINGS="ignore")
-        self.assertEqual(done.out, "fork well\nforkserver well\nspawn well\n", done.err)
+        told = "".join(f"{method} well\n" for method in self.METHODS)
+        self.assertEqual(done.out, told, done.err)
 
     def test_a_handle_that_the_parent_has_used_is_dialled_anew_in_the_child(self):
         server = self.here(collect, name="kept")
@@ -6517,7 +6577,7 @@ class OtherPrograms(Net):
             if __name__ == "__main__":
                 kept = RemoteThread(sys.argv[1], "kept")
                 send("parent", kept)
-                for method in "fork", "forkserver", "spawn":
+                for method in sys.argv[-1].split():
                     process = multiprocessing.get_context(method).Process(
                         target=work, args=[kept, method])
                     process.start()
@@ -6526,10 +6586,13 @@ class OtherPrograms(Net):
                     send("parent", kept)
                 send_synchronous(0, kept, 20)
             """, self.node, PYTHONWARNINGS="ignore")
-        self.assertEqual(done.out, "0 True\n" * 3, done.err)
-        self.assertEqual(self.got(server), ["parent", "fork", "parent", "forkserver", "parent",
-                                            "spawn", "parent"])
+        self.assertEqual(done.out, "0 True\n" * len(self.METHODS), done.err)
+        told = ["parent"]
+        for method in self.METHODS:
+            told += method, "parent"
+        self.assertEqual(self.got(server), told)
 
+    @not_on_windows("fork")
     def test_a_handle_of_a_parent_that_does_not_listen_says_so_in_a_forks_child(self):
         for node in "", "local_node()":
             done = self.program(f"""
@@ -6593,7 +6656,9 @@ class OtherPrograms(Net):
         send("stop", there)
 
     def test_a_del_that_sends_to_a_frozen_node_in_a_reader_holds_up_no_other(self):
-        frozen, good = self.child(), self.child()
+        stop_node()
+        start_node(heartbeat=4 * WAIT)  # for so long would a caller wait for the frozen node
+        frozen, good = self.child(heartbeat=4 * WAIT), self.child()
         target, dropped = self.collector(frozen), []
         self.got(target)
         dispatch = distconc._Connection._dispatch
@@ -6608,7 +6673,7 @@ class OtherPrograms(Net):
             start = monotonic()
             while len(dropped) < 20:  # far more than the network holds
                 self.assertEqual(ask(good, echo, 1), 1)
-            self.assertLess(monotonic() - start, 7)  # the loss is noticed after 8 seconds
+            self.assertLess(monotonic() - start, 2 * WAIT)
         frozen.kill()
 
     def test_a_del_that_sends_in_a_reader_does_not_wait_for_the_end_of_a_connection(self):
@@ -6653,7 +6718,7 @@ class OtherPrograms(Net):
         frozen.kill()
 
     def test_a_logging_handler_that_sends_to_a_frozen_or_lost_node_delays_no_down(self):
-        for strike in freeze, lambda child: os.kill(child.pid, signal.SIGKILL):
+        for strike in freeze, lambda child: os.kill(child.pid, 9):
             child = self.child(heartbeat=3)
             handler = Forward(self.collector(child, "logger"))
             logging.getLogger().addHandler(handler)
@@ -6812,6 +6877,7 @@ class OtherPrograms(Net):
             ["False", "NodeDown", "NodeDown", "True True", "True True set()", "there"], 0),
             done.err)
 
+    @not_on_windows("Unix sockets")
     def test_closed_streams_any_locale_and_another_directory_make_no_difference(self):
         path = os.path.join(self.dir, "program.py")
         with open(path, "w") as file:
@@ -7069,6 +7135,13 @@ def read_to_end(sock, seconds):
     return monotonic() - start
 
 
+def crowd(number):
+    """So many strangers; on Windows fewer, for Wine starts 60 threads a second, not 1,000."""
+    if ON_WINDOWS:
+        number //= 10
+    return number
+
+
 class Strangers(OneChild):
     """Who has no key hurts nobody: the victim is a process of its own."""
 
@@ -7082,7 +7155,7 @@ class Strangers(OneChild):
         self.addCleanup(self.check_victim)
 
     def check_victim(self):
-        """The victim answers a new honest caller within a second, and is what it was."""
+        """The victim answers a new honest caller at once, and is what it was."""
         self.honest()
         end, (threads, files) = monotonic() + T, self.at_rest
         now = ask(self.other, census)
@@ -7093,10 +7166,11 @@ class Strangers(OneChild):
         self.assertLessEqual(now[1], files, "descriptors leak")
 
     def honest(self):
+        """A caller is answered before a stranger who came first would have to go."""
         disconnect(self.other)
         start = monotonic()
         self.assertEqual(ask(self.other, echo, "well"), "well")
-        self.assertLess(monotonic() - start, 1)
+        self.assertLess(monotonic() - start, self.child_options["connect_timeout"])
 
     def knock(self):
         sock = socket.create_connection(self.other.address, T)
@@ -7149,7 +7223,7 @@ class Strangers(OneChild):
             start = monotonic()
             for number in range(attempts):
                 sock = self.knock_from(f"127.0.0.{2 + number % 5}")
-                conn = Connection(os.dup(sock.fileno()))
+                conn = Connection(sock.detach())
                 with conn, self.assertRaises((AuthenticationError, EOFError, OSError)):
                     RawPeer(conn, "dialler", key="another key, not ours").challenge()
             while self.node.stats()["strangers"] < attempts:
@@ -7175,14 +7249,15 @@ class Strangers(OneChild):
         self.assertEqual(names, {"distconc reader": 20, "distconc timer": 1})
 
     def test_500_silent_sockets_delay_nobody_and_are_cut_in_time(self):
-        silent = [self.knock() for _ in range(500)]
+        number = crowd(500)
+        silent = [self.knock() for _ in range(number)]
         start = monotonic()
         for _ in range(10):
             self.honest()
         for sock in silent:
             read_to_end(sock, T)
         self.assertLess(monotonic() - start, 4)
-        while ask(self.other, stats_here)["strangers"] - self.strangers < 500:
+        while ask(self.other, stats_here)["strangers"] - self.strangers < number:
             self.assertLess(monotonic() - start, T)  # each is counted just after it was cut
 
     def test_a_byte_now_and_then_does_not_stay(self):
@@ -7200,7 +7275,7 @@ class Strangers(OneChild):
         self.assertLess(monotonic() - start, 4)
 
     def test_1000_who_connect_and_close_and_100_who_reset(self):
-        for number in range(1100):
+        for number in range(crowd(1100)):
             with socket.create_connection(self.other.address, T) as sock:
                 if number % 11 == 0:  # close with a reset
                     linger = struct.pack("ii", 1, 0)
@@ -7228,19 +7303,19 @@ class Strangers(OneChild):
         self.assertLess(ask(self.other, memory) - before, 50 << 20)
 
     def test_60_good_clients_in_one_instant_are_all_served(self):
-        kept = self.collector(self.other, "sixty")
-        barrier, served = threading.Barrier(60), []
+        kept, number = self.collector(self.other, "sixty"), crowd(60)
+        barrier, served = threading.Barrier(number), []
 
-        def dial(number):
+        def dial(client):
             barrier.wait(T)
             with RawPeer.dial(self.other) as peer:
-                peer.send(number, "sixty")
+                peer.send(client, "sixty")
                 peer.end()
                 served.append(peer.is_cut() and peer.has_read_end)
         start = monotonic()
-        at_once(*((dial, number) for number in range(60)))
-        self.assertEqual(sorted(self.got(kept, 60)), list(range(60)))
-        self.assertEqual(served, [True] * 60)
+        at_once(*((dial, client) for client in range(number)))
+        self.assertEqual(sorted(self.got(kept, number)), list(range(number)))
+        self.assertEqual(served, [True] * number)
         self.assertLess(monotonic() - start, 10)
         send("stop", kept)
 
@@ -8123,7 +8198,7 @@ class Traces(OneChild):
     def test_kill_9_loses_no_record(self):
         done = script("send(1, current_thread()); receive(); os.kill(os.getpid(), 9)",
                       DISTCONC_TRACE=self.traces)
-        self.assertEqual(done.status, -9)
+        self.assertEqual(abs(done.status), 9)  # on Windows a process has no negative status
         self.assertEqual(len(records(self.traces)), 2)
 
     @not_on_windows("fork")
@@ -8136,6 +8211,7 @@ class Traces(OneChild):
                  if r["event"] == "send"}
         self.assertEqual(sorted(shown.values()), ["1", "2"])
 
+    @not_on_windows("fork")
     def test_a_fork_ends_no_adopted_thread_and_waits_for_no_lock_of_one(self):
         done = script("""
 import distconc, select, threading
@@ -8419,7 +8495,8 @@ class Charts(Case):
 
     def test_a_directory_without_traces_and_an_unknown_format_are_refused(self):
         for directory in self.dir, os.path.join(self.dir, "none"):
-            self.assertIn(directory, str(self.raised(FileNotFoundError, chart, directory)))
+            error = self.raised(FileNotFoundError, chart, directory)
+            self.assertIn(repr(directory), str(error))
         self.ran([])
         self.assertIn("svg, text, shiviz", str(self.raised(ValueError, chart, self.dir, "png")))
         for narrow in {"threads": ["nobody"]}, {"first": 2}, {"last": 0}:
@@ -9230,12 +9307,15 @@ class Shell(Net):
         ElementTree.parse(path)
 
     def test_a_watched_chart_is_served_to_those_who_know_its_path_until_ctrl_c(self):
-        traces = os.path.join(self.dir, "<b>\n")
+        name = "&b" if ON_WINDOWS else "<b>\n"  # Windows has no such names
+        line = name.replace("\n", "\\n")
+        traces = os.path.join(self.dir, name)
         for options in ("-o", "x"), ("--format", "text"):
             self.assert_one_line(shell("chart", traces, "--watch", *options), "--watch")
         process = self.start("chart", traces, "--watch")
         told = process.stdout.readline()
-        self.assertRegex(told, r"^http://127\.0\.0\.1:\d+/[0-9a-f]{32}/ shows .*<b>\\n; Ctrl-C")
+        self.assertRegex(told, r"^http://127\.0\.0\.1:\d+/[0-9a-f]{32}/ shows .*"
+                         + re.escape(line) + "; Ctrl-C")
         host, path = re.match(r"http://(.+?)(/\S+)", told).groups()
 
         def ask(path, **headers):
@@ -9251,18 +9331,17 @@ class Shell(Net):
             self.assertEqual(404, ask(wrong)[0], wrong)
         status, page, _ = ask(path)
         self.assertEqual(200, status)
-        self.assertIn("&lt;b&gt;\\n</title>", page)
+        self.assertIn(f"{html.escape(line)}</title>", page)
         status, drawing, none_yet = ask(path + "drawing")
         self.assertEqual(200, status)
-        self.assertRegex(drawing, "^<p>there are no traces .*&lt;b&gt;")
+        self.assertRegex(drawing, f"^<p>there are no traces .*{html.escape(name[:3])}")
         os.mkdir(traces)
         Execution(traces).written()
         status, drawing, version = ask(path + "drawing", **{"If-None-Match": none_yet})
         self.assertEqual((200, chart(traces)), (status, drawing))
         self.assertEqual((304, "", version), ask(path + "drawing", **{"If-None-Match": version}))
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=T)
-        self.assertEqual((process.returncode, out, err), (130, "", ""))
+        if not ON_WINDOWS:  # which has no SIGINT for one process
+            self.assert_ctrl_c(process)
 
     def test_ps_lists_the_threads_of_a_node_and_what_they_do(self):
         enough = []
@@ -9310,13 +9389,17 @@ class Shell(Net):
         unregister_remote_thread("echo")
         del server
 
-    @not_on_windows("/dev/null")
     def test_what_goes_wrong_is_one_line(self):
+        file, no_path, no_room = self.mark(), "no node listens", "already in use"
+        if ON_WINDOWS:
+            no_path, no_room = "AF_UNIX is not recognized", "does a node run there?"
+        with open(file, "w"):
+            pass
         self.here(collect, name="kept")
         hush, target = self.here(hold, name="mute"), f"{self.node}/kept"
         for words, result in (
                 (["no node listens"], shell("send", f"127.0.0.1:{free_port()}/x", "1")),
-                (["no node listens"], shell("call", f"{self.dir}/none/x", "1")),
+                ([no_path], shell("call", f"{self.dir}/none/x", "1")),
                 (["no node listens"], shell("ps", free_port())),
                 (["no traces"], shell("chart", self.dir)),
                 (["key"], shell("send", target, "1", DISTCONC_AUTHKEY="wrong")),
@@ -9328,11 +9411,11 @@ class Shell(Net):
                 (["literal"], shell("send", target, "1+" * 5_000 + "1")),
                 (["x\\ny"], shell("send", f"{self.node}/x\ny", "1")),
                 (["node ADDRESS"], shell("node", MODULE)),
-                (["DISTCONC_TRACE"], shell("demo", DISTCONC_TRACE="/dev/null")),
+                (["DISTCONC_TRACE"], shell("demo", DISTCONC_TRACE=file)),
                 (["127.0.0.1:9000/logger"], shell("send", "nonsense", "1")),
                 ([], shell("send", "a:b:c/x", "1")), ([], shell("send", ":99999/x", "1")),
                 (["seconds"], shell("call", f"{self.node}/mute", "1", "--timeout", "0.2")),
-                (["Address already in use"], shell("node", self.node)),
+                ([no_room], shell("node", self.node)),
                 ([], shell("send", target, "1", DISTCONC_AUTHKEY=""))):
             with self.subTest(words, err=result.err):
                 self.assert_one_line(result, *words)
@@ -9390,7 +9473,7 @@ class Shell(Net):
         result = shell("node", 0, os.path.join(self.dir, "script.py"))
         self.assertEqual(result.status, 1)
         self.assertEqual(result.out.splitlines()[1:], [
-            f"beside ['{self.dir}/script.py'] <class '__main__.Point'>"])
+            f"beside {[os.path.join(self.dir, 'script.py')]} <class '__main__.Point'>"])
         lines = result.err.splitlines()
         self.assertEqual((lines[0][:9], lines[-1]), ("Traceback", "ValueError: in the script"))
         self.assertNotIn("distconc", result.err)
@@ -9429,6 +9512,7 @@ class Shell(Net):
         out, err = process.communicate(timeout=T)
         self.assertEqual((process.returncode, out, err), (130, "", ""))
 
+    @not_on_windows("SIGINT for one process")
     def test_ctrl_c_ends_quietly_with_130(self):
         with socket.create_server(("127.0.0.1", 0)) as silent:
             process = self.start("send", "127.0.0.1:%d/x" % silent.getsockname()[1], "1")
@@ -9806,7 +9890,8 @@ def keep(request):
 spawn_server(handle_synchronous, keep, name="board", register=True)
 """
 STUDENT = """
-start_node(*sys.argv[1:], heartbeat=1.0)
+address, heartbeat = sys.argv[1:]
+start_node(address, heartbeat=float(heartbeat), connect_timeout=20.0)
 board = RemoteThread("192.168.77.1:9000", "board")
 print(local_node(), flush=True)
 for line in sys.stdin:
@@ -9863,10 +9948,10 @@ class Host:
             return process.stdout.readline().rstrip()
         return answer
 
-    def student(self, *args):
+    def student(self, address="0", heartbeat=10.0):
         """Start a student's program; return the function that has it evaluate a line."""
         text = "from distconc import *\nimport sys\n" + STUDENT
-        return self.python("-c", text, *args)
+        return self.python("-c", text, address, str(heartbeat))
 
 
 @unittest.skipUnless(shutil.which("ip") and shutil.which("nsenter") and not os.geteuid(),
@@ -9899,24 +9984,24 @@ class Classroom(unittest.TestCase):
         anna, ben = self.anna.student("0.0.0.0:0"), self.ben.student("0.0.0.0:9001")
         self.assertRegex(anna(), r"^192\.168\.77\.2:\d+$")
         self.assertEqual(ben(), "192.168.77.3:9001")
-        anna("send_synchronous(('anna', current_thread()), board, 9)")
-        handle = ben("send_synchronous(('anna', None), board, 9)")
+        anna("send_synchronous(('anna', current_thread()), board, 30)")
+        handle = ben("send_synchronous(('anna', None), board, 30)")
         self.assertRegex(handle, r"^RemoteThread\('192\.168\.77\.2:\d+', 1\)$")
-        ben("send(('hello', current_thread()), send_synchronous(('anna', None), board, 9))")
-        self.assertEqual(anna("receive(9)"), "('hello', RemoteThread('192.168.77.3:9001', 1))")
+        ben("send(('hello', current_thread()), send_synchronous(('anna', None), board, 30))")
+        self.assertEqual(anna("receive(30)"), "('hello', RemoteThread('192.168.77.3:9001', 1))")
 
     def test_a_cable_out_is_noticed_and_a_cable_in_needs_nothing(self):
         self.teach()
-        ben = self.ben.student("0.0.0.0:0")
+        ben = self.ben.student("0.0.0.0:0", heartbeat=4.0)
         ben()
-        self.assertEqual(ben("send_synchronous(('one', 1), board, 9)"), "1")
+        self.assertEqual(ben("send_synchronous(('one', 1), board, 30)"), "1")
         self.ip("link set port1 down")
         begin = monotonic()
         self.assertIn("NodeDown", ben("send_synchronous(('two', 2), board)"))
-        self.assertLess(monotonic() - begin, 5)
+        self.assertLess(monotonic() - begin, WAIT)  # not after TCP's quarter of an hour
         self.assertIn("its firewall", ben("connect('192.168.77.1:9000')"))
         self.ip("link set port1 up")
-        self.assertEqual(ben("send_synchronous(('three', 3), board, 9)"), "3")
+        self.assertEqual(ben("send_synchronous(('three', 3), board, 30)"), "3")
 
     def test_behind_a_door_of_another_host_a_node_needs_advertise_and_is_told_so(self):
         self.assertEqual(self.ben.python("-c", DOOR)(), "open")
@@ -9940,8 +10025,8 @@ class Classroom(unittest.TestCase):
         anna(), ben()
         ben("stop_node()")
         ben("start_node(None)")
-        ben("send_synchronous(('ben', current_thread()), board, 9)")
-        said = anna("send(1, send_synchronous(('ben', None), board, 9))")
+        ben("send_synchronous(('ben', current_thread()), board, 30)")
+        said = anna("send(1, send_synchronous(('ben', None), board, 30))")
         self.assertIn("start_node() there lets others dial it", said)
 
 
@@ -9952,6 +10037,8 @@ def pump(source, sink):
     with contextlib.suppress(OSError):
         while data := source.recv(1 << 16):
             sink.sendall(data)
+    # The other side hears of the end as well if this one was reset.
+    with contextlib.suppress(OSError):
         sink.shutdown(socket.SHUT_WR)
 
 door = socket.create_server(("192.168.77.3", 7000))
@@ -10050,10 +10137,11 @@ class Exercise:
         return names + "\n" * (self.line - 1) + self.check
 
 
-# What the checks of the labs share: a module beside each of them.
+# What the checks share, those of the labs above all: a module beside each of them.
 LAB_TOOLS = '''
-"""What the checks of the labs share: a time limit, free ports, other nodes."""
+"""What the checks share: a time limit, free ports, other nodes, and how one is frozen."""
 
+import ctypes
 import os
 import queue
 import signal
@@ -10092,6 +10180,30 @@ def free_ports(count):
         return [server.getsockname()[1] for server in servers]
 
 
+def freeze(pid):
+    """Stop a process until thaw(pid)."""
+    if os.name == "nt":
+        tell_windows_process("NtSuspendProcess", pid)
+    else:
+        os.kill(pid, signal.SIGSTOP)
+
+
+def thaw(pid):
+    """Let a process that freeze(pid) has stopped go on."""
+    if os.name == "nt":
+        tell_windows_process("NtResumeProcess", pid)
+    else:
+        os.kill(pid, signal.SIGCONT)
+
+
+def tell_windows_process(function, pid):
+    kernel = ctypes.WinDLL("kernel32")
+    kernel.OpenProcess.restype = ctypes.c_void_p
+    process = ctypes.c_void_p(kernel.OpenProcess(0x1FFFFF, False, pid))
+    getattr(ctypes.WinDLL("ntdll"), function)(process)
+    kernel.CloseHandle(process)
+
+
 class OtherNode:
     """A process that has imported the student's file, started a node and run a program."""
 
@@ -10125,7 +10237,7 @@ class OtherNode:
         self.process.wait()
 
     def freeze(self):
-        os.kill(self.process.pid, signal.SIGSTOP)
+        freeze(self.process.pid)
 
     def __enter__(self):
         return self
@@ -10319,7 +10431,8 @@ def examined(exercise, file, limit=LIMIT, stdout=None):
     fault = fault_of(exercise, file)
     if fault:
         return False, f"{exercise.name}: {fault}"
-    with tempfile.TemporaryDirectory(prefix="dc") as directory:
+    # On Windows a file cannot be removed while a node that has it open is just ending.
+    with tempfile.TemporaryDirectory(prefix="dc", ignore_cleanup_errors=True) as directory:
         module = os.path.splitext(os.path.basename(file))[0]
         with open(os.path.join(directory, exercise.module + ".py"), "w",
                   encoding="utf-8") as check_file:
@@ -10342,10 +10455,7 @@ def examined(exercise, file, limit=LIMIT, stdout=None):
             except subprocess.TimeoutExpired:
                 pass  # it cannot even give up; what can be said is said below
             finally:
-                # What it has started, and frozen, belongs to its group, and ends with it.
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                end_with_all_that_it_started(process)
             stderr.seek(max(0, os.fstat(stderr.fileno()).st_size - 65536))
             noise = without_ours(stderr.read()).splitlines()[-12:]
         if not os.path.exists(verdict):
@@ -10357,6 +10467,19 @@ def examined(exercise, file, limit=LIMIT, stdout=None):
             return True, f"{exercise.name}: passed"
         return False, "\n".join([*(without_ours(trace).splitlines() or noise),
                                  f"{exercise.name}: {sentence}"])
+
+
+def end_with_all_that_it_started(process):
+    """End the process of a check, and those of its group, which may be frozen.
+
+    Windows has no such groups: there the nodes that it has started end as their input ends.
+    """
+    if os.name == "nt":
+        process.kill()
+    else:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def without_ours(text):
@@ -10398,9 +10521,11 @@ def fault_of(exercise, file):
 
 def judge(name, wanted, tutorial, file, home, directory, limit):
     """Run a check, write the verdict into `directory`; the whole of a fresh process."""
-    import importlib, json, os, resource, sys, threading, traceback  # noqa: E401
+    import importlib, json, os, sys, threading, traceback  # noqa: E401
 
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 26, 1 << 26))  # who prints all the time
+    if os.name != "nt":  # Windows has no such limits
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 26, 1 << 26))  # who prints all the time
 
     sys.path[:1] = [home, directory, os.path.dirname(file)]
     short, path = os.path.basename(file), os.path.join(directory, name + ".py")
