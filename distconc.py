@@ -1006,9 +1006,13 @@ class Thread(_Handle):
                          event: _EventId | None) -> bool:
         """Tell all watchers of the end; return whether a linked parent could hear."""
         link_heard = False
+        if not watchers:
+            return link_heard
+        # To show a traceback takes long, so that is done once for all watchers.
+        text, cause = _describe_end(self, reason)
         for watcher in watchers:
-            # Each watcher gets an error of its own, as raising an error changes its traceback.
-            heard = watcher.notify(_died(self, reason), event)
+            # Each gets an error of its own, as raising an error changes its traceback.
+            heard = watcher.notify(ThreadDied(reason, cause, text), event)
             link_heard = link_heard or (heard and watcher.is_link)
         return link_heard
 
@@ -1053,13 +1057,14 @@ def _print_failure(error: BaseException | None, traceback: Any = None) -> None:
             sys.__excepthook__(type(hook_error), hook_error, hook_error.__traceback__)
 
 
-def _died(thread: Thread, reason: BaseException | None) -> ThreadDied:
-    """Return the error that waiters get when `thread` ends before its reply."""
+def _describe_end(thread: Thread,
+                  reason: BaseException | None) -> tuple[str, RemoteError | None]:
+    """Return the text and the cause of the ThreadDied that waiters get when `thread` ends."""
     if reason is None:
-        return ThreadDied(None, None, f"{thread!r} returned without a reply")
+        return f"{thread!r} returned without a reply", None
     traceback_end = _format_traceback(reason)[-MAX_ERROR_TEXT:]
     cause = RemoteError(type(reason).__name__, traceback_end)
-    return ThreadDied(reason, cause, f"{thread!r} died before it replied: {_last_line(reason)}")
+    return f"{thread!r} died before it replied: {_last_line(reason)}", cause
 
 
 # The most letters of a traceback that is told elsewhere, and of an error on one line.

@@ -1120,16 +1120,16 @@ class SynchronousTests(Case):
 
 class MonitorTests(Case):
     def test_a_monitor_that_comes_while_others_are_told_hears_that_there_is_no_such_thread(self):
-        thread, died = spawn(receive), distconc._died
+        thread, describe = spawn(receive), distconc._describe_end
         late = []
 
         def monitor_late(*about):
             if not late:
                 late.append(monitor(thread))
-            return died(*about)
+            return describe(*about)
 
         early = [monitor(thread) for _ in range(3)]
-        with mock.patch.object(distconc, "_died", monitor_late):
+        with mock.patch.object(distconc, "_describe_end", monitor_late):
             send("end", thread)
             self.assertTrue(thread.join(WAIT))
         downs = {down.monitor: down.reason for down in
