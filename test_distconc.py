@@ -10396,6 +10396,7 @@ WRONG["chat"] = [
     ("rooms.get(room, set()).discard(handle)", "rooms[room].remove(handle)"),  # no such room
     ("for handle in rooms.get(room, ())", "for handle in rooms[room]"),  # unless nobody says
     ("rooms.get(room, ()):", "set().union(*rooms.values()):"),  # tells all rooms
+    ("set(rooms.get(room, ()))", "rooms.get(room, set())"),  # its own set, which changes later
     # Watches each handle once, also if it ends and joins again.
     ("    while True:\n        match receive():\n            case \"join\", room, handle:\n"
      "                monitor(handle)\n",
