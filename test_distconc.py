@@ -10202,6 +10202,7 @@ WRONG["priority"] = [
     ("is_urgent, 0, None", "is_urgent, timeout, None"),  # waits though others are there
     ("is_urgent, 0, None", "is_urgent, 0.1"),  # nothing urgent: an error
     ("receive(timeout) if", "receive(0) if"),  # never waits
+    ("receive(timeout) if", "receive() if"),  # waits for ever
     ("receive(timeout) if", "receive_if(lambda message: not is_urgent(message), timeout) if"),
     ("isinstance(message, tuple) and message[:1] == (\"urgent\",)", "message[0] == \"urgent\""),
     ("isinstance(message, tuple) and ", "\"urgent\" in message and "),  # what of 3?
