@@ -10833,6 +10833,7 @@ WRONG["priority"] = [
     ("is_urgent, 0, None", "is_urgent, timeout, None"),  # waits though others are there
     ("is_urgent, 0, None", "is_urgent, 0.1"),  # nothing urgent: an error
     ("receive(timeout) if", "receive(0) if"),  # never waits
+    ("receive(timeout) if", "receive() if"),  # waits for ever
     ("receive(timeout) if", "receive_if(lambda message: not is_urgent(message), timeout) if"),
     ("isinstance(message, tuple) and message[:1] == (\"urgent\",)", "message[0] == \"urgent\""),
     ("isinstance(message, tuple) and ", "\"urgent\" in message and "),  # what of 3?
@@ -11027,6 +11028,7 @@ WRONG["chat"] = [
     ("rooms.get(room, set()).discard(handle)", "rooms[room].remove(handle)"),  # no such room
     ("for handle in rooms.get(room, ())", "for handle in rooms[room]"),  # unless nobody says
     ("rooms.get(room, ()):", "set().union(*rooms.values()):"),  # tells all rooms
+    ("set(rooms.get(room, ()))", "rooms.get(room, set())"),  # its own set, which changes later
     # Watches each handle once, also if it ends and joins again.
     ("    while True:\n        match receive():\n            case \"join\", room, handle:\n"
      "                monitor(handle)\n",
