@@ -9756,6 +9756,16 @@ class Documents(unittest.TestCase):
                             r"\$ python3 \1 distconc\n(.*?)\n```", text, re.S)
             self.assertNotEqual(ran[2], ran[3])
 
+    def test_the_miniature_forgets_a_call_that_it_could_not_send(self):
+        class Unsendable:
+            def send(self, message):
+                raise pickle.PicklingError("as for a lambda")
+        miniature = {"__name__": "mini"}
+        exec(file_of_the_tutorial("mini.py"), miniature)
+        with self.assertRaises(pickle.PicklingError):
+            miniature["send_synchronous"]("anybody?", Unsendable())
+        self.assertEqual({}, miniature["_awaited"])
+
     def test_the_tutorial_has_every_public_name_and_an_exercise_in_each_chapter(self):
         with open(DOCUMENTS[1], encoding="utf-8") as file:
             text = file.read()
@@ -10494,7 +10504,8 @@ def fault_of(exercise, file):
     if not os.path.isfile(file):
         return f"there is no file {file}"
     if extension != ".py" or not module.isidentifier() or keyword.iskeyword(module):
-        return f"other nodes cannot import {file}; name it like {exercise.suggested}"
+        return (f"other nodes cannot import {file}: its name should be letters, digits and _, "
+                f"no digit first, and .py; name it like {exercise.suggested}")
     taken = {*sys.stdlib_module_names, "distconc", "test_distconc", "lab_tools",
              exercise.module}
     if module in taken:
@@ -11955,12 +11966,16 @@ WRONG["lab-calls"] = [
     ("receive_if(lambda m: getattr(m, \"tag\", None) == request.tag, timeout)",
      "receive(timeout)"),
     # All calls have the same tag.
-    ("uuid4().hex", "1"),
+    ("Synchronous(message, current_thread(), uuid4().hex)",
+     "Synchronous(message, current_thread(), 1)"),
     # Nobody is told of an end.
     ("            _tell(watcher, Down(self, reason, tag))", "            pass"),
     # Only of a failure.
     ("for tag, watcher in self.watchers.items():",
      "for tag, watcher in self.watchers.items() if reason else ():"),
+    # A call that is over is told of an end all the same.
+    ("    if isinstance(message, Down) and not _awaited.pop(message.tag, None):",
+     "    if False:"),
     # Whoever asks for a thread that has ended is not told.
     ("    if not thread and is_question:", "    if False:"),
     # Only who is there can be told, for a watcher is noted when the request is received.
