@@ -11119,6 +11119,8 @@ def chatter(name):
                 return
 """
 WRONG["vector_clocks"] = [
+    ('                log.append(("said", text, clock))\n', ''),
+    ("for handle in handles:", "for handle in handles[:1]:"),
     ("return {**clock, name: clock.get(name, 0) + 1}",  # alters what was sent and logged
      "clock[name] = clock.get(name, 0) + 1\n    return clock"),
     ("max(one.get(name, 0), other.get(name, 0))", "one.get(name, 0) + other.get(name, 0)"),
@@ -11266,6 +11268,8 @@ def supervisor(children, intensity, period, clock):
             child.join()
 """
 WRONG["supervisor"] = [
+    # The failure of a child that was told to stop ends the waiting.
+    ("child.join()", "monitor(child)\n            receive_if(Down)"),
     # Each child has a count of its own.
     ("    failures = deque()  # when they were\n    try:\n"
      "        while True:\n            try:\n"
@@ -11486,6 +11490,7 @@ def gossiper():
                 reply_synchronous(state.copy(), message)
 """
 WRONG["gossip"] = [
+    ('("pull", state.copy())', '("pull", state)'),
     # The state itself is given away.
     ("(\"push\", state.copy(),", "(\"push\", state,"),
     # What is as new wins, too.
@@ -11553,6 +11558,8 @@ def shop(till):
 WRONG["allow_list"] = [
     # It can be sent to anybody, in the name of the shop.
     ("[Order, note]", "[Order, note, send]"),
+    # Customers could start shops of their own.
+    ("[Order, note]", "[Order, note, shop]"),
     # Friends only.
     ("[Order, note]", "[Order, note, write_note]"),
     # So that it works at last.
