@@ -2560,7 +2560,8 @@ def _read_when_written(file: Any) -> bytes:
 #
 # A MAC is BLAKE2b, keyed, of all frames and payloads of that direction so far, without their
 # MACs, and with the SHA-256 of each that is longer than 2048 bytes in its place.  Its key is
-# HMAC-SHA256(authkey, role of the sender + SHA-256(dialler's hello) + SHA-256(acceptor's hello)).
+# HMAC-SHA256(authkey, role of the sender + SHA-256(dialler's hello) + SHA-256(acceptor's
+# hello)).
 #
 # A frame with an empty list is a tick: a side that has nothing to send sends one every fifth of
 # the heartbeat.  Silence for four fifths of a heartbeat ends the connection.  The last frame of

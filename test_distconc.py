@@ -12100,7 +12100,7 @@ def _bench_table(about):
 def _bench_run(code):
     """Run `code` in a fresh Python; return what it prints."""
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, stdout=subprocess.PIPE, timeout=120, check=True).stdout
+    return subprocess.run(command, stdout=subprocess.PIPE, timeout=600, check=True).stdout
 
 
 def _bench_cpu():
