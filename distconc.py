@@ -2613,7 +2613,10 @@ SMALL_PAYLOAD = 2048  # bytes
 MIN_PAYLOAD = 1 << 20  # bytes
 # Of an error with a larger pickled reason, only the text and the traceback are sent.
 MAX_REASON = 1 << 16  # bytes
-READ_BUFFER = 1 << 16  # bytes
+# Bytes that are received at once.  Few, as the rest is moved whenever a frame is taken out.
+RECEIVE_SIZE = 1 << 14
+# A larger payload is not joined with its frame, as copying costs more than a second write.
+MAX_JOINED = 1 << 16  # bytes
 MAX_CLOCK = 1 << 63  # of a cause
 
 _Header = tuple[Any, ...]
@@ -3093,7 +3096,7 @@ class _Connection:
         if not large:
             return [frame]
         mac = self._outgoing.mac(large)
-        if len(large) > READ_BUFFER:
+        if len(large) > MAX_JOINED:
             return [frame, *_cut(large), mac]
         return [frame + large + mac]
 
@@ -3244,7 +3247,7 @@ class _Connection:
         deadline = monotonic() + 0.8 * self.heartbeat
         while True:
             try:
-                data = self._socket.recv(READ_BUFFER)
+                data = self._socket.recv(RECEIVE_SIZE)
             except (BlockingIOError, TimeoutError):
                 raise OSError("nothing was heard for too long") from None
             if not data:
@@ -3479,7 +3482,7 @@ def _cut(body: "bytes | memoryview") -> "Sequence[bytes | memoryview]":
     if SHUTDOWN_WAKES:
         return [body]
     view = memoryview(body)
-    return [view[start:start + READ_BUFFER] for start in range(0, len(body), READ_BUFFER)]
+    return [view[start:start + MAX_JOINED] for start in range(0, len(body), MAX_JOINED)]
 
 
 def _shut_down_socket(sock: socket.socket) -> None:
