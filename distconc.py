@@ -4209,11 +4209,15 @@ class Node(AbstractContextManager["Node"]):
         return handshake not in self._handshakes
 
     def _add_connection(self, connection: _Connection) -> int:
-        """Number a new connection; return the number of the oldest one to the same node."""
+        """Number a new connection; return the number of the oldest one to the same node.
+
+        One that is closing does not count: the peer shall wait for its end.
+        """
         with self._lock:
             connection.serial = next(_serials)
             self._connections.add(connection)
-            same_peer = [c.serial for c in self._connections if c.peer == connection.peer]
+            same_peer = [other.serial for other in self._connections
+                         if other.peer == connection.peer and not other.closing]
             return min(same_peer)
 
     def _wait_for_older(self, connection: _Connection, oldest: int) -> None:

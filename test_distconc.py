@@ -3175,6 +3175,32 @@ class TheWire(Net):
         self.assertTrue(peer.is_cut())
         self.assertEqual(self.got(self.kept), [])
 
+    def test_a_lost_connection_that_is_not_forgotten_yet_is_not_called_the_oldest(self):
+        # The peer may still be reading from it, and must read to its end first.
+        go_on, cleaning = threading.Event(), threading.Event()
+        watching = distconc._pending.watching
+
+        def slowly(watched):
+            if watched == lost.peer:
+                cleaning.set()
+                go_on.wait(T)
+            return watching(watched)
+        first, address = self.accept()
+        lost, = self.node._established
+        with mock.patch.object(distconc._pending, "watching", slowly):
+            first.sock.shutdown(socket.SHUT_RDWR)
+            self.assertTrue(cleaning.wait(T))
+            listener, address = self.listen()
+            dialler = spawn(lambda: outcome(connect, address))
+            with RawPeer(listener.accept(), "acceptor", address) as again:
+                again.fields[3] = first.fields[3]
+                again.challenge().greet().tick()
+                [(kind, serial, oldest)] = [header for header, _ in again.read_groups()]
+                self.assertEqual((kind, oldest), ("serials", serial))
+                self.assertGreater(serial, lost.serial)
+                go_on.set()
+        self.assertTrue(dialler.join(T))
+
     def test_an_older_connection_is_waited_for_and_never_cut_on_a_newcomers_word(self):
         stop_node()
         self.node = start_node(connect_timeout=0.5)
