@@ -3848,12 +3848,12 @@ class _Handshake:
             here   serial 1  being read    serial 2  waits until 1 is read to its end
 
         So each side numbers its connections, and tells the number of this one, and that of its
-        oldest connection to the other side.  Connections older than that are over for the peer;
-        their end is on its way here, as the peer's "end" or as silence.  This node waits for
-        that end, and does nothing to hasten the end.  So a node that claims to be the peer of a
-        living connection does not take its place.  But all nodes with the key are equal: one
-        that was let in as that peer, over a connection of its own, ends both connections when
-        its own ends: see `Node._connection_closed`.
+        oldest connection to the other side that is not closing.  Connections older than that
+        are over for the peer; their end is on its way here, as the peer's "end" or as silence.
+        This node waits for that end, and does nothing to hasten the end.  So a node that claims
+        to be the peer of a living connection does not take its place.  But all nodes with the
+        key are equal: one that was let in as that peer, over a connection of its own, ends both
+        connections when its own ends: see `Node._connection_closed`.
 
         A stranger at an address that this node dials may claim to be any node.  The tick shows
         that the peer has the key, before the connection gets a number and counts as that
