@@ -12975,12 +12975,14 @@ class _SoakSlot:
             with suppress(OSError):  # somebody else was faster to take the port
                 self.child = spawn_node(self.proxy.target, advertise=self.address,
                                         heartbeat=SOAK_BEAT, connect_timeout=SOAK_BEAT)
-        here, name = local_node().address, f"{self.address[1]}.{next(self.generations)}"
+        here = local_node().address
         sinks = RemoteThread(here, "sink"), RemoteThread(self.other, "sink")
-        order = self.directory, name, sinks, RemoteThread(here, "echo")
         for _ in range(10):  # a cut may strike here, too
+            # A name of its own, as what seems to have failed may have begun, and sends, too.
+            name = f"{self.address[1]}.{next(self.generations)}"
             with suppress(NodeDown):
-                self.server = spawn(_soak_be, *order, node=self.address)
+                self.server = spawn(_soak_be, self.directory, name, sinks,
+                                    RemoteThread(here, "echo"), node=self.address)
                 break
 
     def __enter__(self):
