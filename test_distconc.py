@@ -11358,6 +11358,12 @@ WRONG["detector"] = [
      "                    unanswered[thread] += 1\n"),
     # Each pong makes up for one ping only.
     ("unanswered[thread] = 0", "unanswered[thread] -= 1"),
+    # Who is gone is suspected before its patience has run out, and at every tick.
+    ("suppress(NodeDown):\n                        send((\"ping\", current_thread()), thread)",
+     "suppress(ValueError):\n"
+     "                        try: send((\"ping\", current_thread()), thread)\n"
+     "                        except NodeDown:\n"
+     "                            suspected.add(thread); send((\"suspect\", thread), owner)"),
 ]
 
 
@@ -11452,6 +11458,10 @@ WRONG["election"] = [
     ("if leader != number:", "if False:"),
     # Who has won keeps it to himself.
     ("send((\"leader\", number), neighbour)", "send((\"knows\", number, number), owner)"),
+    # Who has won tells that and returns at once: the own message, back from the ring, is lost.
+    ("send((\"leader\", number), neighbour)",
+     "send((\"leader\", number), neighbour)\n                "
+     "return send((\"knows\", number, number), owner)"),
 ]
 
 
