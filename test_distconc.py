@@ -11741,6 +11741,11 @@ def participant(vote, owner, patience=0.2):
                 tell(("decision?", me), *others)
 """
 WRONG["two_phase_commit"] = [
+    # The owner hears that all is decided before anybody else does.
+    ("    tell((\"decision\", decision), *participants)\n"
+     "    send((\"decided\", decision, current_thread()), owner)",
+     "    send((\"decided\", decision, current_thread()), owner)\n"
+     "    tell((\"decision\", decision), *participants)"),
     # Who has voted yes and hears nothing gives up on its own.
     ("tell((\"decision?\", me), *others)", "decide(\"abort\")"),
     # Or it commits: after all, it has voted yes.
