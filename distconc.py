@@ -7148,7 +7148,8 @@ def _add_chart(commands: Any) -> None:
         commands, "chart", _run_chart, "Draw what was traced to DIRECTORY.")
     parser.add_argument("directory", help="where the traces are")
     parser.add_argument("-o", dest="output", default="", metavar="FILE",
-                        help="write to this file, not to standard output")
+                        help="write to this file; without it the picture, SVG for a browser, "
+                             "is printed")
     parser.add_argument("--format", default="svg", help="svg (the default), text or shiviz")
     parser.add_argument("--watch", action="store_true",
                         help="serve a page to this machine's browsers, which draws the traces "
