@@ -10580,14 +10580,16 @@ def judge(name, wanted, tutorial, file, home, directory, limit):
     def places(stack, where):
         return [frame for frame in stack if frame.filename == where]
 
-    failures = []  # of threads, in the student's own lines
+    failures = []  # of threads, in the student's own lines or in a call of ours from there
 
     def show(died):
         words = traceback.format_exception(*died[:3])
         sys.stderr.write(f"Exception in thread {died.thread.name}:\n{''.join(words)}")
-        last = traceback.extract_tb(died.exc_traceback)[-1:]
-        if last and last[0].filename == copy:
-            failures.append(f"line {last[0].lineno} of {short}: {words[-1].strip()}")
+        stack = traceback.extract_tb(died.exc_traceback)
+        while stack and os.path.basename(stack[-1].filename) == "distconc.py":
+            stack.pop()  # the call of ours that raised it
+        if stack and stack[-1].filename == copy:
+            failures.append(f"line {stack[-1].lineno} of {short}: {words[-1].strip()}")
 
     def end(sentence, trace=()):
         if sentence != "passed":  # a moment for threads that are just showing what they died of
@@ -10731,6 +10733,7 @@ class Exercises(unittest.TestCase):
         texts = {
             "ann/my_echo.py": SOLUTIONS["echo"],
             "bob/my_echo.py": SOLUTIONS["echo"].replace("send(data", "sennd(data"),
+            "dora/my_echo.py": SOLUTIONS["echo"].replace("send(data, sender", "send(data, None"),
             "hangs.py": echo + "while True: pass\n",
             "crashes.py": echo + "import os; os._exit(3)\n",
             "forks.py": echo + "import os, time; os.fork() or time.sleep(999); receive()\n",
@@ -10746,6 +10749,7 @@ class Exercises(unittest.TestCase):
         self.assertEqual(sorted(texts), sorted(told))
         self.assertEqual(["ann/my_echo.py"], [name for name in told if told[name]["passed"]])
         self.assertIn("line 8 of my_echo.py: NameError", told["bob/my_echo.py"]["said"])
+        self.assertIn("line 8 of my_echo.py: TypeError", told["dora/my_echo.py"]["said"])
         self.assertIn("(status 3)", told["crashes.py"]["said"])
         self.assertIn("did not finish within 15 seconds", told["never_loads.py"]["said"])
         self.assertIn("is no Python", told["no_python.py"]["said"])
@@ -10950,6 +10954,9 @@ WRONG["kvstore"] = [
     ("if values.get(key) != old:", "if False:"),  # sets without comparing
     ("values.pop(key, None)", "values.pop(key)"),  # what is not there is an error
     ("            return there", "            return True"),
+    ("there = key in values", "there = bool(values.get(key))"),  # a value of 0 is none
+    ("there = key in values", "there = values.get(key) is not None"),  # nor is None a value
+    ("return values.get(key)\n", "return values.get(key) or None\n"),  # takes 0 for None
 ]
 
 SOLUTIONS["ring"] = """
