@@ -11954,6 +11954,18 @@ WRONG["lab-mailbox"] = [
     ("if pred(message)]", "if message and pred(message)]"),
     # Who gets first finds it empty, and never looks again.
     ("            self.changed.notify_all()\n", ""),
+    # Of two that wait in `get`, both believe that the message is theirs.
+    ("        return self.get_if(lambda message: True, timeout)",
+     "        with self.changed:\n"
+     "            if not self.messages and not self.changed.wait(timeout):\n"
+     "                raise TimeoutError\n"
+     "            return self.messages.pop(0)"),
+    # The first place is 0, which is false, so it waits though the message is there.
+    ("            places = self.changed.wait_for(lambda: self.places(pred), timeout)\n"
+     "            if not places:\n",
+     "            self.changed.wait_for(lambda: any(self.places(pred)), timeout)\n"
+     "            places = self.places(pred)\n"
+     "            if not places:\n"),
     # No lock: two threads take the same message.
     ("        with self.changed:\n            places = self.changed.wait_for("
      "lambda: self.places(pred), timeout)",
@@ -11989,6 +12001,13 @@ WRONG["lab-threads"] = [
     ("name=thread.name,\n                     daemon=True)", "name=thread.name)"),
     # The number of a thread that is gone is given to another.
     ("self.id = next(_numbers)", "self.id = id(self)"),
+    # A thread that spawn did not make gets the handle of one that has ended.
+    ("    return _running.handle\n",
+     "    handles = globals().setdefault('_handles', {})\n"
+     "    return handles.setdefault(threading.get_ident(), _running.handle)\n"),
+    # Of a failure the text is shown, but not where it was.
+    ("            raise  # so that it is printed\n",
+     "            import sys\n            print(self.name, repr(error), file=sys.stderr)\n"),
 ]
 WRONG["lab-handles"] = [
     # A handle is pickled with all that is in it.
@@ -12048,6 +12067,12 @@ WRONG["lab-calls"] = [
     # All calls have the same tag.
     ("Synchronous(message, current_thread(), uuid4().hex)",
      "Synchronous(message, current_thread(), 1)"),
+    # Two nodes have the same tags.
+    ("Synchronous(message, current_thread(), uuid4().hex)",
+     "Synchronous(message, current_thread(), next(_numbers))"),
+    # A caller whose node is gone ends the server.
+    ("    _tell(request.sender, Reply(reply, request.tag))",
+     "    request.sender.send(Reply(reply, request.tag))"),
     # Nobody is told of an end.
     ("            _tell(watcher, Down(self, reason, tag))", "            pass"),
     # Only of a failure.
@@ -12075,6 +12100,8 @@ WRONG["lab-monitors"] = [
      "    if not thread and isinstance(message, Synchronous):"),
     # Nor is the loss of a node.
     ("            if target.node == self.port:", "            if False:"),
+    # With one node all others count as lost.
+    ("            if target.node == self.port:", "            if target.node != Thread.node:"),
     # A frozen node is waited for.
     ("self.wire.poll(PATIENCE)", "self.wire.poll(None)"),
     # Who has nothing to say is taken for dead.
