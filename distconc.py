@@ -2968,14 +2968,9 @@ class _Connection:
 
     def encode_reply(self, tag: str, payload: bytes,
                      cause: _EventId | None) -> tuple[_Header, bytes]:
-        """Return the header and payload of a reply, or of a failure in place of a large one.
-
-        Raises SerializationError if the reply is too large for this node itself.
-        """
+        """Return the header and payload of a reply, or of a failure in place of a large one."""
         if len(payload) <= self.max_outgoing:
             return ("reply", tag, cause), payload
-        if len(payload) > self._node._max_message:
-            raise _too_large(payload, self._node._max_message)
         error = RemoteError("SerializationError", f"the reply has {len(payload)} bytes, more "
                             f"than the max_message of the caller's node, {self.max_outgoing}")
         return _encode_failure(tag, error, cause)
@@ -3371,9 +3366,11 @@ class _Connection:
 
     def _on_monitor(self, _: "bytes | memoryview", incarnation: int | None, id: "int | str",
                     tag: str, cause: Any) -> None:
+        """Watch a thread for the peer."""
         self._find_and_watch(incarnation, id, tag, _check_cause(cause))
 
     def _on_unwatch(self, _: "bytes | memoryview", tag: str) -> None:
+        """Forget a call or a monitor, which need not be told of the end any more."""
         _registry.remove_watcher(tag)
 
     def _on_request(self, payload: "bytes | memoryview", tag: str, cause: Any) -> None:
@@ -3387,6 +3384,7 @@ class _Connection:
 
     def _on_undelivered(self, _: "bytes | memoryview", id: "int | str", why: Any, count: Any,
                         cause: Any) -> None:
+        """Log that messages from here reached no thread."""
         # A frame that is being written is not counted as sent yet.
         most = self.sent + MAX_BATCH - self._lost
         if type(count) is not int or not 0 < count <= most:
@@ -4700,6 +4698,8 @@ class RemoteThread(_Handle):
         try:
             payload = serialize(data)
             connection = self._connection_for_reply()
+            if len(payload) > connection.max_outgoing:
+                _check_own_limit(payload)
             if not _send_over(connection, *connection.encode_reply(tag, payload, cause)):
                 raise NodeDown(f"the connection to {connection.name} ended before it took it")
         except Exception as error:
@@ -4766,8 +4766,7 @@ class RemoteThread(_Handle):
         for _ in range(2):
             connection = self._connection
             if connection is None or connection.closing:
-                if len(payload) > local_node()._max_message:
-                    raise _too_large(payload, local_node()._max_message)
+                _check_own_limit(payload)
                 connection = local_node()._connection_to(self._node, self._incarnation)
                 self._connection = connection
             for pending in pendings:
@@ -4822,6 +4821,13 @@ def _send_over(connection: _Connection, header: _Header, payload: bytes) -> bool
 def _record_lost(error: Exception, cause: _EventId | None) -> None:
     """Record the loss of the message that the calling thread sent as the event `cause`."""
     _observer.record(current_thread(), "lost", cause, why=_last_line(error))
+
+
+def _check_own_limit(payload: bytes) -> None:
+    """Raise SerializationError if no message of this node may be so large."""
+    limit = local_node()._max_message
+    if len(payload) > limit:
+        raise _too_large(payload, limit)
 
 
 def _too_large(payload: bytes, limit: int) -> SerializationError:

@@ -3359,6 +3359,27 @@ class TheWire(Net):
         self.assertTrue(server.is_alive())
         self.assertEqual(self.dial().call(2, "echo"), 2)
 
+    def test_a_node_whose_own_messages_must_be_small_goes_on_serving_requests(self):
+        stop_node()
+        self.node = start_node(max_message=10)
+        peer = self.dial()
+        for tag in "first", "second":
+            peer.write((("request", tag, None), pickle.dumps(("ps",))))
+            self.assertEqual(peer.failure()[:2], (tag, "unreadable"))
+
+    def test_a_reply_too_large_for_the_node_that_passes_it_on_fails_the_call(self):
+        stop_node()
+        self.node = start_node(max_message=10)
+        asker, answerer = self.dial(), self.dial()
+        thread = self.here(receive_if, str, name="between")
+        asker.ask("q", "between", "t")
+        asker.monitor("nobody", "m")
+        self.assertEqual(asker.failure()[:2], ("m", "no thread"))  # so the call is here, too
+        answerer.write((("reply", "t", None), pickle.dumps("x" * 5000)))
+        self.assertEqual(asker.failure()[:2], ("t", "unreadable"))
+        self.assertEqual(len(self.node._established), 2)
+        thread.send("end")
+
     def test_an_unknown_name_of_3_mib_is_told_at_once(self):
         for number in range(100, 400):
             self.here(collect, name=f"{number}" * 50)
