@@ -2765,7 +2765,7 @@ def _clean_lines(text: object) -> str:
 ######## Connection: one sealed connection, its outbox, its reader and its writer
 
 MAX_BATCH = 400  # messages in a frame
-# A frame comes whole in a part of the shortest heartbeat, over a slow network, too.
+# A frame must come whole within a heartbeat, over a slow network, too.
 MAX_BATCH_SIZE = 1 << 15  # bytes of payloads
 # A sender of more messages waits for the network.
 MAX_QUEUED = 2000  # messages in an outbox
