@@ -199,7 +199,7 @@ class RemoteError(DistconcError):
 
 ######## Where the promises are kept
 #
-# Order      Of a mailbox: `Mailbox._numbered`, then `_arrived`.  Of a connection: its outbox,
+# Order      Of a mailbox: `Mailbox._entries`.  Of a connection: its outbox,
 #            which is written out under `_write_lock`, and one reader at the other end.  Over a
 #            lost connection and the next one: `_Handshake._exchange_serials`,
 #            `Node._connection_to`, and `Node._connection_closed`.
@@ -353,14 +353,11 @@ _EventId = tuple[str, int, int]
 class _Entry:
     """A message in a mailbox, and the event of its sending (None: nobody records events)."""
 
-    __slots__ = ("message", "cause", "position")
+    __slots__ = ("message", "cause")
 
     # The thread that takes a message from another node loads it (part two): loading runs the
     # user's code, which may take long, and must hold up nobody else.
     needs_loading = False
-
-    # The number of an entry that a selective receive has looked at; see Mailbox.
-    position: int
 
     def __init__(self, message: Any, cause: _EventId | None = None) -> None:
         self.message = message
@@ -379,24 +376,16 @@ class Mailbox:
     with queue.Queue.)
     """
 
-    __slots__ = ("_arrived", "_arrival", "_lock", "_numbered", "_next_position")
+    __slots__ = ("_entries", "_arrival")
 
     def __init__(self) -> None:
-        # Put adds messages here.  `deque.append` and `popleft` are atomic, so put needs no
-        # lock: a `__del__` may run in the middle of any method of this class, and may send.
-        self._arrived: deque[_Entry] = deque()
+        # The messages, oldest first.  There is no lock: each method of a deque is one step, and
+        # of two threads that remove an entry, one gets a ValueError.  So a `__del__` may send
+        # in the middle of any line here, and no predicate holds up other threads.
+        self._entries: deque[_Entry] = deque()
 
         # Every put wakes the threads that wait here, in a get, get_if or get_all.
         self._arrival = _WaitQueue()
-
-        # Guards `_numbered`, and all taking from `_arrived`.  The lock is never held while a
-        # predicate runs or a message is loaded: these are the user's code.
-        self._lock = _Lock()
-
-        # Messages are moved here to be numbered, and are older than all in `_arrived`.  By a
-        # position a get_if knows how far it has looked, and asks about no message twice.
-        self._numbered: deque[_Entry] = deque()
-        self._next_position = 0
 
     def put(self, message: Any) -> None:
         """Add `message` as the newest.  Never blocks.  Factor: mailbox-put."""
@@ -404,13 +393,13 @@ class Mailbox:
 
     def _put(self, entry: _Entry) -> None:
         try:
-            self._arrived.append(entry)
+            self._entries.append(entry)
         finally:
             # If Ctrl-C comes in between, the message is there all the same.
             self._arrival.wake_all()
 
     def _put_all(self, entries: Iterable[_Entry]) -> None:
-        self._arrived.extend(entries)
+        self._entries.extend(entries)
         self._arrival.wake_all()
 
     def get(self, timeout: float | None = None) -> Any:
@@ -427,39 +416,24 @@ class Mailbox:
     def _get(self, deadline: float | None) -> _Entry | None:
         """Remove and return the oldest entry that can be loaded; None at the deadline."""
         while True:
-            entry = None
-            # Both in one step: another thread may number what has arrived in between.
-            with self._lock:
-                if self._numbered:
-                    entry = self._numbered.popleft()
-                elif self._arrived:
-                    entry = self._arrived.popleft()
-            if entry is None:
+            try:
+                entry = self._entries[0]
+            except IndexError:
                 if not self._arrival.wait_until(self._has_entries, deadline):
                     return None
                 continue
-            if not entry.needs_loading:
+            # An entry is loaded before it is taken, so Ctrl-C meanwhile costs no message.
+            is_usable = not entry.needs_loading or entry.load()
+            if self._take(entry) and is_usable:
                 return entry
-            try:
-                if entry.load():
-                    return entry
-            except BaseException:
-                # Ctrl-C: nothing has happened yet.
-                self._put_back([entry])
-                raise
 
-    def _put_back(self, entries: list[_Entry]) -> None:
-        """Put back entries that were taken, as the oldest ones."""
-        with self._lock:
-            for entry in reversed(entries):
-                entry.position = self._oldest_position() - 1
-                self._numbered.appendleft(entry)
-        self._arrival.wake_all()
-
-    def _oldest_position(self) -> int:
-        if self._numbered:
-            return self._numbered[0].position
-        return self._next_position
+    def _take(self, entry: _Entry) -> bool:
+        """Remove an entry; return False if another thread was faster."""
+        try:
+            self._entries.remove(entry)
+        except ValueError:
+            return False
+        return True
 
     def get_if(self, pred: Predicate, timeout: float | None = None) -> Any:
         """Remove and return the oldest message for which `pred` is true; the others stay.
@@ -482,11 +456,10 @@ class Mailbox:
 
         A message fits if `accepts` says so, or if its class is in `also`.
         """
-        # The position up to which this call has looked.
-        seen = None
+        refused: set[_Entry] = set()
         while True:
-            is_first_look = seen is None
-            newer, seen = self._newer_than(seen)
+            is_first_look = not refused
+            newer = self._newer_than(refused)
             for entry in newer:
                 if entry.needs_loading and not entry.load():
                     self._take(entry)
@@ -494,60 +467,46 @@ class Mailbox:
                 is_wanted = isinstance(entry.message, also) or accepts(entry.message)
                 if is_wanted and self._take(entry):
                     return entry
+            refused.update(newer)
             if not newer:
-                has_newer = partial(self._has_newer_than, seen)
+                has_newer = partial(self._has_newer_than, refused)
                 if not self._arrival.wait_until(has_newer, deadline):
                     return None
             elif not is_first_look and _remaining(deadline) == 0:
                 # Other threads put messages as fast as this one looks.
                 return None
 
-    def _newer_than(self, seen: int | None) -> tuple[list[_Entry], int]:
-        """Return the entries from position `seen` on, oldest first, and the next `seen`.
+    def _newer_than(self, refused: set[_Entry]) -> list[_Entry]:
+        """Return the entries that are newer than all those refused, oldest first.
 
-        The first look, with None for `seen`, is at the oldest few, which are mostly enough.
-        The second is at all others, so that the work is linear in the number of messages.
+        With none refused, these are the oldest few, which are mostly enough.  Then the newest
+        few are looked at, and twice as many, until they reach back to a refused one; so the
+        work is linear in the number of messages.
         """
-        with self._lock:
-            self._number_arrivals()
-            if seen is None:
-                few = list(itertools.islice(self._numbered, 20))
-                if few:
-                    return few, few[-1].position + 1
-                return [], self._next_position
-            newer = []
-            for entry in reversed(self._numbered):
-                if entry.position < seen:
-                    break
-                newer.append(entry)
-            newer.reverse()
-            return newer, self._next_position
+        few = 20
+        if not refused:
+            return self._copy(few)
+        while True:
+            newest = self._copy(few, reversed)
+            if len(newest) < few or newest[-1] in refused:
+                newest.reverse()
+                return [entry for entry in newest if entry not in refused]
+            few *= 2
 
-    def _number_arrivals(self) -> None:
-        """Move the messages in `_arrived` to `_numbered`; `_lock` is held."""
-        for _ in range(len(self._arrived)):
+    def _has_newer_than(self, refused: set[_Entry]) -> bool:
+        try:
+            return self._entries[-1] not in refused
+        except IndexError:
+            return False
+
+    def _copy(self, limit: int | None = None, order: Callable[..., Any] = iter) -> list[_Entry]:
+        """Return the oldest entries, or by `order=reversed` the newest; all without a limit."""
+        while True:
             try:
-                entry = self._arrived.popleft()
-            except IndexError:
-                # Another thread's `get` was faster.
-                return
-            entry.position = self._next_position
-            self._next_position += 1
-            self._numbered.append(entry)
-
-    def _has_newer_than(self, seen: int) -> bool:
-        # The lock is held, as a message on its move is in neither deque for a moment.
-        with self._lock:
-            return bool(self._arrived) or self._next_position > seen
-
-    def _take(self, entry: _Entry) -> bool:
-        """Remove an examined entry; return False if another thread was faster."""
-        with self._lock:
-            try:
-                self._numbered.remove(entry)
-            except ValueError:
-                return False
-            return True
+                return list(itertools.islice(order(self._entries), limit))
+            except RuntimeError:
+                # The deque has changed meanwhile.
+                continue
 
     def get_all(self, timeout: float | None = None) -> list[Any]:
         """Wait for a message, then remove and return all messages, oldest first.
@@ -556,35 +515,28 @@ class Mailbox:
         """
         deadline = _deadline(timeout)
         while True:
-            with self._lock:
-                self._number_arrivals()
-                entries = list(self._numbered)
-                self._numbered.clear()
+            taken = []
             try:
-                messages = [entry.message for entry in entries if entry.load()]
+                for entry in self._copy():
+                    is_usable = entry.load()
+                    if self._take(entry) and is_usable:
+                        taken.append(entry)
             except BaseException:
                 # After Ctrl-C the mailbox is as before.
-                self._put_back(entries)
+                self._entries.extendleft(reversed(taken))
+                self._arrival.wake_all()
                 raise
-            if messages:
-                return messages
+            if taken:
+                return [entry.message for entry in taken]
             if not self._arrival.wait_until(self._has_entries, deadline):
                 raise TimeoutError("no message came within the time-out")
 
     def _has_entries(self) -> bool:
-        with self._lock:
-            return bool(self._arrived or self._numbered)
+        return bool(self._entries)
 
     def empty(self) -> bool:
         """Return whether no message is here now, which may change at once.  Never blocks."""
-        return not self._has_entries()
-
-    def _snapshot(self) -> list[_Entry]:
-        """Return the entries that are here now, without taking any."""
-        with self._lock:
-            # Other threads put meanwhile, so `_arrived` itself cannot be iterated over.
-            self._number_arrivals()
-            return list(self._numbered)
+        return not self._entries
 
 
 def _as_predicate(pred: Predicate) -> Callable[[Any], Any]:
@@ -772,11 +724,10 @@ class _PendingTable:
         watching by itself.  If anyone else has replied, because the call was passed on, the
         watched thread or node is told to stop.
         """
-        with self._lock:
-            pending = self._by_tag.pop(tag, None)
-            if pending is None:
-                return False
-            pending.resolve(reply)
+        pending = self._by_tag.pop(tag, None)
+        if pending is None:
+            return False
+        pending.resolve(reply)
         if replier is None or replier != pending.watched:
             pending.stop_watching()
         return True
@@ -1018,7 +969,7 @@ class Thread(_Handle):
 
     def _print_unread_failures(self) -> None:
         """Print the failures of linked threads that nobody can receive any more."""
-        for entry in self._mailbox._snapshot():
+        for entry in self._mailbox._copy():
             if isinstance(entry, _LinkedEntry):
                 entry.load()
             error = getattr(entry, "message", None)
@@ -3378,7 +3329,7 @@ class _Connection:
         if self._requests is None:
             self._requests = Mailbox()
             _start_daemon("requests", _serve_requests, self, self._requests)
-        if len(self._requests._arrived) > MAX_REQUESTS:
+        if len(self._requests._entries) > MAX_REQUESTS:
             raise OSError("the peer asks for more than this node can do")
         self._requests.put((tag, _check_cause(cause), payload))
 
@@ -3973,13 +3924,12 @@ class Node(AbstractContextManager["Node"]):
     def _set_options(self, authkey: Any, allow: Any, heartbeat: float, connect_timeout: float,
                      max_message: int) -> None:
         self._key = authkey
-        self._allow = allow
+        self._allow: str | tuple[Any, ...] | None = allow
         self._heartbeat = float(heartbeat)
         self._connect_timeout = float(connect_timeout)
         self._max_message = max_message
-        self._load_restricted: Callable[[Any], Any] = pickle.loads
-        if allow != "anything":
-            self._load_restricted = _make_loader(allow or ())
+        # Made when it is first needed, because this imports the modules of plain data.
+        self._load_restricted: Callable[[Any], Any] | None = None
 
     def _start(self, address: NodeLike | None, authkey: Any, advertise: Any, allow: Any,
                heartbeat: float, connect_timeout: float, max_message: int) -> None:
@@ -4029,17 +3979,25 @@ class Node(AbstractContextManager["Node"]):
 
         `module` is the name that this file has on that node.
         """
-        if self._allow is None and is_local:
-            return _make_loader("anything", module)
-        if module == __name__:
-            return self._load_restricted
-        return _make_loader(self._allow or (), module)
+        allowed = self._allowed_from(is_local)
+        if allowed == "anything" or module != __name__:
+            return _make_loader(allowed, module)
+        if self._load_restricted is None:
+            self._load_restricted = _make_loader(allowed)
+        return self._load_restricted
+
+    def _allowed_from(self, is_local: bool) -> "str | tuple[Any, ...]":
+        """Return what messages may name that come from this machine, or from another."""
+        if self._allow is not None:
+            return self._allow
+        if is_local:
+            return "anything"
+        return ()
 
     def _may_call(self, function: Any, is_local: bool) -> bool:
         """Return whether another node may have this node call `function`, by `spawn`."""
-        if self._loader_for(is_local) is pickle.loads:
-            return True
-        return function in (self._allow or ())
+        allowed = self._allowed_from(is_local)
+        return allowed == "anything" or function in allowed
 
     # Counts and names
     def stats(self) -> dict[str, int]:
@@ -5008,7 +4966,7 @@ def _do_request(connection: _Connection, request: Any, cause: _EventId | None) -
 def _thread_info(thread: Thread) -> tuple[Any, ...]:
     """Return id, name, registered names, unread messages, age and activity, for `ps`."""
     names = " ".join(thread._registered_names)
-    unread = len(thread._mailbox._snapshot())
+    unread = len(thread._mailbox._entries)
     age = monotonic() - thread._started_at
     return thread.id, thread.name, names, unread, age, _current_call(thread)
 

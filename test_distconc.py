@@ -442,7 +442,7 @@ class MailboxTests(Case):
 
         def watch():
             while relay.is_alive():
-                looks.append(box._snapshot() and box.empty())
+                looks.append(box._copy() and box.empty())
                 watched = spawn(int)
                 demonitor(monitor(watched))
                 receive(0, None)
@@ -466,44 +466,63 @@ class MailboxTests(Case):
 
     def test_a_message_that_another_getter_looks_at_is_not_overlooked(self):
         for get in Mailbox.get, Mailbox.get_all, lambda box: box.get_if(int):
-            box, others = Mailbox(), []
+            box = Mailbox()
 
-            class Slow(deque):
-                def popleft(self):
-                    message = super().popleft()
-                    # Now it is in neither deque, and another getter comes.
-                    others.append(spawn(lambda: send(get(box), self_)))
-                    others[0].join(0.1)
-                    return message
-
-            self_, box._arrived = self.me, Slow()
+            def refuse(message):
+                other = spawn(lambda: send(get(box), self_))
+                self.assertTrue(other.join(WAIT))
+                return False
+            self_ = self.me
             box.put(7)
-            self.assertRaises(TimeoutError, box.get_if, str, 0)
+            self.assertRaises(TimeoutError, box.get_if, refuse, 0)
             self.assertIn(receive(WAIT), (7, [7]))
 
+    def meanwhile(self, box, step, act):
+        """Have another thread act in a step of the mailbox's deque, the first time."""
+        acted = []
+
+        class Interrupted(deque):
+            def interrupt(self, name, *args):
+                if name == step and not acted:
+                    acted.append(name)
+                    other = threading.Thread(target=act)
+                    other.start()
+                    other.join(WAIT)
+                return getattr(super(), name)(*args)
+
+            def remove(self, entry):
+                self.interrupt("remove", entry)
+
+            def __iter__(self):
+                iterator = super().__iter__()
+                self.interrupt("__len__")
+                return iterator
+        box._entries = Interrupted(box._entries)
+        return acted
+
     def test_who_looks_at_a_mailbox_while_another_takes_changes_no_order(self):
-        box, lookers = Mailbox(), []
+        for take in Mailbox.get, lambda box: box.get_if(str):
+            box = Mailbox()
+            box.put("first"), box.put("second")
+            acted = self.meanwhile(box, "remove", lambda: (box._copy(), box.put("third")))
+            self.assertEqual([take(box), box.get(0), box.get(0)], ["first", "second", "third"])
+            self.assertTrue(acted)
 
-        def look():
-            box._snapshot()  # as `ps` does
-            box.put("third")
+    def test_a_message_that_another_takes_first_is_taken_once(self):
+        for take in Mailbox.get, lambda box: box.get_if(str):
+            box, other = Mailbox(), []
+            box.put("first"), box.put("second")
+            self.meanwhile(box, "remove", lambda: other.append(box.get()))
+            self.assertEqual([take(box), other], ["second", ["first"]])
+            self.assertTrue(box.empty())
 
-        class Seen(deque):
-            """Somebody looks at the mailbox just when this one was found empty."""
-
-            def __bool__(self):
-                is_empty = len(self) == 0
-                if is_empty and not lookers:
-                    lookers.append(threading.Thread(target=look))
-                    lookers[0].start()
-                    lookers[0].join(0.3)  # it may have to wait for this thread
-                return not is_empty
-        box._numbered = Seen()
-        box.put("first")
-        box.put("second")
-        self.assertEqual(box.get(0), "first")
-        lookers[0].join(WAIT)
-        self.assertEqual([box.get(WAIT), box.get(WAIT)], ["second", "third"])
+    def test_a_message_that_comes_while_the_others_are_looked_through_is_found(self):
+        for take in lambda box: [box.get_if("late".__eq__, 0)], Mailbox.get_all:
+            box = Mailbox()
+            box.put("first")
+            acted = self.meanwhile(box, "__len__", lambda: box.put("late"))
+            self.assertIn("late", take(box))
+            self.assertTrue(acted)
 
     def test_get_all_waits_for_the_first_and_takes_all(self):  # Factor's own
         box = Mailbox()
@@ -3848,7 +3867,7 @@ class TheWire(Net):
             peer.write(asked)
             self.assertGreater(len(peer.read()[-1]), 50_000)
             [connection] = self.node._established
-            before, waiting = memory(), connection._requests._arrived
+            before, waiting = memory(), connection._requests._entries
             peer.write(*[asked] * 900)
             number = -1
             while number != len(waiting):  # until all are answered, or the network is full
