@@ -2485,7 +2485,7 @@ def _read_when_written(file: Any) -> bytes:
 #
 # A hello is these fields, as text, joined by NUL:
 #
-#   protocol       "distconc 6"
+#   protocol       "distconc 7"
 #   role           "dialler" or "acceptor"
 #   nonce          16 random bytes, in hex
 #   incarnation    of the sender, in hex
@@ -2500,14 +2500,15 @@ def _read_when_written(file: Any) -> bytes:
 #
 #   bytes   meaning
 #   4       length of the body, big-endian
-#   ...     body: a pickled pair of a list and a length
+#   4       length of the large payload that follows this frame, or 0
+#   ...     body: a pickled list
 #   16      MAC of all bytes before
 #
 # The list has pairs: (header, list of its payloads, which are bytes).  A payload of more than
-# 2048 bytes does not stand in the list, but follows its frame, with a MAC of its own.  Its
-# length is the second of the body's pair, which else is 0.  So no memory is taken for a length
-# that a stranger altered; and as a frame must come whole within a heartbeat, the frames that
-# follow it are not long taken for its rest.
+# 2048 bytes stands there as an empty one, which is alone in the body.  It follows its frame,
+# with a MAC of its own.  So no memory is taken for a length that a stranger altered; and as a
+# frame must come whole within a heartbeat, the frames that follow it are not long taken for
+# its rest.
 #
 # A MAC is BLAKE2b, keyed, of all frames and payloads of that direction so far, without their
 # MACs, and with the SHA-256 of each that is longer than 2048 bytes in its place.  Its key is
@@ -2551,9 +2552,9 @@ def _read_when_written(file: Any) -> bytes:
 # A request is ("ps",), ("is alive", incarnation, id), or ("spawn", func, args, name, register,
 # is_server, link): link is a tag, for which a failure of the new thread is reported, or None.
 
-PROTOCOL = "distconc 6"
+PROTOCOL = "distconc 7"
 MAX_HELLO = 4096  # bytes
-FRAME_LENGTH = struct.Struct(">I")
+FRAME_START = struct.Struct(">II")
 MAC_SIZE = 16  # bytes
 # MAX_BATCH messages are less, however long their headers.
 MAX_FRAME = 1 << 22  # bytes
@@ -2650,42 +2651,36 @@ class _BodyUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"a body names {module}.{name}"[:300])
 
 
-def _decode_body(body: bytes) -> tuple[list[_Group], int]:
-    """Return the headers of a frame, each with its payloads, and the length of what follows.
+def _decode_body(body: bytes) -> list[_Group]:
+    """Return the headers of a frame, each with its payloads; raise an error for nonsense.
 
-    Raises an error for nonsense.
+    No field of a header may be hashed, compared or shown before its type is known: a pickle of
+    some kilobytes can stand for a tuple of a thousand million items, or be so deep that the
+    interpreter crashes.
     """
-    groups, large_size = _BodyUnpickler(io.BytesIO(body)).load()
+    groups: list[_Group] = _BodyUnpickler(io.BytesIO(body)).load()
     count = 0
     for header, payloads in groups:
-        _check_header(header)
-        if type(payloads) is not list or set(map(type, payloads)) != {bytes}:
+        if not _PLAIN_FIELDS.issuperset(map(type, header)):
+            _check_cause_alone(header)
+        if set(map(type, payloads)) != {bytes}:
             raise ValueError(f"a header {header[0]!r:.30} has no list of payloads")
         count += len(payloads)
     if count > MAX_PAYLOADS:
         raise ValueError(f"a frame has {count} payloads")
-    if type(large_size) is not int or large_size < 0:
-        raise ValueError("a payload has no length")
-    return groups, large_size
+    return groups
 
 
-_PLAIN_FIELDS = frozenset([str, int, float, type(None)])
+_PLAIN_FIELDS = frozenset([str, int, type(None)])
 
 
-def _check_header(header: Any) -> None:
-    """Raise ValueError for a header with fields that are neither plain nor short plain tuples.
-
-    Nothing else may be hashed, compared or shown: a pickle of some kilobytes can stand for a
-    tuple of a thousand million items, or be so deep that the interpreter crashes.
-    """
-    if type(header) is not tuple or not header or type(header[0]) is not str:
-        raise ValueError("a header names no kind")
-    for field in header:
-        if type(field) is tuple and len(field) <= 3:
-            if not _PLAIN_FIELDS.issuperset(map(type, field)):
-                raise ValueError(f"a header {header[0]!r:.30} has a field of fields")
-        elif type(field) not in _PLAIN_FIELDS:
-            raise ValueError(f"a header {header[0]!r:.30} has a {type(field).__name__}")
+def _check_cause_alone(header: _Header) -> None:
+    """Raise ValueError unless all fields are plain but the last, a tuple of three that are."""
+    *fields, cause = header
+    if type(cause) is not tuple or len(cause) != 3:
+        raise ValueError("a header has a field that is not plain")
+    if not _PLAIN_FIELDS.issuperset(map(type, (*fields, *cause))):
+        raise ValueError("a header, or its cause, has a field that is not plain")
 
 
 def _check_cause(cause: Any) -> _EventId | None:
@@ -2886,15 +2881,7 @@ class _Connection:
             # Nor must a `__del__` that runs in this thread meanwhile: it would wait for its own
             # thread, or for another that waits for this one.
             _local.must_not_wait = True
-            if self._write_at_once(header, payload):
-                return True
-            if len(self._outbox) >= MAX_QUEUED:
-                self._room.wait_until(self._has_room, None)
-            was_taken = self.post(header, payload)
-            if was_taken and (self._leaves_nothing_queued or len(payload) > SMALL_PAYLOAD):
-                # The sender writes a large message by itself, so it cannot queue a second one.
-                self._write_waiting()
-            return was_taken
+            return self._write_at_once(header, payload) or self._write_in_turn(header, payload)
         finally:
             _local.must_not_wait = False
 
@@ -2945,13 +2932,21 @@ class _Connection:
 
     def _write_at_once(self, header: _Header, payload: bytes) -> bool:
         """Write a message, unless others wait in the outbox."""
-        if self._outbox or _faults.are_active:
-            return False
         with self._write_lock:
-            if self._outbox or self.closing:
+            if self._outbox or self.closing or _faults.are_active:
                 return False
             self._write_frame([(header, [payload])], 1)
             return True
+
+    def _write_in_turn(self, header: _Header, payload: bytes) -> bool:
+        """Queue a message behind others, when there is room."""
+        if len(self._outbox) >= MAX_QUEUED:
+            self._room.wait_until(self._has_room, None)
+        was_taken = self.post(header, payload)
+        if was_taken and (self._leaves_nothing_queued or len(payload) > SMALL_PAYLOAD):
+            # The sender writes a large message by itself, so it cannot queue a second one.
+            self._write_waiting()
+        return was_taken
 
     def _write_waiting(self) -> None:
         """Write the messages in the outbox, also those that other threads put there meanwhile.
@@ -3036,8 +3031,8 @@ class _Connection:
             if len(payloads[0]) > SMALL_PAYLOAD:
                 large = payloads[0]
                 groups = [(header, [b""])]
-        body = pickle.dumps((groups, len(large)), 5)
-        frame = FRAME_LENGTH.pack(len(body)) + body
+        body = pickle.dumps(groups, 5)
+        frame = FRAME_START.pack(len(body), len(large)) + body
         frame += self._outgoing.mac(frame)
         if not large:
             return [frame]
@@ -3141,6 +3136,8 @@ class _Connection:
                 self._last_write = 0.0
                 for header, payloads in groups:
                     self._dispatch(header, payloads)
+                if len(self._outbox) > MAX_UNREAD:
+                    raise OSError("the peer goes on asking and does not read the answers")
             self.close()
         except BaseException as error:
             # Nonsense under the seal may raise anything.
@@ -3166,17 +3163,17 @@ class _Connection:
         Raises EOFError or OSError if the connection ends, if it is silent for too long, or if
         bytes come that the peer has not written.
         """
-        self._receive(FRAME_LENGTH.size)
-        [length] = FRAME_LENGTH.unpack_from(self._unread)
-        if length > MAX_FRAME:
-            raise OSError(f"a frame of {length} bytes is too large")
-        end = FRAME_LENGTH.size + length
+        self._receive(FRAME_START.size)
+        body_size, large_size = FRAME_START.unpack_from(self._unread)
+        if body_size > MAX_FRAME:
+            raise OSError(f"a frame of {body_size} bytes is too large")
+        end = FRAME_START.size + body_size
         self._receive(end + MAC_SIZE)
         frame = self._unread[:end]
         mac = self._unread[end:end + MAC_SIZE]
         self._unread = self._unread[end + MAC_SIZE:]
         self._check_mac(frame, mac)
-        groups, large_size = _decode_body(frame[FRAME_LENGTH.size:])
+        groups = _decode_body(frame[FRAME_START.size:])
         if large_size:
             [(header, _)] = groups
             groups = [(header, [self._read_large(large_size)])]
@@ -3230,19 +3227,18 @@ class _Connection:
     def _dispatch(self, header: _Header, payloads: "Sequence[bytes | memoryview]") -> None:
         """Handle the messages with this header."""
         kind, *fields = header
-        if kind == "end":
-            self._has_read_end = True
-            return
-        self.received += len(payloads)
         if kind == "send":
             self._on_send(payloads, *fields)
         elif kind in self._HANDLERS:
+            handler = self._HANDLERS[kind]
             for payload in payloads:
-                self._HANDLERS[kind](self, payload, *fields)
+                handler(self, payload, *fields)
+        elif kind == "end":
+            self._has_read_end = True
+            return
         else:
             raise ValueError(f"{header!r:.100} is no header")
-        if len(self._outbox) > MAX_UNREAD:
-            raise OSError("the peer goes on asking and does not read the answers")
+        self.received += len(payloads)
 
     def _on_send(self, payloads: "Sequence[bytes | memoryview]", incarnation: int | None,
                  id: "int | str", cause: Any) -> None:
@@ -4642,7 +4638,7 @@ class RemoteThread(_Handle):
             header = ("send", self._incarnation, self._id, cause)
             if cause is None:
                 header = self._send_header
-            self._transmit(header, message, cause)
+            self._send_copy(header, message)
 
     def _reply(self, data: Any, tag: str, cause: _EventId | None) -> None:
         """Answer a call that this thread has made.
@@ -4696,27 +4692,25 @@ class RemoteThread(_Handle):
             get_remote_thread(self._id)._call(call, message, cause)
             return
         header = ("call", self._incarnation, self._id, call.waiter.id, call.tag, cause)
-        self._transmit(header, message, cause, call)
+        self._send_copy(header, message, call)
 
     def _watch(self, pending: _Pending) -> bool:
         """Have the thread's end reported to `pending`."""
         if self._is_local():
             return get_remote_thread(self._id)._watch(pending)
         header = ("monitor", self._incarnation, self._id, pending.tag, None)
-        self._transmit_payload(header, b"", pending)
+        self._transmit(header, b"", pending)
         return True
 
-    def _transmit(self, header: _Header, message: Any, cause: _EventId | None,
-                  *pendings: _Pending) -> None:
+    def _send_copy(self, header: _Header, message: Any, *pendings: _Pending) -> None:
         """Send a copy of `message`; record the message as lost if that fails."""
         try:
-            self._transmit_payload(header, serialize(message), *pendings)
+            self._transmit(header, serialize(message), *pendings)
         except Exception as error:
-            _record_lost(error, cause)
+            _record_lost(error, header[-1])
             raise
 
-    def _transmit_payload(self, header: _Header, payload: bytes,
-                          *pendings: _Pending) -> None:
+    def _transmit(self, header: _Header, payload: bytes, *pendings: _Pending) -> None:
         """Send over the last connection, or, if that one closes, over a new one.
 
         If contact with the node is lost, from now on, the pendings fail.
@@ -4898,7 +4892,7 @@ def _call_node(target: Any, request: tuple[Any, ...], timeout: float | None = No
         pendings: list[_Pending] = [call]
         if link is not None:
             pendings.append(link)
-        target._transmit_payload(("request", call.tag, cause), serialize(request), *pendings)
+        target._transmit(("request", call.tag, cause), serialize(request), *pendings)
         if not call.wait(_deadline(timeout)):
             raise TimeoutError(f"the node did not answer within {timeout} seconds")
         answer = call.result()
