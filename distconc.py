@@ -87,6 +87,7 @@ from functools import lru_cache, partial
 from multiprocessing import AuthenticationError, Pipe, current_process, parent_process, util
 from multiprocessing.connection import (
     Client, Connection, Listener, answer_challenge, deliver_challenge, wait)
+from operator import itemgetter
 from time import monotonic, sleep, time
 from typing import IO, Any, ClassVar, NamedTuple, Union, cast, overload
 
@@ -315,6 +316,8 @@ class _WaitQueue:
 
         The thread that makes the condition true calls `wake_all` afterwards.
         """
+        if is_true():
+            return True
         sleeper = threading.Lock()
         sleeper.acquire()
         try:
@@ -333,12 +336,11 @@ class _WaitQueue:
         """Have every waiting thread test its condition again.  Never blocks."""
         if self._sleepers:
             for sleeper in self._sleepers.copy():
-                if sleeper.locked():
-                    try:
-                        sleeper.release()
-                    except RuntimeError:
-                        # Another thread has just released this lock.
-                        pass
+                try:
+                    sleeper.release()
+                except RuntimeError:
+                    # This thread has been woken already.
+                    pass
 
 
 ######## Mailbox: put, get, get_if, get_all, empty
@@ -415,25 +417,27 @@ class Mailbox:
 
     def _get(self, deadline: float | None) -> _Entry | None:
         """Remove and return the oldest entry that can be loaded; None at the deadline."""
-        while True:
+        while self._entries or self._arrival.wait_until(self._has_entries, deadline):
             try:
-                entry = self._entries[0]
+                entry = self._entries.popleft()
             except IndexError:
-                if not self._arrival.wait_until(self._has_entries, deadline):
-                    return None
+                # Another thread was faster.
                 continue
-            # An entry is loaded before it is taken, so Ctrl-C meanwhile costs no message.
-            is_usable = not entry.needs_loading or entry.load()
-            if self._take(entry) and is_usable:
+            if not entry.needs_loading:
                 return entry
+            try:
+                if entry.load():
+                    return entry
+            except BaseException:
+                # Ctrl-C: nothing has happened yet.
+                self._put_back([entry])
+                raise
+        return None
 
-    def _take(self, entry: _Entry) -> bool:
-        """Remove an entry; return False if another thread was faster."""
-        try:
-            self._entries.remove(entry)
-        except ValueError:
-            return False
-        return True
+    def _put_back(self, entries: list[_Entry]) -> None:
+        """Put back entries that were taken, as the oldest ones."""
+        self._entries.extendleft(reversed(entries))
+        self._arrival.wake_all()
 
     def get_if(self, pred: Predicate, timeout: float | None = None) -> Any:
         """Remove and return the oldest message for which `pred` is true; the others stay.
@@ -457,8 +461,8 @@ class Mailbox:
         A message fits if `accepts` says so, or if its class is in `also`.
         """
         refused: set[_Entry] = set()
-        while True:
-            is_first_look = not refused
+        has_newer: Callable[[], bool] = self._has_entries
+        while self._arrival.wait_until(has_newer, deadline):
             newer = self._newer_than(refused)
             for entry in newer:
                 if entry.needs_loading and not entry.load():
@@ -467,14 +471,20 @@ class Mailbox:
                 is_wanted = isinstance(entry.message, also) or accepts(entry.message)
                 if is_wanted and self._take(entry):
                     return entry
-            refused.update(newer)
-            if not newer:
-                has_newer = partial(self._has_newer_than, refused)
-                if not self._arrival.wait_until(has_newer, deadline):
-                    return None
-            elif not is_first_look and _remaining(deadline) == 0:
+            if refused and _remaining(deadline) == 0:
                 # Other threads put messages as fast as this one looks.
                 return None
+            refused.update(newer)
+            has_newer = partial(self._has_newer_than, refused)
+        return None
+
+    def _take(self, entry: _Entry) -> bool:
+        """Remove an entry; return False if another thread was faster."""
+        try:
+            self._entries.remove(entry)
+        except ValueError:
+            return False
+        return True
 
     def _newer_than(self, refused: set[_Entry]) -> list[_Entry]:
         """Return the entries that are newer than all those refused, oldest first.
@@ -523,8 +533,7 @@ class Mailbox:
                         taken.append(entry)
             except BaseException:
                 # After Ctrl-C the mailbox is as before.
-                self._entries.extendleft(reversed(taken))
-                self._arrival.wake_all()
+                self._put_back(taken)
                 raise
             if taken:
                 return [entry.message for entry in taken]
@@ -541,6 +550,8 @@ class Mailbox:
 
 def _as_predicate(pred: Predicate) -> Callable[[Any], Any]:
     """Return `pred` as a function of a message; raise TypeError if that cannot be."""
+    if type(pred) is type:
+        return lambda message: isinstance(message, pred)
     # A type of `typing`, such as Union[int, str], has an origin, and is no function.
     if isinstance(pred, (type, tuple, types.UnionType)) or hasattr(pred, "__origin__"):
         classes: Any = pred
@@ -2496,52 +2507,65 @@ def _read_when_written(file: Any) -> bytes:
 #   reached        from the dialler alone: the address that its socket is connected to
 #   module         the name by which the sender imports this file; its pickles say so, too
 #
-# A frame has at most 4 MiB, and nothing in it has a meaning until its MAC is right:
+# A frame has at most 4 MiB, and nothing in it has a meaning until its MAC is right.  All numbers
+# are big-endian:
 #
 #   bytes   meaning
-#   4       length of the body, big-endian
+#   4       length of the body
 #   4       length of the large payload that follows this frame, or 0
-#   ...     body: a pickled list
+#   ...     body: any number of groups
 #   16      MAC of all bytes before
 #
-# The list has pairs: (header, list of its payloads, which are bytes).  A payload of more than
-# 2048 bytes stands there as an empty one, which is alone in the body.  It follows its frame,
+# A group is messages that have the same header, most often only one:
+#
+#   bytes   meaning
+#   4       number of messages
+#   4       length of the payloads
+#   1       kind
+#   8       incarnation: of the process that the handle is from; 0: of any at that address
+#   8       id: a thread's, or 0 if the thread's registered name is given
+#   8       caller: the id of the thread that calls
+#   16      tag: a random text, by which the outcome is told
+#   8 8 8   cause: the event that the message was sent by, its incarnation, thread and clock; a
+#           clock of 0: the event was not recorded
+#   2       length of the name, at most 1020
+#   ...     name: the registered one, in UTF-8
+#   ...     payloads: a single one itself; several as a list of bytes, pickled
+#
+# From the kind to the name this is the header.  Fields that a kind does not use are 0.
+#
+# A payload of more than 2048 bytes is alone in its frame, and empty there.  It follows the frame,
 # with a MAC of its own.  So no memory is taken for a length that a stranger altered; and as a
-# frame must come whole within a heartbeat, the frames that follow it are not long taken for
-# its rest.
+# frame must come whole within a heartbeat, the frames that follow it are not long taken for its
+# rest.  A frame has 65,536 messages at most.
 #
 # A MAC is BLAKE2b, keyed, of all frames and payloads of that direction so far, without their
 # MACs, and with the SHA-256 of each that is longer than 2048 bytes in its place.  Its key is
 # HMAC-SHA256(authkey, role of the sender + SHA-256(dialler's hello) + SHA-256(acceptor's
 # hello)).
 #
-# A frame with an empty list is a tick: a side that has nothing to send sends one every fifth of
+# A frame with an empty body is a tick: a side that has nothing to send sends one every fifth of
 # the heartbeat.  Silence for four fifths of a heartbeat ends the connection.  The last frame of
 # a side has the header "end"; then that side shuts down its writing half, and reads to the
 # other's end.  A direction that ends without "end" was cut off: messages that were sent last
 # may be lost.
 #
-# A body holds plain data only: of each header, at least one payload; in all, at most 65,536.
-# These are the headers, and their payloads:
+# These are the kinds, the fields that each uses, and its payload:
 #
-#   "serials"      serial, oldest serial          empty; see _Handshake._exchange_serials
-#   "send"         incarnation, id, cause         the message, pickled
-#   "call"         incarnation, id, caller, tag, cause             the message, pickled
-#   "monitor"      incarnation, id, tag, cause    empty; the answer is "failed", at the end
-#   "request"      tag, cause                     the request to the node itself, pickled
-#   "reply"        tag, cause                     the reply, pickled
-#   "failed"       tag, kind, cause               (text, traceback, reason), pickled
-#   "unwatch"      tag                            empty; the end need not be reported any more
-#   "undelivered"  id, why, count, cause          empty; sends that nobody could take
-#   "end"                                         empty; nothing follows
+#    0  "send"         incarnation, id, cause                 the message, pickled
+#    1  "call"         incarnation, id, caller, tag, cause    the message, pickled
+#    2  "reply"        tag, cause              the reply, pickled
+#    3  "failed"       tag, cause              (kind, text, traceback, reason), pickled
+#    4  "monitor"      incarnation, id, tag, cause     empty; "failed" answers, at the end
+#    5  "unwatch"      tag                     empty; the end need not be reported any more
+#    6  "request"      tag, cause              the request to the node itself, pickled
+#    7  "undelivered"  id, cause               of sends that nobody could take, the number
+#                                              (4 bytes) and the reason, in UTF-8
+#    8  "serials"      none                    serial, oldest serial (8 bytes each); see
+#                                              _Handshake._exchange_serials
+#    9  "end"          none                    empty; nothing follows
 #
-#   incarnation    of the process that the handle is from; None: of any that has that address
-#   id             a thread's id, or its registered name
-#   caller         the id of the thread that calls
-#   tag            a random text, by which the outcome is told
-#   cause          the event that the message was sent by: (incarnation in hex, thread, clock);
-#                  None if the event was not recorded
-#   kind           "no thread", "returned", "died", or "unreadable"
+#   kind           of a failure: "no thread", "returned", "died", or "unreadable"
 #   traceback      None, or a pair: the error's name, and its traceback or why the message is
 #                  unreadable
 #   reason         the exception that ended the thread, pickled, or empty
@@ -2555,8 +2579,16 @@ def _read_when_written(file: Any) -> bytes:
 PROTOCOL = "distconc 7"
 MAX_HELLO = 4096  # bytes
 FRAME_START = struct.Struct(">II")
+# The sizes of a group precede its header.
+SIZES = struct.Struct(">II")
+HEADER = struct.Struct(">BQQQ16sQQQH")
+SIZES_AND_HEADER = struct.Struct(">IIBQQQ16sQQQH")
+SERIALS = struct.Struct(">QQ")
+COUNT = struct.Struct(">I")
+KINDS = ("send", "call", "reply", "failed", "monitor", "unwatch", "request", "undelivered",
+         "serials", "end")
 MAC_SIZE = 16  # bytes
-# MAX_BATCH messages are less, however long their headers.
+# MAX_BATCH messages are less, however long their names.
 MAX_FRAME = 1 << 22  # bytes
 MAX_PAYLOADS = 1 << 16  # in a frame
 # A larger payload follows its frame, as copying costs more.
@@ -2570,10 +2602,8 @@ RECEIVE_SIZE = 1 << 14
 # A larger payload is not joined with its frame, as copying costs more than a second write.
 MAX_JOINED = 1 << 16  # bytes
 MAX_CLOCK = 1 << 63  # of a cause
-
-_Header = tuple[Any, ...]
-# A header, and its payloads.
-_Group = tuple[_Header, Sequence["bytes | memoryview"]]
+# A letter takes four bytes at most.
+MAX_NAME_SIZE = 4 * MAX_NAME  # bytes
 
 
 class _Hello(NamedTuple):
@@ -2644,54 +2674,67 @@ class _Seal:
         return self._state.digest()
 
 
-class _BodyUnpickler(pickle.Unpickler):
-    """Loads bodies, which are plain data only, even if `allow` lets more into messages."""
+def _encode_header(kind: str, incarnation: int | None = None, id: int | str = 0,
+                   caller: int = 0, tag: str = "", cause: _EventId | None = None) -> bytes:
+    """Return a header with these fields."""
+    name = b""
+    if isinstance(id, str):
+        name = id.encode("utf-8", "surrogatepass")
+        id = 0
+    origin = thread = clock = 0
+    if cause is not None:
+        origin, thread, clock = int(cause[0], 16), cause[1], cause[2]
+    # A tag that this module has not made may be any text, and then finds no pending.
+    tag_bytes = tag.encode("ascii", "replace")
+    return HEADER.pack(KINDS.index(kind), incarnation or 0, id, caller, tag_bytes,
+                       origin, thread, clock, len(name)) + name
+
+
+def _encode_message(header: bytes, payload: bytes) -> tuple[bytes, bytes]:
+    """Return the body of a frame with this message, and the large payload that follows it."""
+    if len(payload) > SMALL_PAYLOAD:
+        return SIZES.pack(1, 0) + header, payload
+    return SIZES.pack(1, len(payload)) + header + payload, b""
+
+
+def _encode_batch(messages: Sequence[tuple[bytes, bytes, object]]) -> tuple[bytes, bytes]:
+    """Return the body of a frame with these messages, and the large payload that follows it."""
+    if len(messages) == 1:
+        header, payload, _ = messages[0]
+        return _encode_message(header, payload)
+    groups = []
+    for header, members in itertools.groupby(messages, key=itemgetter(0)):
+        groups.append(_encode_group(header, [payload for _, payload, _ in members]))
+    return b"".join(groups), b""
+
+
+def _encode_group(header: bytes, payloads: list[bytes]) -> bytes:
+    data = payloads[0]
+    if len(payloads) > 1:
+        data = pickle.dumps(payloads, 5)
+    return SIZES.pack(len(payloads), len(data)) + header + data
+
+
+def _decode_cause(incarnation: int, thread: int, clock: int) -> _EventId | None:
+    """Return a peer's cause; None if there is none, or none that an event here could follow."""
+    if not 0 < clock < MAX_CLOCK or thread >= MAX_CLOCK:
+        return None
+    return f"{incarnation:016x}", thread, clock
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Loads plain data only, even if `allow` lets more into messages."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"a body names {module}.{name}"[:300])
+        raise pickle.UnpicklingError(f"this should be plain, and names {module}.{name}"[:300])
 
 
-def _decode_body(body: bytes) -> list[_Group]:
-    """Return the headers of a frame, each with its payloads; raise an error for nonsense.
-
-    No field of a header may be hashed, compared or shown before its type is known: a pickle of
-    some kilobytes can stand for a tuple of a thousand million items, or be so deep that the
-    interpreter crashes.
-    """
-    groups: list[_Group] = _BodyUnpickler(io.BytesIO(body)).load()
-    count = 0
-    for header, payloads in groups:
-        if not _PLAIN_FIELDS.issuperset(map(type, header)):
-            _check_cause_alone(header)
-        if set(map(type, payloads)) != {bytes}:
-            raise ValueError(f"a header {header[0]!r:.30} has no list of payloads")
-        count += len(payloads)
-    if count > MAX_PAYLOADS:
-        raise ValueError(f"a frame has {count} payloads")
-    return groups
-
-
-_PLAIN_FIELDS = frozenset([str, int, type(None)])
-
-
-def _check_cause_alone(header: _Header) -> None:
-    """Raise ValueError unless all fields are plain but the last, a tuple of three that are."""
-    *fields, cause = header
-    if type(cause) is not tuple or len(cause) != 3:
-        raise ValueError("a header has a field that is not plain")
-    if not _PLAIN_FIELDS.issuperset(map(type, (*fields, *cause))):
-        raise ValueError("a header, or its cause, has a field that is not plain")
-
-
-def _check_cause(cause: Any) -> _EventId | None:
-    """Return a peer's cause, or None for a value that no event here could follow."""
-    if cause is None:
-        return None
-    match cause:
-        case (str(incarnation), int(thread), int(clock)):
-            if 0 <= thread < MAX_CLOCK and 0 < clock < MAX_CLOCK:
-                return incarnation[:16], int(thread), int(clock)
-    return None
+def _decode_payloads(data: bytes, count: int) -> list[bytes]:
+    """Return several payloads; raise an error for nonsense."""
+    payloads = _PlainUnpickler(io.BytesIO(data)).load()
+    if set(map(type, payloads)) != {bytes} or len(payloads) != count:
+        raise ValueError(f"these are not {count} payloads")
+    return list(payloads)
 
 
 def _one_line(text: object, limit: int = MAX_LINE) -> str:
@@ -2736,7 +2779,7 @@ class _Peer(NamedTuple):
 
     def remove_watcher(self, tag: str) -> None:
         """Tell the node that the thread's end need not be reported any more.  Never blocks."""
-        local_node()._post(self.incarnation, ("unwatch", tag))
+        local_node()._post(self.incarnation, _encode_header("unwatch", tag=tag))
 
 
 def _must_not_wait() -> bool:
@@ -2823,7 +2866,7 @@ class _Connection:
 
         # `deque.append` and `popleft` are atomic, so putting messages here needs no lock: see
         # `post`.  Only a holder of `_write_lock` takes messages out; `post` may take its own.
-        self._outbox: deque[tuple[_Header, bytes, object]] = deque()
+        self._outbox: deque[tuple[bytes, bytes, object]] = deque()
         self.closing = False
         # The writer waits for messages, or for the connection to close; senders wait for room.
         self._work = _WaitQueue()
@@ -2866,7 +2909,7 @@ class _Connection:
 
     # Sending
 
-    def send(self, header: _Header, payload: bytes) -> bool:
+    def send(self, header: bytes, payload: bytes) -> bool:
         """Have a message written; wait while too much is queued.
 
         Returns False if the connection closes and does not take the message.  Raises NodeDown
@@ -2885,7 +2928,7 @@ class _Connection:
         finally:
             _local.must_not_wait = False
 
-    def post(self, header: _Header, payload: bytes = b"") -> bool:
+    def post(self, header: bytes, payload: bytes = b"") -> bool:
         """Queue a message; return False if the connection closes without taking the message.
 
         Never blocks.  For threads that must not wait: readers, and threads that end.
@@ -2905,10 +2948,10 @@ class _Connection:
         return True
 
     def encode_reply(self, tag: str, payload: bytes,
-                     cause: _EventId | None) -> tuple[_Header, bytes]:
+                     cause: _EventId | None) -> tuple[bytes, bytes]:
         """Return the header and payload of a reply, or of a failure in place of a large one."""
         if len(payload) <= self.max_outgoing:
-            return ("reply", tag, cause), payload
+            return _encode_header("reply", tag=tag, cause=cause), payload
         error = RemoteError("SerializationError", f"the reply has {len(payload)} bytes, more "
                             f"than the max_message of the caller's node, {self.max_outgoing}")
         return _encode_failure(tag, error, cause)
@@ -2930,15 +2973,15 @@ class _Connection:
             return len(self._outbox) < MAX_QUEUED
         return monotonic() - self._last_write < BURST_SECONDS
 
-    def _write_at_once(self, header: _Header, payload: bytes) -> bool:
+    def _write_at_once(self, header: bytes, payload: bytes) -> bool:
         """Write a message, unless others wait in the outbox."""
         with self._write_lock:
             if self._outbox or self.closing or _faults.are_active:
                 return False
-            self._write_frame([(header, [payload])], 1)
+            self._write_frame(*_encode_message(header, payload), 1)
             return True
 
-    def _write_in_turn(self, header: _Header, payload: bytes) -> bool:
+    def _write_in_turn(self, header: bytes, payload: bytes) -> bool:
         """Queue a message behind others, when there is room."""
         if len(self._outbox) >= MAX_QUEUED:
             self._room.wait_until(self._has_room, None)
@@ -2957,46 +3000,34 @@ class _Connection:
             with self._write_lock:
                 if self._has_ended_output or not self._outbox:
                     return
-                taken: list[tuple[_Header, bytes, object]] = []
+                taken: list[tuple[bytes, bytes, object]] = []
                 try:
-                    groups, count = self._next_batch(taken)
+                    self._take_batch(taken)
+                    body, large = _encode_batch(taken)
                 except BaseException:
                     # Ctrl-C: most of these are other threads' messages.
                     self._outbox.extendleft(reversed(taken))
                     raise
-                self._write_frame(groups, count)
+                self._write_frame(body, large, len(taken))
 
-    def _next_batch(self, taken: list[tuple[_Header, bytes, object]]
-                    ) -> tuple[list[_Group], int]:
+    def _take_batch(self, taken: list[tuple[bytes, bytes, object]]) -> None:
         """Take the messages of one frame from the outbox: many small ones, or a large one.
 
-        Returns each header with its payloads, and the number of messages.  The messages are in
-        `taken` even if Ctrl-C interrupts this.
+        They are in `taken` even if Ctrl-C interrupts this.
         """
-        groups: list[_Group] = []
-        last_header = None
-        count = 0
         size = 0
-        while self._outbox and count < MAX_BATCH and size < MAX_BATCH_SIZE:
+        while self._outbox and len(taken) < MAX_BATCH and size < MAX_BATCH_SIZE:
             message = self._outbox.popleft()
-            header, payload, _ = message
-            if len(payload) > SMALL_PAYLOAD and groups:
-                self._outbox.appendleft(message)
-                break
             taken.append(message)
-            if header is not last_header:
-                payloads: list[bytes] = []
-                groups.append((header, payloads))
-                last_header = header
-            payloads.append(payload)
-            count += 1
-            size += len(payload)
-            if len(payload) > SMALL_PAYLOAD:
+            size += len(message[1])
+            if len(message[1]) > SMALL_PAYLOAD:
+                if len(taken) > 1:
+                    self._outbox.appendleft(taken.pop())
                 break
         self._room.wake_all()
-        return groups, count
 
-    def _write_frame(self, groups: list[_Group], count: int = 0) -> None:
+    def _write_frame(self, body: bytes = b"", large: "bytes | memoryview" = b"",
+                     count: int = 0) -> None:
         """Write one frame, with so many messages of threads; `_write_lock` is held.
 
         If a fault cuts the peer off, the messages are lost.  If the network fails, or Ctrl-C
@@ -3007,7 +3038,7 @@ class _Connection:
             return
         self._is_writing = True
         try:
-            pieces = self._make_frame(groups)
+            pieces = self._make_frame(body, large)
             # The time is set before the answer can be read, as a read resets the time.
             self._last_write = monotonic()
             for piece in pieces:
@@ -3023,15 +3054,9 @@ class _Connection:
         finally:
             self._is_writing = False
 
-    def _make_frame(self, groups: list[_Group]) -> "Sequence[bytes | memoryview]":
+    def _make_frame(self, body: bytes,
+                    large: "bytes | memoryview") -> "Sequence[bytes | memoryview]":
         """Return a frame's bytes, in one piece unless joining costs too much."""
-        large: bytes | memoryview = b""
-        if groups:
-            header, payloads = groups[0]
-            if len(payloads[0]) > SMALL_PAYLOAD:
-                large = payloads[0]
-                groups = [(header, [b""])]
-        body = pickle.dumps(groups, 5)
         frame = FRAME_START.pack(len(body), len(large)) + body
         frame += self._outgoing.mac(frame)
         if not large:
@@ -3074,13 +3099,13 @@ class _Connection:
             return
         with self._write_lock:
             if not self._has_ended_output:
-                self._write_frame([])
+                self._write_frame()
 
     def _write_end(self) -> None:
         """Tell the peer that nothing follows."""
         with self._write_lock:
             if not self._has_ended_output:
-                self._write_frame([(("end",), [b""])])
+                self._write_frame(*_encode_message(_encode_header("end"), b""))
 
     def _end_output(self) -> None:
         with self._write_lock:
@@ -3099,25 +3124,29 @@ class _Connection:
 
     def send_tick(self) -> None:
         with self._write_lock:
-            self._write_frame([])
+            self._write_frame()
 
     def read_tick(self) -> None:
-        if self._read_frame():
+        body, _ = self._read_frame()
+        if body:
             raise ValueError("the peer speaks before its turn")
 
     def register_and_send_serials(self) -> None:
         """Register this connection; tell the peer its number, and that of the oldest here."""
         oldest = self._node._add_connection(self)
         with self._write_lock:
-            header = ("serials", self.serial, oldest)
-            self._write_frame([(header, [b""])])
+            serials = SERIALS.pack(self.serial, oldest)
+            self._write_frame(*_encode_message(_encode_header("serials"), serials))
 
     def read_serials(self) -> int:
         """Read the peer's number for this connection; return the number of its oldest one."""
-        [(header, _)] = self._read_frame()
-        kind, serial, oldest = header
-        if kind != "serials" or not (0 < oldest <= serial < 1 << 64):
-            raise ValueError(f"{header!r:.100} is no introduction")
+        body, _ = self._read_frame()
+        start = SIZES.pack(1, SERIALS.size) + _encode_header("serials")
+        if not body.startswith(start):
+            raise ValueError("the peer speaks before it has told its serials")
+        serial, oldest = SERIALS.unpack(body[len(start):])
+        if not 0 < oldest <= serial:
+            raise ValueError(f"{serial} and {oldest} are no serials")
         self.peer_serial = serial
         return int(oldest)
 
@@ -3131,11 +3160,10 @@ class _Connection:
         _local.must_not_wait = True
         try:
             while not self._has_read_end:
-                groups = self._read_frame()
+                body, large = self._read_frame()
                 # After a read, the next message may be an answer, which is not one of many.
                 self._last_write = 0.0
-                for header, payloads in groups:
-                    self._dispatch(header, payloads)
+                self._hand_out(body, large)
                 if len(self._outbox) > MAX_UNREAD:
                     raise OSError("the peer goes on asking and does not read the answers")
             self.close()
@@ -3157,8 +3185,8 @@ class _Connection:
         self._node._connection_closed(self)
         self._release()
 
-    def _read_frame(self) -> list[_Group]:
-        """Wait for a frame, check its MAC, and return its headers, each with its payloads.
+    def _read_frame(self) -> "tuple[bytes, memoryview | None]":
+        """Wait for a frame; check its MAC; return its body and the large payload, if any.
 
         Raises EOFError or OSError if the connection ends, if it is silent for too long, or if
         bytes come that the peer has not written.
@@ -3168,16 +3196,16 @@ class _Connection:
         if body_size > MAX_FRAME:
             raise OSError(f"a frame of {body_size} bytes is too large")
         end = FRAME_START.size + body_size
-        self._receive(end + MAC_SIZE)
-        frame = self._unread[:end]
-        mac = self._unread[end:end + MAC_SIZE]
-        self._unread = self._unread[end + MAC_SIZE:]
-        self._check_mac(frame, mac)
-        groups = _decode_body(frame[FRAME_START.size:])
+        if len(self._unread) < end + MAC_SIZE:
+            self._receive(end + MAC_SIZE)
+        unread = self._unread
+        self._unread = unread[end + MAC_SIZE:]
+        frame = unread[:end]
+        self._check_mac(frame, unread[end:end + MAC_SIZE])
+        large = None
         if large_size:
-            [(header, _)] = groups
-            groups = [(header, [self._read_large(large_size)])]
-        return groups
+            large = self._read_large(large_size)
+        return frame[FRAME_START.size:], large
 
     def _receive(self, size: int) -> None:
         """Receive until `size` bytes are unread.
@@ -3185,10 +3213,8 @@ class _Connection:
         A frame that does not come whole in the time after which silence ends the connection
         ends the connection, too.
         """
-        if len(self._unread) >= size:
-            return
-        deadline = monotonic() + 0.8 * self.heartbeat
-        while True:
+        deadline = None
+        while len(self._unread) < size:
             try:
                 data = self._socket.recv(RECEIVE_SIZE)
             except (BlockingIOError, TimeoutError):
@@ -3198,7 +3224,9 @@ class _Connection:
             self._unread += data
             if len(self._unread) >= size:
                 return
-            if monotonic() > deadline:
+            now = monotonic()
+            deadline = deadline or now + 0.8 * self.heartbeat
+            if now > deadline:
                 raise OSError("a frame came too slowly: its length may have been altered")
 
     def _read_large(self, size: int) -> memoryview:
@@ -3224,40 +3252,82 @@ class _Connection:
         if not hmac.compare_digest(self._incoming.mac(piece), mac):
             raise OSError("a frame was altered, repeated, lost or moved on its way")
 
-    def _dispatch(self, header: _Header, payloads: "Sequence[bytes | memoryview]") -> None:
+    def _hand_out(self, body: bytes, large: "memoryview | None") -> None:
+        """Handle the messages of a frame; raise an error for nonsense."""
+        end = 0
+        messages = 0
+        while end < len(body):
+            (count, size, kind, incarnation, id, caller, tag, origin, thread, clock,
+             name_size) = SIZES_AND_HEADER.unpack_from(body, end)
+            name_start = end + SIZES_AND_HEADER.size
+            start = name_start + name_size
+            end = start + size
+            messages += count
+            if end > len(body) or messages > MAX_PAYLOADS:
+                raise ValueError("a frame has less than its sizes say, or too many messages")
+            data = body[start:end]
+            payloads: Sequence[bytes | memoryview] = [data]
+            if count != 1:
+                payloads = _decode_payloads(data, count)
+            elif large is not None:
+                if size or end < len(body):
+                    raise ValueError("a large payload is not alone")
+                payloads = [large]
+            target: int | str = id
+            if name_size > MAX_NAME_SIZE:
+                raise ValueError("a name is too long")
+            if name_size:
+                target = body[name_start:start].decode("utf-8", "surrogatepass")
+            cause = None
+            if clock:
+                cause = _decode_cause(origin, thread, clock)
+            self._dispatch(KINDS[kind], incarnation or None, target, caller,
+                           tag.decode("latin-1"), cause, payloads)
+
+    def _dispatch(self, kind: str, incarnation: int | None, id: "int | str", caller: int,
+                  tag: str, cause: _EventId | None,
+                  payloads: "Sequence[bytes | memoryview]") -> None:
         """Handle the messages with this header."""
-        kind, *fields = header
-        if kind == "send":
-            self._on_send(payloads, *fields)
-        elif kind in self._HANDLERS:
-            handler = self._HANDLERS[kind]
-            for payload in payloads:
-                handler(self, payload, *fields)
-        elif kind == "end":
+        if kind == "end":
             self._has_read_end = True
             return
-        else:
-            raise ValueError(f"{header!r:.100} is no header")
         self.received += len(payloads)
+        if kind == "send":
+            self._on_send(payloads, incarnation, id, cause)
+            return
+        for payload in payloads:
+            if kind == "call":
+                self._on_call(payload, incarnation, id, caller, tag, cause)
+            elif kind == "reply":
+                self._on_reply(payload, tag, cause)
+            elif kind == "failed":
+                _pending.fail(tag, _RemoteFailure(self, payload), cause)
+            elif kind == "monitor":
+                self._find_and_watch(incarnation, id, tag, cause)
+            elif kind == "unwatch":
+                _registry.remove_watcher(tag)
+            elif kind == "request":
+                self._on_request(payload, tag, cause)
+            elif kind == "undelivered":
+                self._on_undelivered(payload, id, cause)
+            else:
+                raise ValueError(f"{kind!r} comes at the wrong time")
 
     def _on_send(self, payloads: "Sequence[bytes | memoryview]", incarnation: int | None,
-                 id: "int | str", cause: Any) -> None:
+                 id: "int | str", cause: _EventId | None) -> None:
         """Put messages into the mailbox; the thread that takes one loads its payload."""
-        cause = _check_cause(cause)
         try:
             thread = self._node._find(incarnation, id)
         except NoSuchThread as error:
-            count = len(payloads)
-            self._node._count("undelivered", count)
-            self.post(("undelivered", id, str(error)[:MAX_LINE], count, cause))
+            self._node._count("undelivered", len(payloads))
+            self._post_undelivered(id, len(payloads), str(error), cause)
             return
         thread._mailbox._put_all(
             [_RemoteEntry(payload, self, id, cause) for payload in payloads])
 
     def _on_call(self, payload: "bytes | memoryview", incarnation: int | None, id: "int | str",
-                 caller: int, tag: str, cause: Any) -> None:
+                 caller: int, tag: str, cause: _EventId | None) -> None:
         """Put a call into the mailbox; see to it that the caller hears of a failure."""
-        cause = _check_cause(cause)
         thread = self._find_and_watch(incarnation, id, tag, cause)
         if thread is not None:
             entry = _RemoteCallEntry(payload, self, self._caller(caller), tag, cause)
@@ -3275,8 +3345,6 @@ class _Connection:
     def _find_and_watch(self, incarnation: int | None, id: "int | str", tag: str,
                         cause: _EventId | None) -> "Thread | None":
         """Watch a thread for the peer and return it; if there is none, tell the peer so."""
-        if not isinstance(tag, str):
-            raise TypeError(f"{tag!r:.100} is no tag")
         try:
             thread = self._node._find(incarnation, id)
         except NoSuchThread as error:
@@ -3287,15 +3355,14 @@ class _Connection:
             return None
         return thread
 
-    def _on_reply(self, payload: "bytes | memoryview", tag: str, cause: Any) -> None:
+    def _on_reply(self, payload: "bytes | memoryview", tag: str,
+                  cause: _EventId | None) -> None:
         """Give the reply to the waiting caller, which loads the payload."""
-        if not isinstance(tag, str):
-            raise TypeError(f"{tag!r:.100} is no tag")
-        reply = _RemoteReply(payload, self, _check_cause(cause))
-        if not _pending.resolve(tag, reply, self.peer):
+        if not _pending.resolve(tag, _RemoteReply(payload, self, cause), self.peer):
             self._pass_reply_on(payload, tag, cause)
 
-    def _pass_reply_on(self, payload: "bytes | memoryview", tag: str, cause: Any) -> None:
+    def _pass_reply_on(self, payload: "bytes | memoryview", tag: str,
+                       cause: _EventId | None) -> None:
         """Hand on the reply to a call that a thread of this node has passed on to the peer.
 
         Until its reply comes, the caller's node watches the thread that was called here.
@@ -3304,51 +3371,36 @@ class _Connection:
         if isinstance(watcher, _RemoteWatcher):
             caller = self._node._established_with(watcher.peer.incarnation, None)
             if caller is not None:
-                caller.post(*caller.encode_reply(tag, bytes(payload), _check_cause(cause)))
+                caller.post(*caller.encode_reply(tag, bytes(payload), cause))
 
-    def _on_failed(self, payload: "bytes | memoryview", tag: str, kind: str,
-                   cause: Any) -> None:
-        """Tell the waiter that its call failed, or that the watched thread has ended."""
-        _pending.fail(tag, _RemoteFailure(self, kind, payload), _check_cause(cause))
-
-    def _on_monitor(self, _: "bytes | memoryview", incarnation: int | None, id: "int | str",
-                    tag: str, cause: Any) -> None:
-        """Watch a thread for the peer."""
-        self._find_and_watch(incarnation, id, tag, _check_cause(cause))
-
-    def _on_unwatch(self, _: "bytes | memoryview", tag: str) -> None:
-        """Forget a call or a monitor, which need not be told of the end any more."""
-        _registry.remove_watcher(tag)
-
-    def _on_request(self, payload: "bytes | memoryview", tag: str, cause: Any) -> None:
+    def _on_request(self, payload: "bytes | memoryview", tag: str,
+                    cause: _EventId | None) -> None:
         """Queue a request for a separate thread, since requests may run the user's code."""
         if self._requests is None:
             self._requests = Mailbox()
             _start_daemon("requests", _serve_requests, self, self._requests)
         if len(self._requests._entries) > MAX_REQUESTS:
             raise OSError("the peer asks for more than this node can do")
-        self._requests.put((tag, _check_cause(cause), payload))
+        self._requests.put((tag, cause, payload))
 
-    def _on_undelivered(self, _: "bytes | memoryview", id: "int | str", why: Any, count: Any,
-                        cause: Any) -> None:
+    def _on_undelivered(self, payload: "bytes | memoryview", id: "int | str",
+                        cause: _EventId | None) -> None:
         """Log that messages from here reached no thread."""
+        [count] = COUNT.unpack_from(payload)
+        why = str(payload[COUNT.size:], "utf-8", "replace")
         # A frame that is being written is not counted as sent yet.
         most = self.sent + MAX_BATCH - self._lost
-        if type(count) is not int or not 0 < count <= most:
-            raise ValueError(f"{count!r:.100} messages cannot be lost")
+        if not 0 < count <= most:
+            raise ValueError(f"{count} messages cannot be lost")
         self._lost += count
         target = f"{_one_line(repr(id), MAX_NAME)} at {self.name}"
-        _losses.add(target, _one_line(why), count, _check_cause(cause))
+        _losses.add(target, _one_line(why), count, cause)
 
-    _HANDLERS: "dict[str, Callable[..., None]]" = {
-        "call": _on_call,
-        "monitor": _on_monitor,
-        "request": _on_request,
-        "reply": _on_reply,
-        "failed": _on_failed,
-        "unwatch": _on_unwatch,
-        "undelivered": _on_undelivered,
-    }
+    def _post_undelivered(self, id: "int | str", count: int, why: str,
+                          cause: _EventId | None) -> None:
+        """Tell the peer that nobody could take so many of its messages."""
+        payload = COUNT.pack(count) + why[:MAX_LINE].encode("utf-8", "replace")
+        self.post(_encode_header("undelivered", id=id, cause=cause), payload)
 
     def _delivery_error(self, error: BaseException) -> DistconcError:
         """Count a message that no thread got; return the error for its sender."""
@@ -3462,7 +3514,7 @@ class _RemoteWatcher:
 
 
 def _encode_failure(tag: str, error: DistconcError,
-                    cause: _EventId | None) -> tuple[_Header, bytes]:
+                    cause: _EventId | None) -> tuple[bytes, bytes]:
     """Return the header and the payload that tell a waiter on another node of `error`."""
     kind = "died"
     traceback = None
@@ -3482,27 +3534,26 @@ def _encode_failure(tag: str, error: DistconcError,
             reason = serialize(error.reason)
         if len(reason) > MAX_REASON:
             reason = b""
-    payload = pickle.dumps((str(error)[:MAX_ERROR_TEXT], traceback, reason), 5)
-    return ("failed", tag, kind, cause), payload
+    payload = pickle.dumps((kind, str(error)[:MAX_ERROR_TEXT], traceback, reason), 5)
+    return _encode_header("failed", tag=tag, cause=cause), payload
 
 
 class _RemoteFailure(_Failure):
     """A failure that another node has reported.  The waiter loads the reason."""
 
-    def __init__(self, connection: "_Connection", kind: str,
-                 payload: "bytes | memoryview") -> None:
-        if kind not in ("no thread", "returned", "died", "unreadable"):
-            raise ValueError(f"{kind!r} is no kind of failure")
+    def __init__(self, connection: "_Connection", payload: "bytes | memoryview") -> None:
         self._connection = connection
-        self._kind = kind
         self._traceback: RemoteError | None = None
-        match _BodyUnpickler(io.BytesIO(payload)).load():
-            case str(text), (str(name), str(lines)), bytes(reason):
+        match _PlainUnpickler(io.BytesIO(payload)).load():
+            case str(kind), str(text), (str(name), str(lines)), bytes(reason):
                 self._traceback = RemoteError(_one_line(name, MAX_NAME), _clean_lines(lines))
-            case str(text), None, bytes(reason):
+            case str(kind), str(text), None, bytes(reason):
                 pass
             case _:
                 raise ValueError("a failure without a text")
+        if kind not in ("no thread", "returned", "died", "unreadable"):
+            raise ValueError(f"{kind!r:.100} is no kind of failure")
+        self._kind = kind
         self._text = _clean_lines(text)
         self._reason = reason
 
@@ -3558,28 +3609,28 @@ class _RemoteEntry(_Entry):
         self.cause = cause
 
     def load(self) -> bool:
-        if self.payload is None:
-            return self.message is not _UNREADABLE
-        try:
-            self.message = _load(self.connection, self.payload)
-        except (Exception, SystemExit) as error:
-            self.message = _UNREADABLE
-            self._tell_sender(error)
-        self.payload = None
-        if self.message.__class__ is Reply:
-            # Replies have a header of their own.  A forged one like this belongs to no mailbox.
-            self._answer_call(self.message)
+        if self.payload is not None:
+            try:
+                self.message = self._unwrap(_load(self.connection, self.payload))
+            except (Exception, SystemExit) as error:
+                self.message = _UNREADABLE
+                self._tell_sender(error)
+            self.payload = None
         return self.message is not _UNREADABLE
 
-    def _answer_call(self, reply: Reply) -> None:
-        self.message = _UNREADABLE
-        if isinstance(reply.tag, str):
-            _pending.resolve(reply.tag, _Entry(reply.data, self.cause))
+    def _unwrap(self, loaded: Any) -> Any:
+        """Return the message that the receiver gets, once the payload has been loaded."""
+        if loaded.__class__ is not Reply:
+            return loaded
+        # Replies have a kind of their own.  A forged one like this belongs to no mailbox.
+        if isinstance(loaded.tag, str):
+            _pending.resolve(loaded.tag, _Entry(loaded.data, self.cause))
+        return _UNREADABLE
 
     def _tell_sender(self, error: BaseException) -> None:
         """Report that the message could not be loaded."""
         why = str(self.connection._delivery_error(error))
-        self.connection.post(("undelivered", self.target, why, 1, self.cause))
+        self.connection._post_undelivered(self.target, 1, why, self.cause)
 
 
 class _RemoteCallEntry(_RemoteEntry):
@@ -3595,12 +3646,8 @@ class _RemoteCallEntry(_RemoteEntry):
         self.caller = caller
         self.tag = tag
 
-    def load(self) -> bool:
-        is_loaded = self.payload is None
-        is_readable = super().load()
-        if is_readable and not is_loaded:
-            self.message = Synchronous(self.message, self.caller, self.tag)
-        return is_readable
+    def _unwrap(self, loaded: Any) -> Synchronous:
+        return Synchronous(loaded, self.caller, self.tag)
 
     def _tell_sender(self, error: BaseException) -> None:
         _registry.remove_watcher(self.tag)
@@ -4031,17 +4078,17 @@ class Node(AbstractContextManager["Node"]):
         """Return the receiver of a message from another node; raise NoSuchThread."""
         if incarnation not in (None, self.incarnation) or self._stopped:
             raise NoSuchThread(f"{id!r:.300} was a thread of an earlier run of this node")
-        if type(id) is int:
+        if isinstance(id, int):
             thread = _registry.by_id.get(id)
         else:
-            thread = _registry.by_name.get(id)  # type: ignore[arg-type]
+            thread = _registry.by_name.get(id)
         if thread is None:
             raise _no_such_thread(id)
         return thread
 
     # Connections
 
-    def _post(self, incarnation: int, header: _Header, payload: bytes = b"") -> bool:
+    def _post(self, incarnation: int, header: bytes, payload: bytes = b"") -> bool:
         """Send if a connection to that node is there; return False if not.  Never blocks."""
         connection = self._established_with(incarnation, None)
         return connection is not None and connection.post(header, payload)
@@ -4536,8 +4583,8 @@ class RemoteThread(_Handle):
     def __init__(self, node: NodeLike | None, id: int | str,
                  incarnation: int | None = None) -> None:
         _check_id(id)
-        if incarnation is not None and type(incarnation) is not int:
-            raise TypeError(f"an incarnation is an int, not {incarnation!r:.100}")
+        if incarnation is not None:
+            _check_incarnation(incarnation)
         self._node: Address | None = None
         if node is not None:
             self._node = _parse_address_cached(node)
@@ -4550,7 +4597,7 @@ class RemoteThread(_Handle):
         self._id: int | str = int(id) if isinstance(id, int) else str.__str__(id)
         self._incarnation = incarnation
         self._identity = (incarnation or self._node, self._id)
-        self._send_header = ("send", incarnation, self._id, None)
+        self._send_header = _encode_header("send", incarnation, self._id)
 
         # The connection over which a message to this thread was sent last.
         self._connection: _Connection | None = None
@@ -4635,10 +4682,10 @@ class RemoteThread(_Handle):
             else:
                 thread._mailbox._put(_Entry(message, cause))
         else:
-            header = ("send", self._incarnation, self._id, cause)
-            if cause is None:
-                header = self._send_header
-            self._send_copy(header, message)
+            header = self._send_header
+            if cause is not None:
+                header = _encode_header("send", self._incarnation, self._id, cause=cause)
+            self._send_copy(header, message, cause)
 
     def _reply(self, data: Any, tag: str, cause: _EventId | None) -> None:
         """Answer a call that this thread has made.
@@ -4691,26 +4738,28 @@ class RemoteThread(_Handle):
         if self._is_local():
             get_remote_thread(self._id)._call(call, message, cause)
             return
-        header = ("call", self._incarnation, self._id, call.waiter.id, call.tag, cause)
-        self._send_copy(header, message, call)
+        header = _encode_header(
+            "call", self._incarnation, self._id, call.waiter.id, call.tag, cause)
+        self._send_copy(header, message, cause, call)
 
     def _watch(self, pending: _Pending) -> bool:
         """Have the thread's end reported to `pending`."""
         if self._is_local():
             return get_remote_thread(self._id)._watch(pending)
-        header = ("monitor", self._incarnation, self._id, pending.tag, None)
+        header = _encode_header("monitor", self._incarnation, self._id, tag=pending.tag)
         self._transmit(header, b"", pending)
         return True
 
-    def _send_copy(self, header: _Header, message: Any, *pendings: _Pending) -> None:
+    def _send_copy(self, header: bytes, message: Any, cause: _EventId | None,
+                   *pendings: _Pending) -> None:
         """Send a copy of `message`; record the message as lost if that fails."""
         try:
             self._transmit(header, serialize(message), *pendings)
         except Exception as error:
-            _record_lost(error, header[-1])
+            _record_lost(error, cause)
             raise
 
-    def _transmit(self, header: _Header, payload: bytes, *pendings: _Pending) -> None:
+    def _transmit(self, header: bytes, payload: bytes, *pendings: _Pending) -> None:
         """Send over the last connection, or, if that one closes, over a new one.
 
         If contact with the node is lost, from now on, the pendings fail.
@@ -4753,6 +4802,14 @@ class RemoteThread(_Handle):
 MAX_ID = (1 << 64) - 1
 
 
+def _check_incarnation(incarnation: object) -> None:
+    """Raise TypeError or ValueError if `incarnation` is not that of a process."""
+    if type(incarnation) is not int:
+        raise TypeError(f"an incarnation is an int, not {incarnation!r:.100}")
+    if not 0 < incarnation <= MAX_ID:
+        raise ValueError(f"incarnations are from 1 to {MAX_ID}, not {incarnation!r:.100}")
+
+
 def _check_id(id: object) -> None:
     """Raise TypeError or ValueError if `id` is neither a thread's id nor a name."""
     if isinstance(id, str):
@@ -4763,7 +4820,7 @@ def _check_id(id: object) -> None:
         raise ValueError(f"the ids of threads are from 1 to {MAX_ID}, not {id!r:.100}")
 
 
-def _send_over(connection: _Connection, header: _Header, payload: bytes) -> bool:
+def _send_over(connection: _Connection, header: bytes, payload: bytes) -> bool:
     """Send over `connection`; return False if it closes without taking the message."""
     if _faults.are_active:
         return _faults.send(connection, header, payload)
@@ -4892,7 +4949,8 @@ def _call_node(target: Any, request: tuple[Any, ...], timeout: float | None = No
         pendings: list[_Pending] = [call]
         if link is not None:
             pendings.append(link)
-        target._transmit(("request", call.tag, cause), serialize(request), *pendings)
+        header = _encode_header("request", tag=call.tag, cause=cause)
+        target._transmit(header, serialize(request), *pendings)
         if not call.wait(_deadline(timeout)):
             raise TimeoutError(f"the node did not answer within {timeout} seconds")
         answer = call.result()
@@ -4914,7 +4972,7 @@ def _serve_requests(connection: _Connection, requests: Mailbox) -> None:
         try:
             wanted = _load(connection, payload)
         except (Exception, SystemExit) as error:
-            connection._fail_call(tag, error, None)
+            connection._fail_call(tag, error, cause)
             continue
         try:
             answer = serialize(_do_request(connection, wanted, cause))
@@ -5745,7 +5803,7 @@ class _Faults:
         fault = self.concerning(addresses)
         return fault is not None and fault._drop >= 1
 
-    def send(self, connection: _Connection, header: _Header, payload: bytes) -> bool:
+    def send(self, connection: _Connection, header: bytes, payload: bytes) -> bool:
         """Send a message as `_Connection.send` does, but with the faults of its peer."""
         fault = self.concerning(connection.addresses)
         if fault is None:
@@ -5801,13 +5859,15 @@ class faults:
                 connection.delayed_until = 0.0
                 connection._work.wake_all()
 
-    def _send(self, connection: _Connection, header: _Header, payload: bytes) -> bool:
+    def _send(self, connection: _Connection, header: bytes, payload: bytes) -> bool:
         """Send a message once, twice or never; a delayed one waits in the outbox, in order."""
         drop = self._random.random()
         duplicate = self._random.random()
         delay = self._random.random()
         if drop < self._drop:
-            _observer.record(None, "lost", header[-1], why="dropped by faults")
+            *_, origin, thread, clock, _ = HEADER.unpack_from(header)
+            cause = _decode_cause(origin, thread, clock)
+            _observer.record(None, "lost", cause, why="dropped by faults")
             return True
         copies = 1
         if duplicate < self._duplicate:

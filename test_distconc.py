@@ -493,6 +493,9 @@ class MailboxTests(Case):
             def remove(self, entry):
                 self.interrupt("remove", entry)
 
+            def popleft(self):
+                return self.interrupt("popleft")
+
             def __iter__(self):
                 iterator = super().__iter__()
                 self.interrupt("__len__")
@@ -501,20 +504,24 @@ class MailboxTests(Case):
         return acted
 
     def test_who_looks_at_a_mailbox_while_another_takes_changes_no_order(self):
-        for take in Mailbox.get, lambda box: box.get_if(str):
-            box = Mailbox()
-            box.put("first"), box.put("second")
-            acted = self.meanwhile(box, "remove", lambda: (box._copy(), box.put("third")))
-            self.assertEqual([take(box), box.get(0), box.get(0)], ["first", "second", "third"])
-            self.assertTrue(acted)
+        box = Mailbox()
+        box.put("first"), box.put("second")
+        acted = self.meanwhile(box, "remove", lambda: (box._copy(), box.put("third")))
+        self.assertEqual([box.get_if(str), box.get(0), box.get(0)], ["first", "second", "third"])
+        self.assertTrue(acted)
 
     def test_a_message_that_another_takes_first_is_taken_once(self):
-        for take in Mailbox.get, lambda box: box.get_if(str):
+        for step, take in ("remove", lambda box: box.get_if(str)), ("popleft", Mailbox.get):
             box, other = Mailbox(), []
             box.put("first"), box.put("second")
-            self.meanwhile(box, "remove", lambda: other.append(box.get()))
-            self.assertEqual([take(box), other], ["second", ["first"]])
-            self.assertTrue(box.empty())
+            self.meanwhile(box, step, lambda: other.append(box._entries.pop()))
+            self.assertEqual(take(box), "first")
+            self.assertEqual([entry.message for entry in other], ["second"])
+            self.assertRaises(TimeoutError, box.get, 0)
+        box.put("first"), box.put("second")
+        self.meanwhile(box, "remove", lambda: other.append(box.get()))
+        self.assertEqual([box.get_if(str), other[-1]], ["second", "first"])
+        self.assertTrue(box.empty())
 
     def test_a_message_that_comes_while_the_others_are_looked_through_is_found(self):
         for take in lambda box: [box.get_if("late".__eq__, 0)], Mailbox.get_all:
@@ -2546,14 +2553,90 @@ class Cut(Exception):
     """The node ended the connection."""
 
 
+HEADER = ">BQQQ16sQQQH"  # kind, incarnation, id, caller, tag, cause, length of the name
+
+# The kinds, in their order on the wire.  In the tests a header is a tuple: its kind, and then
+# these.  Those in brackets are not in the header, but in the payload.
+KINDS = {
+    "send": ["incarnation", "id", "cause"],
+    "call": ["incarnation", "id", "caller", "tag", "cause"],
+    "reply": ["tag", "cause"],
+    "failed": ["tag", "cause"],  # as it is read: tag, [kind], cause
+    "monitor": ["incarnation", "id", "tag", "cause"],
+    "unwatch": ["tag"],
+    "request": ["tag", "cause"],
+    "undelivered": ["id", "[why]", "[count]", "cause"],
+    "serials": ["[serial]", "[oldest]"],
+    "end": [],
+}
+
+
+def header_of(kind, incarnation=None, id=0, caller=0, tag="", cause=None):
+    """A header as bytes; `kind` is its name or number, and a name may be any bytes."""
+    name = b""
+    if not isinstance(id, int):
+        name = id if isinstance(id, bytes) else id.encode("utf-8", "surrogatepass")
+        id = 0
+    number = list(KINDS).index(kind) if isinstance(kind, str) else kind
+    origin, *event = cause or ("0", 0, 0)
+    return struct.pack(HEADER, number, incarnation or 0, id, caller, tag.encode(),
+                       int(origin, 16), *event, len(name)) + name
+
+
+def group_of(header, *payloads):
+    """A group as bytes: the sizes, the header, and the payloads."""
+    kind, *items = header
+    fields = dict(zip(KINDS[kind], items, strict=True))
+    if kind == "serials":
+        payloads = [struct.pack(">QQ", fields.pop("[serial]"), fields.pop("[oldest]"))]
+    elif kind == "undelivered":
+        why = fields.pop("[why]").encode("utf-8", "surrogatepass")
+        payloads = [struct.pack(">I", fields.pop("[count]")) + why]
+    data = payloads[0] if len(payloads) == 1 else pickle.dumps(payloads)
+    return struct.pack(">II", len(payloads), len(data)) + header_of(kind, **fields) + data
+
+
 def body_of(*groups):
     """The body of a frame; each group is a tuple of a header and its payloads."""
-    return pickle.dumps(([(header, payloads) for header, *payloads in groups], 0))
+    return b"".join(group_of(*group) for group in groups)
+
+
+def two_in(data):
+    """The body of a frame with two messages, whose payloads are a list pickled in `data`."""
+    return struct.pack(">II", 2, len(data)) + header_of("send", id="kept") + data
+
+
+def take_group(body):
+    """Return the first messages in a body, as headers with their payloads, and the rest."""
+    count, size, number, incarnation, id, caller, tag, origin, thread, clock, name_size = (
+        struct.unpack_from(">II" + HEADER[1:], body))
+    start = struct.calcsize(">II" + HEADER[1:])
+    name, start = body[start:start + name_size].decode("utf-8", "surrogatepass"), start + name_size
+    data, rest = body[start:start + size], body[start + size:]
+    fields = {"incarnation": incarnation or None, "id": id or name, "caller": caller,
+              "tag": tag.rstrip(b"\0").decode(),
+              "cause": (f"{origin:016x}", thread, clock) if clock else None}
+    payloads = [data] if count == 1 else pickle.loads(data)
+    kind = list(KINDS)[number]
+    if kind not in ("serials", "undelivered", "failed"):
+        return [((kind, *(fields[name] for name in KINDS[kind])), payloads)], rest
+    groups = []
+    for payload in payloads:
+        if kind == "serials":
+            header = kind, *struct.unpack(">QQ", payload)
+        elif kind == "undelivered":
+            [number], why = struct.unpack_from(">I", payload), payload[4:].decode()
+            header = kind, fields["id"], why, number, fields["cause"]
+        else:
+            how, *told = pickle.loads(payload)
+            header, payload = (kind, fields["tag"], how, fields["cause"]), pickle.dumps(told)
+        groups.append((header, [payload]))
+    return groups, rest
 
 
 def failed(tag, kind, text="text", traceback=None, reason=b""):
     """The header and the payload that tell of a failure."""
-    return ("failed", tag, kind, None), pickle.dumps((text, traceback, reason))
+    return ("failed", tag, None), pickle.dumps((kind, text, traceback, reason))
 
 
 class RawPeer:
@@ -2567,7 +2650,7 @@ class RawPeer:
     def __init__(self, conn, role, address="", meant=(), key=KEY, heartbeat=10.0):
         self.conn, self.role, self.key = conn, role, key.encode()
         self.incarnation = int.from_bytes(os.urandom(8), "big")
-        self.fields = ["distconc 6", role, os.urandom(16).hex(), f"{self.incarnation:x}",
+        self.fields = ["distconc 7", role, os.urandom(16).hex(), f"{self.incarnation:x}",
                        str(heartbeat), str(1 << 28), address, *meant, "distconc"]
         self.inbox, self.has_read_end, self.is_altered = [], False, False
 
@@ -2632,7 +2715,7 @@ class RawPeer:
             else:
                 [(header, payloads)] = self.read_groups()
                 kind, serial, old = header
-                if kind != "serials" or not 0 < old <= serial or any(payloads):
+                if kind != "serials" or not 0 < old <= serial:
                     raise AssertionError(f"no introduction: {header}")
         return self
 
@@ -2640,12 +2723,12 @@ class RawPeer:
         """A frame of a header and its payloads, or several; a large payload follows it."""
         for header, *payloads in groups:
             if len(payloads) == len(groups) == 1 and len(payloads[0]) > 2048:
-                body = pickle.dumps(([(header, [b""])], len(payloads[0])))
-                return self.seal(body) + payloads[0] + self.mac(payloads[0])
+                return (self.seal(body_of((header, b"")), len(payloads[0])) + payloads[0]
+                        + self.mac(payloads[0]))
         return self.seal(body_of(*groups))
 
-    def seal(self, body):
-        start = struct.pack(">I", len(body)) + body
+    def seal(self, body, large=0):
+        start = struct.pack(">II", len(body), large) + body
         return start + self.mac(start)
 
     def mac(self, piece):
@@ -2689,14 +2772,18 @@ class RawPeer:
 
     def read_groups(self):
         """Return the headers in the next frame, each with its payloads."""
-        start = self.take(4)
-        body = self.take(*struct.unpack(">I", start))
+        start = self.take(8)
+        size, large = struct.unpack(">II", start)
+        body = self.take(size)
         self.check(start + body)
-        groups, size = pickle.loads(body)
-        if size:
-            [(header, [empty])] = groups
-            payload = self.take(size)
+        groups = []
+        while body:
+            taken, body = take_group(body)
+            groups += taken
+        if large:
+            payload = self.take(large)
             self.check(payload)
+            [(header, [empty])] = groups
             groups = [(header, [empty + payload])]
         return groups
 
@@ -2865,7 +2952,7 @@ class TheWire(Net):
         told = {message[:2]: message for message in (peer.read(), peer.read())}
         self.assertEqual(set(told), {("reply", "r"), ("failed", "link")})
         self.assertEqual(told["failed", "link"][2], "died")
-        _, _, reason = pickle.loads(told["failed", "link"][-1])
+        _, _, reason = pickle.loads(told["failed", "link"][-1])  # text, traceback, reason
         self.assertEqual(pickle.loads(reason).args, ("deliberate", "why"))
 
     def test_many_messages_in_one_frame_keep_their_order(self):
@@ -2969,10 +3056,9 @@ class TheWire(Net):
 
     def test_a_cause_beyond_the_limits_or_that_is_none_is_that_of_an_unknown_event(self):
         traces, peer = self.trace(), self.dial()
-        odd = [("ab" * 8, *event) for event in
-               [(7, 1 << 63), (7, 1 << 60), (7, (1 << 52) - 1), (7, 0), (10**5000, 1), (-1, 1), (1,), ("x", 1),
-                (1, None), (1, math.nan), (1, 2.0)]]
-        odd += [5, None, "ab", (), (7, 1, 1)]
+        odd = [("ab" * 8, *event) for event in [
+            (7, 1 << 63), (7, (1 << 64) - 1), (7, 1 << 60), (7, (1 << 52) - 1), (7, 0),
+            (1 << 63, 1)]]
         peer.write(*((("send", None, "kept", cause), pickle.dumps("odd")) for cause in odd))
         self.assertEqual(self.got(self.kept, len(odd)), ["odd"] * len(odd))
         send("own", self.kept)
@@ -3009,17 +3095,17 @@ class TheWire(Net):
         self.assertEqual(name, "AttributeError")
 
     def test_what_is_no_failure_ends_the_connection_and_reaches_no_caller(self):
-        good = pickle.dumps(("text", None, b""))
-        cases = [("why", good), (None, good), (["died"], good), ("died", b""), ("died", b"junk")]
-        cases += [("died", pickle.dumps(data)) for data in (
-            None, 7, (), ("text", None), ("text", None, b"", 1), (7, None, b""),
-            (laughing(9), None, b""), ("text", 7, b""), ("text", ("one",), b""),
-            ("text", ("a", "b", "c"), b""), ("text", ("a", laughing(9)), b""),
-            ("text", None, "reason"), ("text", None, None), Does(exit_now))]
-        for kind, payload in cases:
-            with self.subTest(kind=kind, payload=payload[:80]):
+        payloads = [b"", b"junk", *(pickle.dumps(data) for data in (
+            None, 7, (), ("died", "text", None), ("died", "text", None, b"", 1),
+            ("why", "text", None, b""), (None, "text", None, b""), (["died"], "text", None, b""),
+            ("died", 7, None, b""), ("died", laughing(9), None, b""), ("died", "text", 7, b""),
+            (laughing(9), "text", None, b""), ("died", "text", ("one",), b""),
+            ("died", "text", ("a", "b", "c"), b""), ("died", "text", ("a", laughing(9)), b""),
+            ("died", "text", None, "reason"), ("died", "text", None, None), Does(exit_now)))]
+        for payload in payloads:
+            with self.subTest(payload=payload[:80]):
                 peer = self.dial()
-                peer.write((("failed", "t", kind, None), payload))
+                peer.write((("failed", "t", None), payload))
                 self.assertTrue(peer.is_cut())
 
     def test_an_idle_node_ticks_within_the_heartbeat(self):
@@ -3247,7 +3333,7 @@ class TheWire(Net):
     def test_a_message_that_comes_too_late_takes_none_that_is_equal_with_it(self):
         self.assertEqual(self.dial().call(1, "echo"), 1)
         [connection] = self.node._established
-        header, equal, other = ("send", None, "kept", None), b"equal", b"other"
+        header, equal, other = distconc._encode_header("send", id="kept"), b"equal", b"other"
         with connection._write_lock:
             self.assertTrue(connection.post(header, equal))
             self.assertTrue(connection.post(header, other))
@@ -3269,10 +3355,10 @@ class TheWire(Net):
         [connection] = self.node._established
         with connection._write_lock:
             connection._outbox = Struck()
-            others = [spawn(connection.post, ("unwatch", str(n))) for n in range(5)]
-            for other in others:
-                self.assertTrue(other.join(T))
-            queued = [message[0] for message in connection._outbox]
+            headers = [distconc._encode_header("unwatch", tag=str(n)) for n in range(5)]
+            for header in headers:
+                self.assertTrue(spawn(connection.post, header).join(T))
+            queued = [("unwatch", str(n)) for n in range(5)]
             self.assertRaises(KeyboardInterrupt, connection._write_waiting)
         self.assertEqual([peer.read()[:2] for _ in range(5)], queued)
         self.assertEqual(peer.call(2, "echo"), 2)
@@ -3399,15 +3485,35 @@ class TheWire(Net):
         self.assertEqual(len(self.node._established), 2)
         thread.send("end")
 
-    def test_an_unknown_name_of_3_mib_is_told_at_once(self):
+    def test_a_name_that_is_too_long_ends_the_connection_and_the_longest_is_told_at_once(self):
         for number in range(100, 400):
             self.here(collect, name=f"{number}" * 50)
         peer, start = self.dial(), monotonic()
-        peer.write((("send", None, "1" * (3 << 20), None), pickle.dumps(1)))
-        kind, name, why, *_ = peer.read()
-        self.assertEqual(kind, "undelivered")
-        self.assertLess(monotonic() - start, 10)  # to compare the names takes longer
-        self.assertLess(len(why), 2000)
+        peer.send(1, "\U0001f600" * 255)
+        self.assertEqual(peer.read()[:2], ("undelivered", "\U0001f600" * 255))
+        self.assertLess(monotonic() - start, 10)  # to compare longer names takes longer
+        peer.send(1, "1" * 1021)
+        self.assertTrue(peer.is_cut())
+
+    def test_messages_of_each_kind_with_equal_headers_all_arrive(self):
+        lost = self.node.stats()["lost"]
+        with self.dial() as peer:
+            self.assertEqual(peer.call(1, "echo"), 1)
+            [connection] = self.node._established
+            connection.sent += 7
+            losses = pickle.dumps([struct.pack(">I", count) + b"why" for count in (3, 4)])
+            peer.pour(peer.seal(struct.pack(">II", 2, len(losses))
+                                + header_of("undelivered", id="x") + losses))
+            payloads = [pickle.dumps(number) for number in range(2)]
+            peer.write((("call", None, "echo", 1, "tag", None), *payloads))
+            self.assertEqual([peer.reply("tag"), peer.reply("tag")], [0, 1])
+            self.assertEqual(self.node.stats()["lost"], lost + 7)
+            with connection._write_lock:  # so that all wait together
+                for number in range(2):
+                    connection._post_undelivered("y", number + 1, "why", None)
+            told = [peer.read() for _ in range(2)]
+            self.assertEqual([(kind, id, count) for kind, id, _, count, *_ in told],
+                             [("undelivered", "y", 1), ("undelivered", "y", 2)])
 
     def test_a_request_in_a_request_a_thousand_times_is_traced_and_received(self):
         traces, peer, received = self.trace(), self.dial(), queue.Queue()
@@ -3426,8 +3532,8 @@ class TheWire(Net):
     def test_a_message_to_an_id_that_no_thread_has_is_counted_and_told(self):
         peer = self.dial()
         before = self.node.stats()["undelivered"]
-        peer.send("to nobody", 0)
-        self.assertEqual(peer.read()[:2], ("undelivered", 0))
+        peer.send("to nobody", 1 << 63)
+        self.assertEqual(peer.read()[:2], ("undelivered", 1 << 63))
         with Records() as log:
             nobody = distconc.MAX_ID
             send("to nobody", RemoteThread(self.node, nobody))
@@ -3436,12 +3542,12 @@ class TheWire(Net):
 
     def test_what_broke_a_connection_is_one_clean_line_of_the_log(self):
         name = b"\x8c\x0aos\x1b[31m\nxy"[:12] + b"\x8c\x03a\nb"
-        for body in b"\x80\x04" + name + b"\x93.", b"\x80\x04\x1b":
-            with self.subTest(body), Records() as log:
+        for data in b"\x80\x04" + name + b"\x93.", b"\x80\x04\x1b":
+            with self.subTest(data), Records() as log:
                 log.informed()
                 peer = self.dial()
                 with suppress(Cut):
-                    peer.pour(peer.seal(body))
+                    peer.pour(peer.seal(two_in(data)))
                 text = log.get().getMessage()
                 self.assertIn("lost", text)
                 self.assertTrue(text.isprintable(), text)
@@ -3621,7 +3727,7 @@ class TheWire(Net):
         self.assertEqual(self.got(self.kept), [])
 
     def test_an_altered_length_ends_the_connection_within_a_heartbeat(self):
-        for bit in range(4 * 8):
+        for bit in range(8 * 8):
             with self.subTest(bit=bit):
                 mark, peer = self.mark(), self.dial(heartbeat=1.0)
                 frame = bytearray(peer.frame(self.bomb(mark)))
@@ -3671,7 +3777,7 @@ class TheWire(Net):
             with self.subTest(length):
                 peer, start = self.dial(heartbeat=1.0), monotonic()
                 with suppress(Cut):
-                    peer.pour(struct.pack(">I", length) + bytes(1 << 16))
+                    peer.pour(struct.pack(">II", length, 0) + bytes(1 << 16))
                 self.assertTrue(peer.is_cut())
                 self.assertLess(monotonic() - start, 2)
         self.assertLess(memory() - before, 20 << 20)
@@ -3680,19 +3786,18 @@ class TheWire(Net):
 
     def test_payloads_beyond_all_bounds_end_the_connection_and_take_no_memory(self):
         before = memory()
-        group = ("send", None, "kept", None), [b""]
-        for length in (1 << 28) + 1, 0xffffffff, (1 << 64) - 1, 1 << 200:
+        for length in (1 << 28) + 1, 0xffffffff:
             with self.subTest(length):
                 peer = self.dial()
-                peer.pour(peer.seal(pickle.dumps(([group], length))))
+                peer.pour(peer.seal(body_of((("send", None, "kept", None), b"")), length))
                 self.assertTrue(peer.is_cut())
         self.assertLess(memory() - before, 50 << 20)
 
-    def test_half_a_frame_and_an_empty_one_end_the_connection(self):
-        for data in b"\0\0\0\4\0\0", b"\0\0\0\4" + bytes(26), bytes(28), None:
+    def test_half_a_frame_and_an_unsealed_one_end_the_connection(self):
+        for data in b"\0\0\0\4\0\0", b"\0\0\0\4" + bytes(26), bytes(28):
             with self.subTest(data):
                 peer = self.dial()
-                peer.pour(data or peer.seal(b""))
+                peer.pour(data)
                 peer.sock.shutdown(socket.SHUT_WR)
                 self.assertTrue(peer.is_cut())
 
@@ -3713,7 +3818,7 @@ class TheWire(Net):
                 self.assertTrue(peer.is_cut())
                 self.assertFalse(os.path.exists(mark))
 
-    def assert_only_it_suffers(self, cases, may_survive=False):
+    def assert_only_it_suffers(self, cases):
         """`cases`: bodies of frames, that end that connection at most."""
         honest = self.dial()
         for number, body in enumerate(cases):
@@ -3721,8 +3826,6 @@ class TheWire(Net):
                 peer = self.dial()
                 with suppress(Cut):
                     peer.pour(peer.seal(body))
-                    if may_survive:
-                        peer.end()
                 self.assertTrue(peer.is_cut(3), "it was taken")
                 self.assertEqual(honest.call(1, "echo"), 1)
                 peer.close()
@@ -3732,59 +3835,62 @@ class TheWire(Net):
         self.assertLess(monotonic() - start, 4, "a connection is left that nobody cleans up")
 
     def test_a_sealed_frame_of_nonsense_ends_that_connection_only(self):
-        send_kept = "send", None, "kept", None
-        groups = [None, 7, [()], {1: 2}, (1, 2), "ab", [None], [[]], [(send_kept,)],
-                  [(send_kept, None)], [(send_kept, 5)], [(send_kept, [5])], [(send_kept, [])],
-                  [(send_kept, [None])], [(send_kept, ["0"])], [(send_kept, [b"x", "x"])],
-                  [(send_kept, b"x")], [(send_kept, (b"x",))], [(send_kept, {b"x"})],
-                  [(send_kept, range(1 << 40))], [(send_kept, [b""], 1)], [(None, [b""])],
-                  [(7, [b""])], [([], [b""])], [((), [b""])], [("send", [b""])], [({}, [b""])],
-                  [(b"send", [b""])]]
-        good = [(send_kept, [b""])]
-        pairs = [None, 7, (), good, [good], (good,), (good, 0, 0), (good, None), (good, "0"),
-                 (good, -1), (good, 0.5), (good, math.nan), (good, True), (good * 2, 3000),
-                 ([], 3000)]
+        good = group_of(("send", None, "kept", None), b"")
+        lists = [None, 7, [], [b""], [b""] * 3, [None, None], ["0", "0"], [b"x", "x"], [b"x", 5],
+                 "ab", {1: 2, 3: 4}, Does(exit_now), Does(raise_mute), range(1 << 40)]
+        header = header_of("send", id="kept")
         self.assert_only_it_suffers([
-            b"", b"\0", b"junk", pickle.dumps(Does(exit_now)), pickle.dumps(Does(raise_mute)),
-            *(pickle.dumps((group, 0)) for group in groups), *map(pickle.dumps, pairs)])
+            b"\0", b"junk", good[:-1], good + b"\0", good[:20], good * 2 + good[:-1],
+            struct.pack(">II", 1, 1) + header, struct.pack(">II", 1, 0xffffffff) + header,
+            struct.pack(">II", 0, 0) + header, struct.pack(">II", 2, 0) + header,
+            struct.pack(">II", 0xffffffff, 0) + header, two_in(b"junk"),
+            *(two_in(pickle.dumps(data)) for data in lists)])
+
+    def test_a_large_payload_that_is_not_alone_in_its_frame_ends_that_connection_only(self):
+        one = ("send", None, "kept", None), b""
+        self.dial().close()
+        for body in body_of(one, one), body_of((one[0], b"x")):
+            with self.subTest(body=body), self.dial() as peer:
+                large = pickle.dumps(bytes(3000))
+                with suppress(Cut):
+                    peer.pour(peer.seal(body, len(large)) + large + peer.mac(large))
+                self.assertTrue(peer.is_cut())
+        self.assertEqual(self.got(self.kept), [])
 
     HEADERS = [("serials", 1, 1), ("send", None, "kept", None),
                ("call", None, "echo", 1, "t", None), ("monitor", None, "kept", "t", None),
-               ("request", "t", None), ("reply", "t", None),
-               ("failed", "t", "returned", None), ("unwatch", "t"),
-               ("undelivered", "kept", "why", 1, None), ("end",)]
+               ("request", "t", None), ("reply", "t", None), ("failed", "t", None),
+               ("unwatch", "t"), ("undelivered", "kept", "why", 1, None), ("end",)]
 
-    def test_headers_of_unknown_kinds_or_wrong_arity_end_that_connection_only(self):
-        headers = [(99,), ("SEND", None, "kept", None), (None, None, "kept", None), ("",),
-                   (b"end",), ("serials", 1, 1), ("forget", "t"), (math.nan,), (("end",),)]
-        for header in self.HEADERS[1:]:
-            headers += [(*header, None), (*header, None, None)]
-            if len(header) > 1:
-                headers += [header[:-1], header[:1]]
-        self.assert_only_it_suffers([body_of((header, b"")) for header in headers])
+    def test_headers_of_unknown_kinds_or_at_the_wrong_time_end_that_connection_only(self):
+        cases = [struct.pack(">II", 1, 0) + header_of(kind) for kind in (10, 11, 99, 255)]
+        cases += [body_of((("serials", 1, 1),)), struct.pack(">II", 1, 0) + header_of("serials")]
+        self.assert_only_it_suffers(cases)
 
-    def test_a_header_without_a_payload_is_checked_as_well(self):
-        headers = [(99,), ("unwatch",), ("serials", 1, 1), ("reply", "t", None, None)]
-        self.assert_only_it_suffers([body_of((header,)) for header in headers])
+    def test_fields_of_any_value_harm_nobody_but_their_connection(self):
+        numbers = [0, 1, 1 << 31, 1 << 63, (1 << 64) - 1]
+        values = {"incarnation": numbers, "caller": numbers, "tag": ["", "\n\x1b[31m", "t" * 16],
+                  "id": [*numbers, "", "x" * 65_000, "\n\x1b[31m\udc80", b"\xff", b"\xed\xa0"],
+                  "cause": [(f"{n:x}", m, m) for n in numbers for m in numbers]}
+        cases = [struct.pack(">II", 1, len(data)) + header_of(kind, **{field: value}) + data
+                 for kind in range(10) for field in values for value in values[field]
+                 for data in (b"", bytes(16))]
+        honest, peer = self.dial(), None
+        for number, body in enumerate(cases):
+            with self.subTest(number=number, body=body[:300]):
+                peer = peer or self.dial()
+                try:
+                    peer.pour(peer.seal(body))
+                    peer.call(1, "echo")
+                except (Cut, AssertionError):
+                    peer.close()
+                    peer = None
+                self.assertEqual(honest.call(1, "echo"), 1)
 
-    def test_fields_of_wrong_types_harm_nobody_but_their_connection(self):
-        fields = [None, -1, 0, 1 << 70, 10 ** 5000, math.nan, math.inf, True, "", "x" * 100_000,
-                  "\n\x1b[31m\udc80", b"", b"x", (), ((), ((),)), [], {}, {"kept"}, [[]]]
-        cases = [body_of(((*header[:at], field, *header[at + 1:]), b""))
-                 for header in self.HEADERS for at in range(1, len(header)) for field in fields]
-        self.assert_only_it_suffers(cases, may_survive=True)
-
-    def bodies_with(self, field):
-        """Bodies of one header each, of which one item is `field`; bytes: a pickle of it."""
-        for header in self.HEADERS:
-            for at in range(1, len(header)):
-                if isinstance(field, bytes):
-                    marked = *header[:at], "mark", *header[at + 1:]
-                    body = pickle.dumps(([(marked, [b""])], 0), 3)
-                    yield header[0], at, body.replace(b"X\x04\0\0\0mark", field[2:-1])
-                else:
-                    yield header[0], at, body_of(
-                        ((*header[:at], field, *header[at + 1:]), b""))
+    def bodies_with(self, data):
+        """Bodies with these bytes wherever a pickle is read by the reader itself."""
+        yield "send", 0, two_in(data)
+        yield "failed", 0, body_of((("failed", "t", None), data))
 
     def assert_harmless(self, field):
         """The victim is a process of its own, which may crash, or freeze."""
@@ -3810,13 +3916,15 @@ class TheWire(Net):
         self.assert_harmless(nested(1_000_000))
 
     def test_a_field_that_stands_for_a_thousand_million_items_freezes_no_node(self):
-        self.assert_harmless(laughing(9))
+        for laugh in laughing(9), [laughing(9)] * 2, ("died", laughing(9), None, b""):
+            self.assert_harmless(pickle.dumps(laugh))
 
     def test_a_body_that_stands_for_much_more_than_it_is_takes_no_memory(self):
-        pair = ("send", None, "nobody", None), [b""] * 50_000
-        body = pickle.dumps(([pair] * 200, 0))
+        header = "send", None, "kept", None
+        body = body_of(*[(header, *[b""] * 50_000)] * 20)
         victim = self.child()
-        self.assertLess(len(body), 200_000)
+        spawn(hold, node=victim, name="kept", register=True)
+        self.assertLess(len(body), 3_000_000)
         before = ask(victim, memory)
         with RawPeer.dial(victim) as peer, suppress(Cut):
             peer.pour(peer.seal(body))
@@ -3909,7 +4017,7 @@ class TheWire(Net):
         ugly = "line\nor\r\x1b[31m\x07\x00\u2028\udc80"
         with Records() as log:
             for number, (id, why) in enumerate(((ugly, ugly), (ugly * 1000, ugly * 1000),
-                                                (7, None), (("t", "\n"), b"\n"))):
+                                                (7, ""))):
                 peer = self.dial()
                 peer.write((("undelivered", id, why, number + 1, None), b""))
                 with suppress(Cut):
@@ -3919,8 +4027,8 @@ class TheWire(Net):
                     self.assertLess(len(text), 10_000)
                     self.assertIn(f"lost {number + 1} message", text)
         lost = self.node.stats()["lost"]
-        for count in math.nan, math.inf, 0, -1, 1 << 64, 1.0, True, None, "1", 10**5000, [1]:
-            with self.subTest(str(count)[:20] if count != 10**5000 else "10**5000"):
+        for count in 0, 1000, (1 << 32) - 1:
+            with self.subTest(count):
                 peer = self.dial()
                 peer.write((("undelivered", "x", "why", count, None), b""))
                 self.assertTrue(peer.is_cut())
@@ -4014,9 +4122,9 @@ class TheWire(Net):
         threading.excepthook = shown.append
         self.here(self.serve_echo, name="beside it all")
         honest = self.dial()
-        items = [None, -1, 0, 1, 7, 1 << 63, 1 << 80, 0.5, math.nan, True, "", "kept", "echo",
-                 "t", "died", "no\nne", "x" * 3000, b"", b"kept", (), (1, 2), ("a", 1, 2), [],
-                 [1], {}, {"a": 1}, self.kept.id, self.node.incarnation]
+        numbers = [0, 1, 7, 1 << 63, (1 << 64) - 1, self.kept.id, self.node.incarnation]
+        names = ["", "kept", "echo", "no\nne", "x" * 3000, b"\xff"]
+        items = [None, -1, 1 << 80, 0.5, True, "died", (1, 2), *numbers, *names]
         payloads = [b"", b"junk", pickle.dumps(1), pickle.dumps(("ps",)), bytes(3000),
                     pickle.dumps(Does(fail_so)), pickle.dumps(Reply(1, "t")),
                     pickle.dumps(("is alive", None, "kept"))]
@@ -4039,18 +4147,20 @@ class TheWire(Net):
                 spawn(swallow, connect, listener.address)
                 return RawPeer(listener.accept(), "acceptor", "%s:%d" % listener.address)
 
-        def odd_header():
-            header = list(choose.choice(self.HEADERS))
-            for _ in range(choose.randint(0, 2)):
-                header[choose.randrange(len(header))] = choose.choice(items)
-            if choose.random() < 0.2:
-                header.insert(choose.randrange(len(header) + 1), choose.choice(items))
-            if choose.random() < 0.1:
-                header.pop()
-            return tuple(header)
-
         def odd_group():
-            return odd_header(), *choose.choices(payloads, k=choose.choice([0, 1, 1, 1, 2, 5]))
+            payload = choose.choice(payloads)
+            count, size = 1, len(payload)
+            if choose.random() < 0.2:
+                payload = pickle.dumps(choose.choices(payloads, k=choose.choice([0, 2, 5])))
+                count, size = choose.choice([0, 2, 5]), len(payload)
+            if choose.random() < 0.1:
+                count, size = choose.choice([0, 1, 9, 1 << 31]), choose.choice([0, 1, 1 << 31])
+            header = header_of(
+                choose.choice([*KINDS, 10, 255]), choose.choice([0, 0, *numbers]),
+                choose.choice([*numbers, *names, "kept", "echo"]), choose.choice(numbers),
+                choose.choice(["", "t", "\n" * 16]),
+                choose.choice([None, None, ("7", choose.choice(numbers), choose.choice(numbers))]))
+            return struct.pack(">II", count, size) + header + payload
 
         def odd_hello(peer):
             fields = peer.challenge().fields
@@ -4067,20 +4177,21 @@ class TheWire(Net):
 
         def odd_serials(peer):
             peer.challenge().greet()
-            peer.write((("serials", choose.choice(items), choose.choice(items)), b""))
+            peer.write((("serials", choose.choice(numbers), choose.choice(numbers)), b""))
 
         def odd_frame(peer):
             peer.challenge().greet().introduce()
             for _ in range(3):
-                peer.write(*(odd_group() for _ in range(choose.randint(1, 4))))
+                groups = [odd_group() for _ in range(choose.randint(1, 4))]
+                peer.pour(peer.seal(b"".join(groups), choose.choice([0, 0, 0, 3000])))
 
         def odd_body(peer):
             peer.challenge().greet().introduce()
-            peer.pour(peer.seal(altered(body_of(odd_group()))))
+            peer.pour(peer.seal(altered(odd_group())))
 
         def odd_bytes(peer):
             peer.challenge().greet().introduce()
-            frame = peer.frame(odd_group())
+            frame = peer.seal(odd_group())
             peer.pour(choose.choice([altered, lambda data: data[:choose.randrange(len(data))],
                                      lambda data: noise(200)])(frame))
         while monotonic() < end or len(counts) < 6:
@@ -6238,8 +6349,11 @@ os.waitpid(pid, 0)
         text = "\U0001F600" * distconc.MAX_ERROR_TEXT
         with connection._write_lock:  # so that all wait together
             for number in range(distconc.MAX_BATCH):
-                connection.post(*failed(f"tag {number}", "died", text, ("E", text)))
-            connection.post(("send", None, "collector", None), pickle.dumps("after them"))
+                _, payload = failed("", "died", text, ("E", text))
+                header = distconc._encode_header("failed", tag=f"tag {number}")
+                connection.post(header, payload)
+            connection.post(distconc._encode_header("send", id="collector"),
+                            pickle.dumps("after them"))
         self.assertEqual(self.got(target, 1), ["after them"])
         self.assertEqual(self.node._established, [connection])
 
@@ -6733,11 +6847,11 @@ class OtherPrograms(Net):
         self.got(target)
         dispatch = distconc._Connection._dispatch
 
-        def drop(connection, header, payloads):
+        def drop(connection, *message):
             if connection.address == good.address:
                 SendAtEnd(bytes(1 << 20), target)
                 dropped.append(1)
-            dispatch(connection, header, payloads)
+            dispatch(connection, *message)
         freeze(frozen)
         with mock.patch.object(distconc._Connection, "_dispatch", drop):
             start = monotonic()
@@ -6753,10 +6867,10 @@ class OtherPrograms(Net):
         self.assertEqual(ask(good, echo, 1), 1)
         dispatch = distconc._Connection._dispatch
 
-        def drop(connection, header, payloads):
+        def drop(connection, *message):
             if connection.address == good.address and not dropped:
                 dropped.append(outcome(send, "too late", target))
-            dispatch(connection, header, payloads)
+            dispatch(connection, *message)
         freeze(frozen)
         connection = self.node._established_with(None, frozen.address)
         connection.post(target._send_header, bytes(64 << 20))  # far more than the network holds
@@ -6836,7 +6950,8 @@ class OtherPrograms(Net):
             self.assertEqual(peer.read()[:2], ("failed", "first"))
             [connection] = self.node._established
             connection.sent += 3000
-            peer.write(*((("undelivered", number, "why", 1, None), b"") for number in range(3000)))
+            peer.write(*((("undelivered", number, "why", 1, None), b"")
+                         for number in range(1, 3001)))
             peer.monitor(0, "m")
             self.assertEqual(peer.read()[:2], ("failed", "m"))
             self.assertTrue(held.wait(T))
@@ -7559,10 +7674,9 @@ class Proxy:
                     sink.sendall(head + self.take(file, *struct.unpack("!i", head)))
                 count = 0
                 while True:
-                    start = self.take(file, 4)
-                    body = self.take(file, *struct.unpack(">I", start))
-                    mac = self.take(file, 16)
-                    _, large = pickle.loads(body)
+                    start = self.take(file, 8)
+                    size, large = struct.unpack(">II", start)
+                    body, mac = self.take(file, size), self.take(file, 16)
                     rest = self.take(file, large + 16) if large else b""
                     frames = self.twist(inward, count, start + body + mac + rest)
                     if frames is None:
@@ -7653,7 +7767,8 @@ class InTheMiddle(Net):
             return lambda inward, count, frame: \
                 None if not inward and word in frame else [frame]
         said = ["first", "the last words"]
-        for word, whole in (b"the last words", said[:1]), (b"\x03end", said), (b"nothing", said):
+        end = struct.pack(">IIB", 1, 0, 9)
+        for word, whole in (b"the last words", said[:1]), (end, said), (b"nothing", said):
             with self.subTest(word), Records() as log:
                 log.informed()
                 self.assertEqual(send_synchronous("stands", self.echo, T), "stands")
@@ -8011,7 +8126,8 @@ class Faults(OneChild):
                 self.assertEqual(self.node.stats()["sent"], before)
             [connection] = self.node._established
             for number in range(10):
-                self.assertTrue(connection.post(("unwatch", str(number))))
+                header = distconc._encode_header("unwatch", tag=str(number))
+                self.assertTrue(connection.post(header))
             while connection._outbox:
                 receive(0.01, None)
             with connection._write_lock:
