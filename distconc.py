@@ -89,7 +89,7 @@ from multiprocessing.connection import (
     Client, Connection, Listener, answer_challenge, deliver_challenge, wait)
 from operator import itemgetter
 from time import monotonic, sleep, time
-from typing import IO, Any, ClassVar, NamedTuple, Union, cast, overload
+from typing import IO, Any, ClassVar, NamedTuple, Optional, Union, cast, overload
 
 __all__ = [
     "Mailbox", "Thread", "RemoteThread", "spawn", "spawn_linked", "spawn_server",
@@ -213,10 +213,12 @@ class RemoteError(DistconcError):
 # sent home  into the mailbox of its thread.
 #
 # Locks.  Each stands beside the data that it guards, and is taken alone, but for
-# `_Process.lock`, which the thread that starts a node takes before all others.  Only the holder
-# of `_Connection._write_lock` may have to wait for the network.  No lock is held while code of
-# the user's runs, but for a `__del__`, which may interrupt any line; a `__del__` that sends
-# there waits for nothing: see `_must_not_wait`.
+# `_Process.lock`, which the thread that starts a node takes before all others.  The holder of
+# that one may have to wait for the address of a name, and the holder of
+# `_Connection._write_lock` for the network; no other lock's holder waits.  No lock is held
+# while code of the user's runs, but for a `__del__`, which may interrupt any line.  A `__del__`
+# that sends there does not wait, unless just its message fills the socket: see
+# `_must_not_wait`.
 
 ######## Waiting: deadlines, and queues of threads that wait
 
@@ -351,6 +353,9 @@ _MISSING: Any = object()
 # Names an event of a trace (part three): incarnation in hex, thread's id, Lamport clock.
 _EventId = tuple[str, int, int]
 
+# The event that led to another; None if nobody records events.
+_Cause = Optional[_EventId]
+
 
 class _Entry:
     """A message in a mailbox, and the event of its sending (None: nobody records events)."""
@@ -361,7 +366,7 @@ class _Entry:
     # user's code, which may take long, and must hold up nobody else.
     needs_loading = False
 
-    def __init__(self, message: Any, cause: _EventId | None = None) -> None:
+    def __init__(self, message: Any, cause: _Cause = None) -> None:
         self.message = message
         self.cause = cause
 
@@ -471,8 +476,9 @@ class Mailbox:
                 is_wanted = isinstance(entry.message, also) or accepts(entry.message)
                 if is_wanted and self._take(entry):
                     return entry
+            # The first look is at the oldest few, so even without time there is a second one.
+            # There is no third: other threads may put messages as fast as this one looks.
             if refused and _remaining(deadline) == 0:
-                # Other threads put messages as fast as this one looks.
                 return None
             refused.update(newer)
             has_newer = partial(self._has_newer_than, refused)
@@ -487,11 +493,11 @@ class Mailbox:
         return True
 
     def _newer_than(self, refused: set[_Entry]) -> list[_Entry]:
-        """Return the entries that are newer than all those refused, oldest first.
+        """Return entries that are newer than those refused, oldest first.
 
-        With none refused, these are the oldest few, which are mostly enough.  Then the newest
-        few are looked at, and twice as many, until they reach back to a refused one; so the
-        work is linear in the number of messages.
+        At first, with none refused, these are the oldest few, which are mostly enough.  Later
+        they are all: the newest few, or twice as many, and so on, until they reach back to a
+        refused one.  So the work is linear in the number of messages.
         """
         few = 20
         if not refused:
@@ -594,22 +600,22 @@ class _Observer:
 
     is_recording = False
 
-    def record(self, thread: "Thread | None", event: str, cause: _EventId | None = None,
-               **about: Any) -> _EventId | None:
+    def record(self, thread: "Thread | None", event: str, cause: _Cause = None,
+               **about: Any) -> _Cause:
         """Record an event of `thread` (None: of the node); return the event's id.
 
         `cause` is the event that led to this one.
         """
         return None
 
-    def record_send(self, message: Any, thread: Handle) -> _EventId | None:
+    def record_send(self, message: Any, thread: Handle) -> _Cause:
         """Record that the calling thread sends `message`."""
         return None
 
-    def record_receive(self, message: Any, cause: _EventId | None) -> None:
+    def record_receive(self, message: Any, cause: _Cause) -> None:
         """Record that the calling thread takes `message`, which the event `cause` sent."""
 
-    def message_lost(self, thread: Handle, why: object, cause: _EventId | None) -> None:
+    def message_lost(self, thread: Handle, why: object, cause: _Cause) -> None:
         """Hear that a message reached nobody."""
 
     def after_fork(self) -> None:
@@ -653,7 +659,7 @@ class _FailureEntry(_Entry):
     __slots__ = ("_failure",)
     needs_loading = True
 
-    def __init__(self, failure: _Failure, cause: _EventId | None) -> None:
+    def __init__(self, failure: _Failure, cause: _Cause) -> None:
         self._failure: _Failure | None = failure
         self.cause = cause
 
@@ -688,21 +694,21 @@ class _Pending:
         _pending.add(self)
 
     def resolve(self, reply: _Entry) -> None:
-        """Pass the reply on to the waiter.  Must not block: the table is locked.
+        """Pass the reply on to the waiter.  Must not block.
 
         Nobody replies to a monitor or a link.  A forged reply does nothing.
         """
 
-    def fail(self, failure: _Failure, cause: _EventId | None) -> None:
+    def fail(self, failure: _Failure, cause: _Cause) -> None:
         """Pass the failure on to the waiter.  Must not block: the table is locked."""
         raise NotImplementedError
 
-    def notify(self, error: DistconcError, cause: _EventId | None) -> bool:
+    def notify(self, error: DistconcError, cause: _Cause) -> bool:
         """Tell the waiter of the watched thread's end; return whether the waiter can hear."""
         return _pending.fail(self.tag, _Failure(error), cause) and self.waiter.is_alive()
 
     def cancel(self) -> None:
-        """Stop waiting.  No outcome is passed on after this returns."""
+        """Stop waiting.  No failure is passed on after this returns."""
         if _pending.remove(self.tag):
             self.stop_watching()
 
@@ -716,8 +722,9 @@ class _PendingTable:
     """A table of everything that threads of this process wait for, by tag."""
 
     def __init__(self) -> None:
-        # Guards `_by_tag`, and is held while a pending gets its outcome.  So when `remove`
-        # returns, the outcome has been passed on already, or never will be.
+        # Held while a pending fails, and while one is removed.  So when `remove` returns, the
+        # failure has been passed on already, or never will be.  A reply needs no lock: `pop`
+        # gives the pending to one thread alone, and a late reply does no harm to its caller.
         self._lock = _Lock()
         self._by_tag: dict[str, _Pending] = {}
 
@@ -743,7 +750,7 @@ class _PendingTable:
             pending.stop_watching()
         return True
 
-    def fail(self, tag: str, failure: _Failure, cause: _EventId | None = None) -> bool:
+    def fail(self, tag: str, failure: _Failure, cause: _Cause = None) -> bool:
         """Fail the pending of that tag; return False if there is none any more."""
         with self._lock:
             pending = self._by_tag.pop(tag, None)
@@ -872,14 +879,14 @@ class Thread(_Handle):
         else:
             self._mailbox._put(_Entry(message, cause))
 
-    def _reply(self, data: Any, tag: str, cause: _EventId | None) -> None:
+    def _reply(self, data: Any, tag: str, cause: _Cause) -> None:
         """Give this thread the reply to its call.  A forged `tag` may be anything."""
         if self._remote:
             self._remote._reply(data, tag, cause)
         elif isinstance(tag, str):
             _pending.resolve(tag, _Entry(data, cause))
 
-    def _call(self, call: "_PendingCall", message: Any, cause: _EventId | None) -> None:
+    def _call(self, call: "_PendingCall", message: Any, cause: _Cause) -> None:
         """Put the request `message` to this thread for `call`, which waits for the reply."""
         if self._remote:
             self._remote._call(call, message, cause)
@@ -889,7 +896,7 @@ class Thread(_Handle):
         if self._watch(call, cause):
             self._mailbox._put(_Entry(Synchronous(message, call.waiter, call.tag), cause))
 
-    def _watch(self, pending: _Pending, cause: _EventId | None = None) -> bool:
+    def _watch(self, pending: _Pending, cause: _Cause = None) -> bool:
         """Have `pending` told of this thread's end.
 
         Returns False if the thread had ended already; then `pending` has been told so.
@@ -959,13 +966,13 @@ class Thread(_Handle):
             self._end_was_told = True
             self._end_waiters.wake_all()
 
-    def _record_end(self, reason: BaseException | None) -> _EventId | None:
+    def _record_end(self, reason: BaseException | None) -> _Cause:
         if reason is None:
             return _observer.record(self, "end")
         return _observer.record(self, "crash", error=_last_line(reason))
 
     def _notify_watchers(self, watchers: list[Any], reason: BaseException | None,
-                         event: _EventId | None) -> bool:
+                         event: _Cause) -> bool:
         """Tell all watchers of the end; return whether a linked parent could hear."""
         link_heard = False
         if not watchers:
@@ -1216,7 +1223,7 @@ class _LinkedEntry(_FailureEntry):
 
     __slots__ = ("_child",)
 
-    def __init__(self, failure: _Failure, child: Handle, cause: _EventId | None) -> None:
+    def __init__(self, failure: _Failure, child: Handle, cause: _Cause) -> None:
         super().__init__(failure, cause)
         self._child = child
 
@@ -1233,15 +1240,17 @@ class _PendingLink(_Pending):
         # A child may fail before `spawn_linked` has its handle; then the failure waits here.
         self._child: Handle | None = None
         self._failure: _Failure | None = None
-        self._cause: _EventId | None = None
+        self._cause: _Cause = None
+        # This comes last, as it puts the link into the table.
         super().__init__(parent)
 
-    def fail(self, failure: _Failure, cause: _EventId | None) -> None:
+    def fail(self, failure: _Failure, cause: _Cause) -> None:
         self._failure = failure
         self._cause = cause
         self._send_if_complete()
 
     def set_child(self, child: Handle) -> None:
+        # The holder of this lock calls `fail`, too.
         with _pending._lock:
             self._child = child
             self._send_if_complete()
@@ -1376,7 +1385,7 @@ def _spawn(request: _SpawnRequest, node: NodeLike | None, link: _PendingLink | N
     return _spawn_here(request, link, event)
 
 
-def _spawn_here(request: _SpawnRequest, watcher: Any, cause: _EventId | None) -> Thread:
+def _spawn_here(request: _SpawnRequest, watcher: Any, cause: _Cause) -> Thread:
     """Start a thread on this node; `watcher` is that of its linked parent, if there is one."""
     thread = Thread(request.name)
     if request.register:
@@ -1545,7 +1554,7 @@ class _PendingCall(_Pending):
                 "receiver waits for it; send instead, or call once it has been received")
         self._reply: _Entry | None = None
         self._failure: _Failure | None = None
-        self._cause: _EventId | None = None
+        self._cause: _Cause = None
 
         # This lock is held until there is an outcome; the caller waits by acquiring the lock.
         # (A _WaitQueue would do as well, at ten times the cost.)
@@ -1557,7 +1566,7 @@ class _PendingCall(_Pending):
         self._reply = reply
         self._is_pending.release()
 
-    def fail(self, failure: _Failure, cause: _EventId | None) -> None:
+    def fail(self, failure: _Failure, cause: _Cause) -> None:
         self._failure = failure
         self._cause = cause
         self._is_pending.release()
@@ -1579,7 +1588,7 @@ class _PendingCall(_Pending):
             self._record(error, self._cause)
         raise error
 
-    def _record(self, outcome: Any, cause: _EventId | None) -> None:
+    def _record(self, outcome: Any, cause: _Cause) -> None:
         _observer.record_receive(outcome, cause)
 
 
@@ -1692,7 +1701,7 @@ class _DownEntry(_FailureEntry):
 
     __slots__ = ("_monitor",)
 
-    def __init__(self, failure: _Failure, monitor: Monitor, cause: _EventId | None) -> None:
+    def __init__(self, failure: _Failure, monitor: Monitor, cause: _Cause) -> None:
         super().__init__(failure, cause)
         self._monitor = monitor
 
@@ -1707,7 +1716,7 @@ class _PendingMonitor(_Pending):
         super().__init__(waiter)
         self.monitor = Monitor(target, self.tag)
 
-    def fail(self, failure: _Failure, cause: _EventId | None) -> None:
+    def fail(self, failure: _Failure, cause: _Cause) -> None:
         self.waiter._mailbox._put(_DownEntry(failure, self.monitor, cause))
 
 
@@ -2507,8 +2516,8 @@ def _read_when_written(file: Any) -> bytes:
 #   reached        from the dialler alone: the address that its socket is connected to
 #   module         the name by which the sender imports this file; its pickles say so, too
 #
-# A frame has at most 4 MiB, and nothing in it has a meaning until its MAC is right.  All numbers
-# are big-endian:
+# A frame has at most 4 MiB, and nothing in it has a meaning until its MAC is right.  All
+# numbers are big-endian:
 #
 #   bytes   meaning
 #   4       length of the body
@@ -2534,14 +2543,15 @@ def _read_when_written(file: Any) -> bytes:
 #
 # From the kind to the name this is the header.  Fields that a kind does not use are 0.
 #
-# A payload of more than 2048 bytes is alone in its frame, and empty there.  It follows the frame,
-# with a MAC of its own.  So no memory is taken for a length that a stranger altered; and as a
-# frame must come whole within a heartbeat, the frames that follow it are not long taken for its
-# rest.  A frame has 65,536 messages at most.
+# A payload of more than 2048 bytes is not in the frame of its message, which holds no other
+# message, and 0 bytes as the payload.  The payload follows the frame, with a MAC of its own.
+# So no memory is taken for a length that a stranger altered.  And since a frame must come whole
+# within a heartbeat, a false length does not swallow the next frames for longer.  A frame has
+# 65,536 messages at most.
 #
-# A MAC is BLAKE2b, keyed, of all frames and payloads of that direction so far, without their
-# MACs, and with the SHA-256 of each that is longer than 2048 bytes in its place.  Its key is
-# HMAC-SHA256(authkey, role of the sender + SHA-256(dialler's hello) + SHA-256(acceptor's
+# A MAC is BLAKE2b, keyed, of all frames and large payloads of that direction so far, without
+# their MACs.  Of a piece that is longer than 2048 bytes, the SHA-256 is taken instead.  The key
+# is HMAC-SHA256(authkey, role of the sender + SHA-256(dialler's hello) + SHA-256(acceptor's
 # hello)).
 #
 # A frame with an empty body is a tick: a side that has nothing to send sends one every fifth of
@@ -2576,6 +2586,8 @@ def _read_when_written(file: Any) -> bytes:
 # A request is ("ps",), ("is alive", incarnation, id), or ("spawn", func, args, name, register,
 # is_server, link): link is a tag, for which a failure of the new thread is reported, or None.
 
+_Bytes = Union[bytes, memoryview]
+
 PROTOCOL = "distconc 7"
 MAX_HELLO = 4096  # bytes
 FRAME_START = struct.Struct(">II")
@@ -2588,7 +2600,7 @@ COUNT = struct.Struct(">I")
 KINDS = ("send", "call", "reply", "failed", "monitor", "unwatch", "request", "undelivered",
          "serials", "end")
 MAC_SIZE = 16  # bytes
-# MAX_BATCH messages are less, however long their names.
+# So many that MAX_BATCH messages (below) fit, however long their names.
 MAX_FRAME = 1 << 22  # bytes
 MAX_PAYLOADS = 1 << 16  # in a frame
 # A larger payload follows its frame, as copying costs more.
@@ -2665,7 +2677,7 @@ class _Seal:
         direction_key = hmac.digest(key, sender.role.encode() + transcript, "sha256")
         self._state = hashlib.blake2b(key=direction_key, digest_size=MAC_SIZE)
 
-    def mac(self, piece: "bytes | memoryview") -> bytes:
+    def mac(self, piece: _Bytes) -> bytes:
         """Return the MAC of all earlier pieces followed by this one."""
         if len(piece) > SMALL_PAYLOAD:
             # SHA-256 is twice as fast per byte as BLAKE2b, but slower to begin.
@@ -2675,7 +2687,7 @@ class _Seal:
 
 
 def _encode_header(kind: str, incarnation: int | None = None, id: int | str = 0,
-                   caller: int = 0, tag: str = "", cause: _EventId | None = None) -> bytes:
+                   caller: int = 0, tag: str = "", cause: _Cause = None) -> bytes:
     """Return a header with these fields."""
     name = b""
     if isinstance(id, str):
@@ -2715,7 +2727,7 @@ def _encode_group(header: bytes, payloads: list[bytes]) -> bytes:
     return SIZES.pack(len(payloads), len(data)) + header + data
 
 
-def _decode_cause(incarnation: int, thread: int, clock: int) -> _EventId | None:
+def _decode_cause(incarnation: int, thread: int, clock: int) -> _Cause:
     """Return a peer's cause; None if there is none, or none that an event here could follow."""
     if not 0 < clock < MAX_CLOCK or thread >= MAX_CLOCK:
         return None
@@ -2785,13 +2797,13 @@ class _Peer(NamedTuple):
 def _must_not_wait() -> bool:
     """Return whether others would wait for this thread, which therefore must not wait.
 
-    So it is in the threads of this module, and within a write.  So it is also if a `__del__`
-    that sends has struck while its thread held a lock which the readers take.
+    This is true in the threads of this module, and within a write.  It is also true when a
+    `__del__` that sends has struck while its thread held a lock which the readers take.
     """
     if _local.must_not_wait:
         return True
     tables = [_registry.lock, _pending._lock, local_node()._lock, _log_thread._lock,
-              _losses._lock, _wrong_keys._lock, _noise._lock]
+              _losses._lock, _wrong_keys._lock, _noise._lock, _tracer._lock]
     return any(map(_is_held, tables))
 
 
@@ -2921,8 +2933,8 @@ class _Connection:
         if is_slow and _must_not_wait():
             return self.post(header, payload)
         try:
-            # Nor must a `__del__` that runs in this thread meanwhile: it would wait for its own
-            # thread, or for another that waits for this one.
+            # A `__del__` that runs in this thread meanwhile must not wait: it would wait for
+            # its own thread, or for another that waits for this one.
             _local.must_not_wait = True
             return self._write_at_once(header, payload) or self._write_in_turn(header, payload)
         finally:
@@ -2947,8 +2959,7 @@ class _Connection:
         self._work.wake_all()
         return True
 
-    def encode_reply(self, tag: str, payload: bytes,
-                     cause: _EventId | None) -> tuple[bytes, bytes]:
+    def encode_reply(self, tag: str, payload: bytes, cause: _Cause) -> tuple[bytes, bytes]:
         """Return the header and payload of a reply, or of a failure in place of a large one."""
         if len(payload) <= self.max_outgoing:
             return _encode_header("reply", tag=tag, cause=cause), payload
@@ -2970,6 +2981,7 @@ class _Connection:
         if len(payload) > SMALL_PAYLOAD or self._leaves_nothing_queued:
             return False
         if self._outbox or self._is_writing or _faults.are_active:
+            # If there is no room, the sender waits for some: see `_write_in_turn`.
             return len(self._outbox) < MAX_QUEUED
         return monotonic() - self._last_write < BURST_SECONDS
 
@@ -3026,8 +3038,7 @@ class _Connection:
                 break
         self._room.wake_all()
 
-    def _write_frame(self, body: bytes = b"", large: "bytes | memoryview" = b"",
-                     count: int = 0) -> None:
+    def _write_frame(self, body: bytes = b"", large: _Bytes = b"", count: int = 0) -> None:
         """Write one frame, with so many messages of threads; `_write_lock` is held.
 
         If a fault cuts the peer off, the messages are lost.  If the network fails, or Ctrl-C
@@ -3054,8 +3065,7 @@ class _Connection:
         finally:
             self._is_writing = False
 
-    def _make_frame(self, body: bytes,
-                    large: "bytes | memoryview") -> "Sequence[bytes | memoryview]":
+    def _make_frame(self, body: bytes, large: _Bytes) -> Sequence[_Bytes]:
         """Return a frame's bytes, in one piece unless joining costs too much."""
         frame = FRAME_START.pack(len(body), len(large)) + body
         frame += self._outgoing.mac(frame)
@@ -3185,7 +3195,7 @@ class _Connection:
         self._node._connection_closed(self)
         self._release()
 
-    def _read_frame(self) -> "tuple[bytes, memoryview | None]":
+    def _read_frame(self) -> tuple[bytes, memoryview | None]:
         """Wait for a frame; check its MAC; return its body and the large payload, if any.
 
         Raises EOFError or OSError if the connection ends, if it is silent for too long, or if
@@ -3210,8 +3220,8 @@ class _Connection:
     def _receive(self, size: int) -> None:
         """Receive until `size` bytes are unread.
 
-        A frame that does not come whole in the time after which silence ends the connection
-        ends the connection, too.
+        Silence ends the connection; so does a frame that does not come whole within the same
+        time, from its first bytes.
         """
         deadline = None
         while len(self._unread) < size:
@@ -3248,11 +3258,11 @@ class _Connection:
         self._check_mac(data[:size], data[size:])
         return data[:size]
 
-    def _check_mac(self, piece: "bytes | memoryview", mac: "bytes | memoryview") -> None:
+    def _check_mac(self, piece: _Bytes, mac: _Bytes) -> None:
         if not hmac.compare_digest(self._incoming.mac(piece), mac):
             raise OSError("a frame was altered, repeated, lost or moved on its way")
 
-    def _hand_out(self, body: bytes, large: "memoryview | None") -> None:
+    def _hand_out(self, body: bytes, large: memoryview | None) -> None:
         """Handle the messages of a frame; raise an error for nonsense."""
         end = 0
         messages = 0
@@ -3266,7 +3276,7 @@ class _Connection:
             if end > len(body) or messages > MAX_PAYLOADS:
                 raise ValueError("a frame has less than its sizes say, or too many messages")
             data = body[start:end]
-            payloads: Sequence[bytes | memoryview] = [data]
+            payloads: Sequence[_Bytes] = [data]
             if count != 1:
                 payloads = _decode_payloads(data, count)
             elif large is not None:
@@ -3284,9 +3294,9 @@ class _Connection:
             self._dispatch(KINDS[kind], incarnation or None, target, caller,
                            tag.decode("latin-1"), cause, payloads)
 
-    def _dispatch(self, kind: str, incarnation: int | None, id: "int | str", caller: int,
-                  tag: str, cause: _EventId | None,
-                  payloads: "Sequence[bytes | memoryview]") -> None:
+    def _dispatch(self, kind: str, incarnation: int | None, id: int | str, caller: int,
+                  tag: str, cause: _Cause,
+                  payloads: Sequence[_Bytes]) -> None:
         """Handle the messages with this header."""
         if kind == "end":
             self._has_read_end = True
@@ -3313,8 +3323,8 @@ class _Connection:
             else:
                 raise ValueError(f"{kind!r} comes at the wrong time")
 
-    def _on_send(self, payloads: "Sequence[bytes | memoryview]", incarnation: int | None,
-                 id: "int | str", cause: _EventId | None) -> None:
+    def _on_send(self, payloads: Sequence[_Bytes], incarnation: int | None,
+                 id: int | str, cause: _Cause) -> None:
         """Put messages into the mailbox; the thread that takes one loads its payload."""
         try:
             thread = self._node._find(incarnation, id)
@@ -3325,8 +3335,8 @@ class _Connection:
         thread._mailbox._put_all(
             [_RemoteEntry(payload, self, id, cause) for payload in payloads])
 
-    def _on_call(self, payload: "bytes | memoryview", incarnation: int | None, id: "int | str",
-                 caller: int, tag: str, cause: _EventId | None) -> None:
+    def _on_call(self, payload: _Bytes, incarnation: int | None, id: int | str,
+                 caller: int, tag: str, cause: _Cause) -> None:
         """Put a call into the mailbox; see to it that the caller hears of a failure."""
         thread = self._find_and_watch(incarnation, id, tag, cause)
         if thread is not None:
@@ -3342,8 +3352,8 @@ class _Connection:
             self._last_caller = handle
         return handle
 
-    def _find_and_watch(self, incarnation: int | None, id: "int | str", tag: str,
-                        cause: _EventId | None) -> "Thread | None":
+    def _find_and_watch(self, incarnation: int | None, id: int | str, tag: str,
+                        cause: _Cause) -> "Thread | None":
         """Watch a thread for the peer and return it; if there is none, tell the peer so."""
         try:
             thread = self._node._find(incarnation, id)
@@ -3355,17 +3365,16 @@ class _Connection:
             return None
         return thread
 
-    def _on_reply(self, payload: "bytes | memoryview", tag: str,
-                  cause: _EventId | None) -> None:
+    def _on_reply(self, payload: _Bytes, tag: str, cause: _Cause) -> None:
         """Give the reply to the waiting caller, which loads the payload."""
         if not _pending.resolve(tag, _RemoteReply(payload, self, cause), self.peer):
             self._pass_reply_on(payload, tag, cause)
 
-    def _pass_reply_on(self, payload: "bytes | memoryview", tag: str,
-                       cause: _EventId | None) -> None:
+    def _pass_reply_on(self, payload: _Bytes, tag: str, cause: _Cause) -> None:
         """Hand on the reply to a call that a thread of this node has passed on to the peer.
 
-        Until its reply comes, the caller's node watches the thread that was called here.
+        The call first came to a thread here.  Until the reply, the caller's node is a watcher
+        of that thread, and the watcher tells where the reply goes.
         """
         watcher = _registry.remove_watcher(tag)
         if isinstance(watcher, _RemoteWatcher):
@@ -3373,8 +3382,7 @@ class _Connection:
             if caller is not None:
                 caller.post(*caller.encode_reply(tag, bytes(payload), cause))
 
-    def _on_request(self, payload: "bytes | memoryview", tag: str,
-                    cause: _EventId | None) -> None:
+    def _on_request(self, payload: _Bytes, tag: str, cause: _Cause) -> None:
         """Queue a request for a separate thread, since requests may run the user's code."""
         if self._requests is None:
             self._requests = Mailbox()
@@ -3383,8 +3391,7 @@ class _Connection:
             raise OSError("the peer asks for more than this node can do")
         self._requests.put((tag, cause, payload))
 
-    def _on_undelivered(self, payload: "bytes | memoryview", id: "int | str",
-                        cause: _EventId | None) -> None:
+    def _on_undelivered(self, payload: _Bytes, id: int | str, cause: _Cause) -> None:
         """Log that messages from here reached no thread."""
         [count] = COUNT.unpack_from(payload)
         why = str(payload[COUNT.size:], "utf-8", "replace")
@@ -3396,8 +3403,7 @@ class _Connection:
         target = f"{_one_line(repr(id), MAX_NAME)} at {self.name}"
         _losses.add(target, _one_line(why), count, cause)
 
-    def _post_undelivered(self, id: "int | str", count: int, why: str,
-                          cause: _EventId | None) -> None:
+    def _post_undelivered(self, id: int | str, count: int, why: str, cause: _Cause) -> None:
         """Tell the peer that nobody could take so many of its messages."""
         payload = COUNT.pack(count) + why[:MAX_LINE].encode("utf-8", "replace")
         self.post(_encode_header("undelivered", id=id, cause=cause), payload)
@@ -3417,7 +3423,7 @@ class _Connection:
                      "begin its cell with %%writefile mymodule.py, then import mymodule)")
         return RemoteError(type(error).__name__, text)
 
-    def _fail_call(self, tag: str, error: BaseException, cause: _EventId | None) -> None:
+    def _fail_call(self, tag: str, error: BaseException, cause: _Cause) -> None:
         """Tell the peer that its call, monitor or request `tag`, sent by `cause`, failed."""
         self.post(*_encode_failure(tag, self._delivery_error(error), cause))
 
@@ -3474,7 +3480,7 @@ def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, option, value)
 
 
-def _cut(body: "bytes | memoryview") -> "Sequence[bytes | memoryview]":
+def _cut(body: _Bytes) -> Sequence[_Bytes]:
     """Return `body` in the pieces to write: small ones where each write has a time-out."""
     if SHUTDOWN_WAKES:
         return [body]
@@ -3507,14 +3513,13 @@ class _RemoteWatcher:
         self.is_link = is_link
         self.watched: Thread | None = None
 
-    def notify(self, error: DistconcError, cause: _EventId | None) -> bool:
+    def notify(self, error: DistconcError, cause: _Cause) -> bool:
         """Send the failure to that node; return False if contact is lost."""
         header, payload = _encode_failure(self.tag, error, cause)
         return local_node()._post(self.peer.incarnation, header, payload)
 
 
-def _encode_failure(tag: str, error: DistconcError,
-                    cause: _EventId | None) -> tuple[bytes, bytes]:
+def _encode_failure(tag: str, error: DistconcError, cause: _Cause) -> tuple[bytes, bytes]:
     """Return the header and the payload that tell a waiter on another node of `error`."""
     kind = "died"
     traceback = None
@@ -3541,7 +3546,7 @@ def _encode_failure(tag: str, error: DistconcError,
 class _RemoteFailure(_Failure):
     """A failure that another node has reported.  The waiter loads the reason."""
 
-    def __init__(self, connection: "_Connection", payload: "bytes | memoryview") -> None:
+    def __init__(self, connection: "_Connection", payload: _Bytes) -> None:
         self._connection = connection
         self._traceback: RemoteError | None = None
         match _PlainUnpickler(io.BytesIO(payload)).load():
@@ -3577,7 +3582,7 @@ class _RemoteFailure(_Failure):
         return ThreadDied(reason, self._traceback, self._text)
 
 
-def _load(connection: "_Connection", payload: "bytes | memoryview | None") -> Any:
+def _load(connection: "_Connection", payload: _Bytes | None) -> Any:
     """Return the object that came over a connection as `payload`.
 
     The user's code that runs meanwhile can make no call, for the call would wait for a thread
@@ -3601,9 +3606,9 @@ class _RemoteEntry(_Entry):
     __slots__ = ("payload", "connection", "target")
     needs_loading = True
 
-    def __init__(self, payload: "bytes | memoryview", connection: "_Connection",
-                 target: "int | str", cause: _EventId | None) -> None:
-        self.payload: bytes | memoryview | None = payload
+    def __init__(self, payload: _Bytes, connection: "_Connection",
+                 target: int | str, cause: _Cause) -> None:
+        self.payload: _Bytes | None = payload
         self.connection = connection
         self.target = target
         self.cause = cause
@@ -3622,7 +3627,8 @@ class _RemoteEntry(_Entry):
         """Return the message that the receiver gets, once the payload has been loaded."""
         if loaded.__class__ is not Reply:
             return loaded
-        # Replies have a kind of their own.  A forged one like this belongs to no mailbox.
+        # Replies have a kind of their own, so this one was made by hand.  It counts like any
+        # other, since its maker knows the tag, and belongs to no mailbox.
         if isinstance(loaded.tag, str):
             _pending.resolve(loaded.tag, _Entry(loaded.data, self.cause))
         return _UNREADABLE
@@ -3638,8 +3644,9 @@ class _RemoteCallEntry(_RemoteEntry):
 
     __slots__ = ("caller", "tag")
 
-    def __init__(self, payload: "bytes | memoryview", connection: "_Connection",
-                 caller: "RemoteThread", tag: str, cause: _EventId | None) -> None:
+    def __init__(self, payload: _Bytes, connection: "_Connection",
+                 caller: "RemoteThread", tag: str, cause: _Cause) -> None:
+        # A call is failed by its tag, so it needs no `target`.
         self.payload = payload
         self.connection = connection
         self.cause = cause
@@ -3659,8 +3666,7 @@ class _RemoteReply(_Entry):
 
     __slots__ = ("payload", "connection")
 
-    def __init__(self, payload: "bytes | memoryview", connection: "_Connection",
-                 cause: _EventId | None) -> None:
+    def __init__(self, payload: _Bytes, connection: "_Connection", cause: _Cause) -> None:
         self.payload = payload
         self.connection = connection
         self.cause = cause
@@ -3831,21 +3837,21 @@ class _Handshake:
             raise NodeUnreachable("faults(drop=1) cuts it off")
 
     def _exchange_serials(self, connection: _Connection) -> None:
-        """Have older connections to that node end before this one speaks.
+        """Wait until older connections to that node have ended, before this one speaks.
 
         Messages may still be on their way over a connection that the peer has lost.  They must
         come before all messages over this one:
 
             peer   serial 1  lost ......   serial 2  dials, and says: 2, oldest 2
-            here   serial 1  being read    serial 2  waits until 1 is read to its end
+            here   serial 7  being read    serial 8  waits until 7 is read to its end
 
         So each side numbers its connections, and tells the number of this one, and that of its
         oldest connection to the other side that is not closing.  Connections older than that
         are over for the peer; their end is on its way here, as the peer's "end" or as silence.
         This node waits for that end, and does nothing to hasten the end.  So a node that claims
-        to be the peer of a living connection does not take its place.  But all nodes with the
-        key are equal: one that was let in as that peer, over a connection of its own, ends both
-        connections when its own ends: see `Node._connection_closed`.
+        to be the peer of a living connection does not take its place.  But whoever has the key
+        may say that it is that peer, and when its connection ends, the true peer's is ended,
+        too: see `Node._connection_closed`.
 
         A stranger at an address that this node dials may claim to be any node.  The tick shows
         that the peer has the key, before the connection gets a number and counts as that
@@ -4076,6 +4082,7 @@ class Node(AbstractContextManager["Node"]):
 
     def _find(self, incarnation: int | None, id: int | str) -> Thread:
         """Return the receiver of a message from another node; raise NoSuchThread."""
+        # Whatever was sent to a stopped node was sent to an earlier run of it.
         if incarnation not in (None, self.incarnation) or self._stopped:
             raise NoSuchThread(f"{id!r:.300} was a thread of an earlier run of this node")
         if isinstance(id, int):
@@ -4120,12 +4127,14 @@ class Node(AbstractContextManager["Node"]):
             return connection
         deadline = monotonic() + self._connect_timeout
         if _must_not_wait():
+            # Such a thread does not wait for a closing connection, nor does it dial below.
             deadline = monotonic()
 
         def is_settled() -> bool:
             last = self._established_with(incarnation, address)
             return last is None or not last.closing
 
+        # Between these steps a connection may come, or go; then they begin again.
         while True:
             if not self._connections_changed.wait_until(is_settled, deadline):
                 raise NodeUnreachable(
@@ -4220,7 +4229,10 @@ class Node(AbstractContextManager["Node"]):
             return min(same_peer)
 
     def _wait_for_older(self, connection: _Connection, oldest: int) -> None:
-        """Wait for the end of all connections that the peer has lost, or this node ends."""
+        """Wait for the end of all connections that the peer has lost, or this node ends.
+
+        A node that dials itself has both ends of that connection, and waits for neither.
+        """
         def is_alone() -> bool:
             with self._lock:
                 return not any(
@@ -4270,6 +4282,7 @@ class Node(AbstractContextManager["Node"]):
             self._counts.update(sent=connection.sent, received=connection.received)
         self._connections_changed.wake_all()
         if is_last:
+            # A waiter that reacts to this may dial at once.
             self._contact_lost(connection, waiting)
 
     def _contact_lost(self, connection: _Connection, waiting: list[_Pending]) -> None:
@@ -4687,7 +4700,7 @@ class RemoteThread(_Handle):
                 header = _encode_header("send", self._incarnation, self._id, cause=cause)
             self._send_copy(header, message, cause)
 
-    def _reply(self, data: Any, tag: str, cause: _EventId | None) -> None:
+    def _reply(self, data: Any, tag: str, cause: _Cause) -> None:
         """Answer a call that this thread has made.
 
         Raises SerializationError, or NodeDown if the caller cannot be reached, for any reason.
@@ -4734,7 +4747,7 @@ class RemoteThread(_Handle):
             # The caller's address needs another key than this node has.
             raise NodeUnreachable(str(error)) from error
 
-    def _call(self, call: _PendingCall, message: Any, cause: _EventId | None) -> None:
+    def _call(self, call: _PendingCall, message: Any, cause: _Cause) -> None:
         if self._is_local():
             get_remote_thread(self._id)._call(call, message, cause)
             return
@@ -4750,7 +4763,7 @@ class RemoteThread(_Handle):
         self._transmit(header, b"", pending)
         return True
 
-    def _send_copy(self, header: bytes, message: Any, cause: _EventId | None,
+    def _send_copy(self, header: bytes, message: Any, cause: _Cause,
                    *pendings: _Pending) -> None:
         """Send a copy of `message`; record the message as lost if that fails."""
         try:
@@ -4762,7 +4775,7 @@ class RemoteThread(_Handle):
     def _transmit(self, header: bytes, payload: bytes, *pendings: _Pending) -> None:
         """Send over the last connection, or, if that one closes, over a new one.
 
-        If contact with the node is lost, from now on, the pendings fail.
+        From now on, if contact with the node is lost, the pendings fail.
         """
         for _ in range(2):
             connection = self._connection
@@ -4827,7 +4840,7 @@ def _send_over(connection: _Connection, header: bytes, payload: bytes) -> bool:
     return connection.send(header, payload)
 
 
-def _record_lost(error: Exception, cause: _EventId | None) -> None:
+def _record_lost(error: Exception, cause: _Cause) -> None:
     """Record the loss of the message that the calling thread sent as the event `cause`."""
     _observer.record(current_thread(), "lost", cause, why=_last_line(error))
 
@@ -4903,7 +4916,7 @@ def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
 
 
 def _spawn_at(node: NodeLike, request: _SpawnRequest, link: _PendingLink | None,
-              event: _EventId | None) -> Handle:
+              event: _Cause) -> Handle:
     """Start a thread on `node`, which may be this node."""
     if _is_this_node(node):
         return _spawn_here(request, link, event)
@@ -4931,12 +4944,12 @@ def _watch_node(pending: _Pending, node: Any) -> None:
 class _Request(_PendingCall):
     """A thread's wait for the answer to a request.  Traces do not show these."""
 
-    def _record(self, outcome: Any, cause: _EventId | None) -> None:
+    def _record(self, outcome: Any, cause: _Cause) -> None:
         pass
 
 
 def _call_node(target: Any, request: tuple[Any, ...], timeout: float | None = None,
-               cause: _EventId | None = None, link: _PendingLink | None = None) -> Any:
+               cause: _Cause = None, link: _PendingLink | None = None) -> Any:
     """Have a node, or the node of a thread, do something; return or raise its answer.
 
     From then on `link` watches the node.
@@ -4993,7 +5006,7 @@ def _pickled_error(error: BaseException) -> bytes:
         return serialize(RemoteError(type(error).__name__, _last_line(error)))
 
 
-def _do_request(connection: _Connection, request: Any, cause: _EventId | None) -> Any:
+def _do_request(connection: _Connection, request: Any, cause: _Cause) -> Any:
     """Serve one request of the peer's.  Erlang: net_kernel."""
     match request:
         case ("ps",):
@@ -5190,7 +5203,7 @@ class _LimitedLog:
 class _Losses(_LimitedLog):
     """Counts and logs messages from this node that nobody could take."""
 
-    def add(self, key: str, why: object, count: int, cause: _EventId | None = None) -> None:
+    def add(self, key: str, why: object, count: int, cause: _Cause = None) -> None:
         local_node()._count("lost", count)
         _observer.record(None, "lost", cause, why=f"{count} to {key}: {why}")
         super().add(key, why, count)
@@ -5937,8 +5950,8 @@ class _Recorder(_Observer):
         if directory:
             self.start(directory)
 
-    def record(self, thread: Thread | None, event: str, cause: _EventId | None = None,
-               **about: Any) -> _EventId | None:
+    def record(self, thread: Thread | None, event: str, cause: _Cause = None,
+               **about: Any) -> _Cause:
         if not self.is_recording:
             return None
         thread_id = 0
@@ -5952,8 +5965,7 @@ class _Recorder(_Observer):
                      thread=thread_id, name=name, event=event)
         return self._write(thread_id, cause, about)
 
-    def _write(self, thread_id: int, cause: _EventId | None,
-               about: dict[str, Any]) -> _EventId | None:
+    def _write(self, thread_id: int, cause: _Cause, about: dict[str, Any]) -> _Cause:
         """Give an event its clock, and append it to the file."""
         import json
 
@@ -5973,24 +5985,27 @@ class _Recorder(_Observer):
             self._clocks[thread_id] = clock
             self._latest_clock = max(self._latest_clock, clock)
             about.update(clock=clock, time=time())
+            failure = None
             try:
                 os.write(self._descriptor, json.dumps(about).encode() + b"\n")
             except OSError as error:
                 # A full disk is no reason to stop the program.
+                failure = error
                 self.stop()
-                _log("WARNING", "the trace of this process ends here: %s", error)
+        if failure is not None:
+            _log("WARNING", "the trace of this process ends here: %s", failure)
         return about["process"], thread_id, clock
 
-    def record_send(self, message: Any, thread: Handle) -> _EventId | None:
+    def record_send(self, message: Any, thread: Handle) -> _Cause:
         receiver = f"{_format_address(thread.node)}/{thread.id}"
         if isinstance(thread, Thread):
             receiver = thread.name
         return self.record(current_thread(), "send", message=_short_repr(message), to=receiver)
 
-    def record_receive(self, message: Any, cause: _EventId | None) -> None:
+    def record_receive(self, message: Any, cause: _Cause) -> None:
         self.record(current_thread(), "receive", cause, message=_short_repr(message))
 
-    def message_lost(self, thread: Handle, why: object, cause: _EventId | None) -> None:
+    def message_lost(self, thread: Handle, why: object, cause: _Cause) -> None:
         local_node()._count("undelivered")
         _losses.add(repr(thread), str(why), 1, cause)
 
