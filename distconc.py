@@ -88,8 +88,8 @@ from multiprocessing import AuthenticationError, Pipe, current_process, parent_p
 from multiprocessing.connection import (
     Client, Connection, Listener, answer_challenge, deliver_challenge, wait)
 from operator import itemgetter
-from time import monotonic, sleep, time
-from typing import IO, Any, ClassVar, NamedTuple, Optional, Union, cast, overload
+from time import monotonic, sleep, thread_time, time
+from typing import Any, ClassVar, NamedTuple, Optional, Union, overload
 
 __all__ = [
     "Mailbox", "Thread", "RemoteThread", "spawn", "spawn_linked", "spawn_server",
@@ -386,9 +386,9 @@ class Mailbox:
     __slots__ = ("_entries", "_arrival")
 
     def __init__(self) -> None:
-        # The messages, oldest first.  There is no lock: each method of a deque is one step, and
-        # of two threads that remove an entry, one gets a ValueError.  So a `__del__` may send
-        # in the middle of any line here, and no predicate holds up other threads.
+        # The messages, oldest first.  There is no lock: to put or to take one is one step of a
+        # deque, and of two threads that remove an entry, one gets a ValueError.  So a `__del__`
+        # may send in the middle of any line here, and no predicate holds up other threads.
         self._entries: deque[_Entry] = deque()
 
         # Every put wakes the threads that wait here, in a get, get_if or get_all.
@@ -434,7 +434,7 @@ class Mailbox:
                 if entry.load():
                     return entry
             except BaseException:
-                # Ctrl-C: nothing has happened yet.
+                # After Ctrl-C the mailbox is as before.
                 self._put_back([entry])
                 raise
         return None
@@ -481,6 +481,9 @@ class Mailbox:
             if refused and _remaining(deadline) == 0:
                 return None
             refused.update(newer)
+            if len(refused) > 2 * len(self._entries) + 100:
+                # Other threads have taken most of these, which need not be kept here.
+                refused.intersection_update(self._copy())
             has_newer = partial(self._has_newer_than, refused)
         return None
 
@@ -493,58 +496,67 @@ class Mailbox:
         return True
 
     def _newer_than(self, refused: set[_Entry]) -> list[_Entry]:
-        """Return entries that are newer than those refused, oldest first.
+        """Return entries that are not among those refused, oldest first.
 
         At first, with none refused, these are the oldest few, which are mostly enough.  Later
-        they are all: the newest few, or twice as many, and so on, until they reach back to a
-        refused one.  So the work is linear in the number of messages.
+        they are all: the newest 20 are copied, or 40, 80 and so on, until one that was refused
+        is among them.  So the work is linear in the number of messages.
         """
         few = 20
-        if not refused:
-            return self._copy(few)
-        while True:
-            newest = self._copy(few, reversed)
-            if len(newest) < few or newest[-1] in refused:
-                newest.reverse()
-                return [entry for entry in newest if entry not in refused]
-            few *= 2
+        try:
+            if not refused:
+                return list(itertools.islice(self._entries, few))
+            if self._entries[0] not in refused:
+                # Another thread has put back what it had taken.
+                few = len(self._entries)
+            newest = list(itertools.islice(reversed(self._entries), few))
+            while len(newest) == few and newest[-1] not in refused:
+                few *= 2
+                newest = list(itertools.islice(reversed(self._entries), few))
+        except (RuntimeError, IndexError):
+            # Another thread, or a `__del__`, has changed the deque meanwhile.
+            newest = self._copy()[::-1]
+        return [entry for entry in reversed(newest) if entry not in refused]
 
     def _has_newer_than(self, refused: set[_Entry]) -> bool:
         try:
-            return self._entries[-1] not in refused
+            return self._entries[-1] not in refused or self._entries[0] not in refused
         except IndexError:
             return False
 
-    def _copy(self, limit: int | None = None, order: Callable[..., Any] = iter) -> list[_Entry]:
-        """Return the oldest entries, or by `order=reversed` the newest; all without a limit."""
-        while True:
-            try:
-                return list(itertools.islice(order(self._entries), limit))
-            except RuntimeError:
-                # The deque has changed meanwhile.
-                continue
+    def _copy(self) -> list[_Entry]:
+        """Return all entries, oldest first, also while other threads put and take some."""
+        with suppress(RuntimeError):
+            return list(self._entries)
+        # One by one, from the newest on.  A put moves no entry, and a take moves some towards
+        # the oldest end.  So an entry may be met twice, but none is left out.
+        entries: dict[_Entry, None] = {}
+        for index in reversed(range(len(self._entries))):
+            with suppress(IndexError):
+                entries[self._entries[index]] = None
+        return list(reversed(entries))
 
     def get_all(self, timeout: float | None = None) -> list[Any]:
         """Wait for a message, then remove and return all messages, oldest first.
 
-        Blocks and raises as `get` does.  Factor: mailbox-get-all, mailbox-get-all-timeout.
+        Of several threads that do so at once, each may get a part.  Blocks and raises as `get`
+        does.  Factor: mailbox-get-all, mailbox-get-all-timeout.
         """
         deadline = _deadline(timeout)
-        while True:
-            taken = []
+        while self._entries or self._arrival.wait_until(self._has_entries, deadline):
+            taken: list[_Entry] = []
             try:
-                for entry in self._copy():
-                    is_usable = entry.load()
-                    if self._take(entry) and is_usable:
-                        taken.append(entry)
+                with suppress(IndexError):
+                    for _ in range(len(self._entries)):
+                        taken.append(self._entries.popleft())
+                messages = [entry.message for entry in taken if entry.load()]
             except BaseException:
                 # After Ctrl-C the mailbox is as before.
                 self._put_back(taken)
                 raise
-            if taken:
-                return [entry.message for entry in taken]
-            if not self._arrival.wait_until(self._has_entries, deadline):
-                raise TimeoutError("no message came within the time-out")
+            if messages:
+                return messages
+        raise TimeoutError("no message came within the time-out")
 
     def _has_entries(self) -> bool:
         return bool(self._entries)
@@ -557,6 +569,7 @@ class Mailbox:
 def _as_predicate(pred: Predicate) -> Callable[[Any], Any]:
     """Return `pred` as a function of a message; raise TypeError if that cannot be."""
     if type(pred) is type:
+        # Most are plain classes, for which there is nothing to check.
         return lambda message: isinstance(message, pred)
     # A type of `typing`, such as Union[int, str], has an origin, and is no function.
     if isinstance(pred, (type, tuple, types.UnionType)) or hasattr(pred, "__origin__"):
@@ -694,9 +707,9 @@ class _Pending:
         _pending.add(self)
 
     def resolve(self, reply: _Entry) -> None:
-        """Pass the reply on to the waiter.  Must not block.
+        """Pass the reply on to the waiter.  Must not block, as readers call this.
 
-        Nobody replies to a monitor or a link.  A forged reply does nothing.
+        Nobody replies to a monitor or a link, except by a forged reply.
         """
 
     def fail(self, failure: _Failure, cause: _Cause) -> None:
@@ -708,7 +721,10 @@ class _Pending:
         return _pending.fail(self.tag, _Failure(error), cause) and self.waiter.is_alive()
 
     def cancel(self) -> None:
-        """Stop waiting.  No failure is passed on after this returns."""
+        """Stop waiting.  No failure is passed on after this returns.
+
+        A reply may be, at which nobody looks any more.
+        """
         if _pending.remove(self.tag):
             self.stop_watching()
 
@@ -2197,6 +2213,10 @@ def _ipv6_hint(address: Any) -> str:
 _UNPRINTABLE = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)))
 
 
+# No system has sockets with a longer path.
+MAX_SOCKET_PATH = 4096  # letters
+
+
 def _parse_path(address: Any) -> str | None:
     """Return the absolute path of a Unix socket, or None if `address` is no path.
 
@@ -2205,6 +2225,8 @@ def _parse_path(address: Any) -> str | None:
     if not isinstance(address, (str, bytes, os.PathLike)):
         return None
     path = os.fsdecode(address)
+    if len(path) > MAX_SOCKET_PATH:
+        raise ValueError(f"{path[:100]!r}... is too long for the path of a socket")
     if "/" not in path or not _UNPRINTABLE.isdisjoint(path):
         return None
     return os.path.abspath(path)
@@ -2253,18 +2275,12 @@ def _is_host(host: str) -> bool:
     return not any(character in host for character in " :/")
 
 
-MAX_CACHED_ADDRESS = 256  # letters
-
-
 def _parse_address_cached(node: Any) -> Address | None:
     """Return the same as `_parse_address`, fast for the addresses that come again.
 
-    Long addresses are not kept: strangers' paths must not fill the memory.
+    Strangers' addresses do not fill the memory: one that is too long is an error.
     """
-    # In a tuple, a host that is too long is an error, and errors are not kept.
-    if isinstance(node, tuple):
-        return _parse_and_keep(node)
-    if isinstance(node, str) and len(node) <= MAX_CACHED_ADDRESS:
+    if isinstance(node, (tuple, str)):
         return _parse_and_keep(node)
     return _parse_address(node)
 
@@ -2516,7 +2532,7 @@ def _read_when_written(file: Any) -> bytes:
 #   reached        from the dialler alone: the address that its socket is connected to
 #   module         the name by which the sender imports this file; its pickles say so, too
 #
-# A frame has at most 4 MiB, and nothing in it has a meaning until its MAC is right.  All
+# A frame has a body of at most 4 MiB, which has no meaning until the frame's MAC is right.  All
 # numbers are big-endian:
 #
 #   bytes   meaning
@@ -2525,29 +2541,30 @@ def _read_when_written(file: Any) -> bytes:
 #   ...     body: any number of groups
 #   16      MAC of all bytes before
 #
-# A group is messages that have the same header, most often only one:
+# A group is one message, or several in a row that have the same header:
 #
 #   bytes   meaning
 #   4       number of messages
-#   4       length of the payloads
+#   4       length of all that follows the name
 #   1       kind
 #   8       incarnation: of the process that the handle is from; 0: of any at that address
 #   8       id: a thread's, or 0 if the thread's registered name is given
 #   8       caller: the id of the thread that calls
-#   16      tag: a random text, by which the outcome is told
+#   16      tag: a random text (hex digits), by which the outcome is told
 #   8 8 8   cause: the event that the message was sent by, its incarnation, thread and clock; a
 #           clock of 0: the event was not recorded
 #   2       length of the name, at most 1020
-#   ...     name: the registered one, in UTF-8
-#   ...     payloads: a single one itself; several as a list of bytes, pickled
+#   ...     name: the registered one, in UTF-8, with lone surrogates
+#   4 ...   of several messages: the length of the payload of each
+#   ...     payloads
 #
 # From the kind to the name this is the header.  Fields that a kind does not use are 0.
 #
-# A payload of more than 2048 bytes is not in the frame of its message, which holds no other
-# message, and 0 bytes as the payload.  The payload follows the frame, with a MAC of its own.
-# So no memory is taken for a length that a stranger altered.  And since a frame must come whole
-# within a heartbeat, a false length does not swallow the next frames for longer.  A frame has
-# 65,536 messages at most.
+# A message with a payload of more than 2048 bytes is alone in its frame, and its payload is
+# empty there.  The payload follows the frame, with a MAC of its own.  So no memory is taken for
+# a length that a stranger altered.  And since a frame must come whole within a heartbeat, a
+# false length does not swallow the next frames for longer.  A frame has 65,536 messages at
+# most.
 #
 # A MAC is BLAKE2b, keyed, of all frames and large payloads of that direction so far, without
 # their MACs.  Of a piece that is longer than 2048 bytes, the SHA-256 is taken instead.  The key
@@ -2556,29 +2573,34 @@ def _read_when_written(file: Any) -> bytes:
 #
 # A frame with an empty body is a tick: a side that has nothing to send sends one every fifth of
 # the heartbeat.  Silence for four fifths of a heartbeat ends the connection.  The last frame of
-# a side has the header "end"; then that side shuts down its writing half, and reads to the
+# a side has the kind "end"; then that side shuts down its writing half, and reads to the
 # other's end.  A direction that ends without "end" was cut off: messages that were sent last
 # may be lost.
 #
 # These are the kinds, the fields that each uses, and its payload:
 #
-#    0  "send"         incarnation, id, cause                 the message, pickled
-#    1  "call"         incarnation, id, caller, tag, cause    the message, pickled
-#    2  "reply"        tag, cause              the reply, pickled
-#    3  "failed"       tag, cause              (kind, text, traceback, reason), pickled
-#    4  "monitor"      incarnation, id, tag, cause     empty; "failed" answers, at the end
-#    5  "unwatch"      tag                     empty; the end need not be reported any more
-#    6  "request"      tag, cause              the request to the node itself, pickled
-#    7  "undelivered"  id, cause               of sends that nobody could take, the number
-#                                              (4 bytes) and the reason, in UTF-8
-#    8  "serials"      none                    serial, oldest serial (8 bytes each); see
-#                                              _Handshake._exchange_serials
-#    9  "end"          none                    empty; nothing follows
+#   0  "send"         incarnation, id, cause               the message, pickled
+#   1  "call"         incarnation, id, caller, tag, cause  the message, pickled
+#   2  "reply"        tag, cause                           the reply, pickled
+#   3  "failed"       tag, cause                           a failure, see below
+#   4  "monitor"      incarnation, id, tag, cause          empty; "failed" answers, at the end
+#   5  "unwatch"      tag                                  empty; the end need not be reported
+#   6  "request"      tag, cause                           the request to the node, pickled
+#   7  "undelivered"  id, cause                            the number (4 bytes) of sends that
+#                                                          nobody could take, and why, in UTF-8
+#   8  "serials"      none                                 serial, oldest serial (8 bytes each):
+#                                                          see _Handshake._exchange_serials
+#   9  "end"          none                                 empty; nothing follows
 #
-#   kind           of a failure: "no thread", "returned", "died", or "unreadable"
-#   traceback      None, or a pair: the error's name, and its traceback or why the message is
-#                  unreadable
-#   reason         the exception that ended the thread, pickled, or empty
+# A failure:
+#
+#   bytes     meaning
+#   1         kind: 0 "no thread", 1 "returned", 2 "died", or 3 "unreadable"
+#   4 4 4 4   lengths of these four, of which all but the first may be empty:
+#   ...       what happened, in UTF-8
+#   ...       the name of the error, in UTF-8
+#   ...       the traceback, or why the message is unreadable, in UTF-8
+#   ...       the exception that ended the thread, pickled; at most 65,536 bytes
 #
 # A thread may pass a call on to a third node, which knows no way to the caller.  The reply then
 # goes to the node that passed the call on, and that node sends the reply to the caller's node.
@@ -2594,9 +2616,11 @@ FRAME_START = struct.Struct(">II")
 # The sizes of a group precede its header.
 SIZES = struct.Struct(">II")
 HEADER = struct.Struct(">BQQQ16sQQQH")
-SIZES_AND_HEADER = struct.Struct(">IIBQQQ16sQQQH")
+SIZES_AND_HEADER = struct.Struct(SIZES.format + HEADER.format[1:])
 SERIALS = struct.Struct(">QQ")
 COUNT = struct.Struct(">I")
+FAILURE = struct.Struct(">BIIII")
+FAILURE_KINDS = ("no thread", "returned", "died", "unreadable")
 KINDS = ("send", "call", "reply", "failed", "monitor", "unwatch", "request", "undelivered",
          "serials", "end")
 MAC_SIZE = 16  # bytes
@@ -2613,7 +2637,8 @@ MAX_REASON = 1 << 16  # bytes
 RECEIVE_SIZE = 1 << 14
 # A larger payload is not joined with its frame, as copying costs more than a second write.
 MAX_JOINED = 1 << 16  # bytes
-MAX_CLOCK = 1 << 63  # of a cause
+# The most that a thread's id or a clock may be in a peer's cause.
+MAX_CLOCK = 1 << 63
 # A letter takes four bytes at most.
 MAX_NAME_SIZE = 4 * MAX_NAME  # bytes
 
@@ -2696,8 +2721,8 @@ def _encode_header(kind: str, incarnation: int | None = None, id: int | str = 0,
     origin = thread = clock = 0
     if cause is not None:
         origin, thread, clock = int(cause[0], 16), cause[1], cause[2]
-    # A tag that this module has not made may be any text, and then finds no pending.
-    tag_bytes = tag.encode("ascii", "replace")
+    # A tag that this module has not made may be any text, of which 16 letters count.
+    tag_bytes = str.encode(tag, "latin-1", "replace")
     return HEADER.pack(KINDS.index(kind), incarnation or 0, id, caller, tag_bytes,
                        origin, thread, clock, len(name)) + name
 
@@ -2721,9 +2746,9 @@ def _encode_batch(messages: Sequence[tuple[bytes, bytes, object]]) -> tuple[byte
 
 
 def _encode_group(header: bytes, payloads: list[bytes]) -> bytes:
-    data = payloads[0]
+    data = b"".join(payloads)
     if len(payloads) > 1:
-        data = pickle.dumps(payloads, 5)
+        data = struct.pack(f">{len(payloads)}I", *map(len, payloads)) + data
     return SIZES.pack(len(payloads), len(data)) + header + data
 
 
@@ -2734,19 +2759,17 @@ def _decode_cause(incarnation: int, thread: int, clock: int) -> _Cause:
     return f"{incarnation:016x}", thread, clock
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Loads plain data only, even if `allow` lets more into messages."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"this should be plain, and names {module}.{name}"[:300])
-
-
-def _decode_payloads(data: bytes, count: int) -> list[bytes]:
-    """Return several payloads; raise an error for nonsense."""
-    payloads = _PlainUnpickler(io.BytesIO(data)).load()
-    if set(map(type, payloads)) != {bytes} or len(payloads) != count:
-        raise ValueError(f"these are not {count} payloads")
-    return list(payloads)
+def _split(data: bytes, sizes: Sequence[int]) -> list[bytes]:
+    """Cut `data` into pieces of these sizes; raise ValueError if that cannot be."""
+    pieces = []
+    end = 0
+    for size in sizes:
+        start = end
+        end += size
+        pieces.append(data[start:end])
+    if end != len(data):
+        raise ValueError(f"{len(data)} bytes are no pieces of {end}")
+    return pieces
 
 
 def _one_line(text: object, limit: int = MAX_LINE) -> str:
@@ -2839,19 +2862,21 @@ class _Connection:
     """
 
     __slots__ = (
-        "_node", "_socket", "_unread", "peer", "address", "addresses", "heartbeat",
-        "max_outgoing", "_max_incoming", "_leaves_nothing_queued", "_outgoing", "_incoming",
-        "is_local", "load", "serial", "peer_serial", "_outbox", "closing", "_work", "_room",
-        "delayed_until", "_write_lock", "_is_writing", "_last_write", "_has_ended_output",
-        "is_over", "_writer_has_ended", "_writer_end", "_has_read_end", "broken_by", "sent",
-        "received", "_lost", "_requests", "_last_caller")
+        "_node", "_socket", "_unread", "_frame_deadline", "peer", "address", "addresses",
+        "heartbeat", "max_outgoing", "_max_incoming", "_leaves_nothing_queued", "_outgoing",
+        "_incoming", "is_local", "load", "serial", "peer_serial", "_outbox", "closing", "_work",
+        "_room", "delayed_until", "_write_lock", "_is_writing", "_last_write",
+        "_has_ended_output", "is_over", "_writer_has_ended", "_writer_end", "_has_read_end",
+        "broken_by", "sent", "received", "_lost", "_requests", "_last_caller")
 
     def __init__(self, node: "Node", sock: socket.socket, key: bytes, mine: _Hello,
                  peer: _Hello, dialled: Address | None) -> None:
         self._node = node
         self._socket = sock
-        # The bytes that the reader has received, but not yet read.
+        # The bytes that the reader has received, but not yet read; and when the frame that has
+        # begun to come must be whole (0: none has).
         self._unread = b""
+        self._frame_deadline = 0.0
 
         # The results of the handshake.
         self.peer = _Peer(peer.incarnation)
@@ -2986,15 +3011,19 @@ class _Connection:
         return monotonic() - self._last_write < BURST_SECONDS
 
     def _write_at_once(self, header: bytes, payload: bytes) -> bool:
-        """Write a message, unless others wait in the outbox."""
+        """Write a message; return False if it has to queue, or the connection closes."""
+        if self._outbox or _faults.are_active:
+            # A message that has to queue must not wait for the lock, which the writer may hold
+            # for as long as the network takes.
+            return False
         with self._write_lock:
-            if self._outbox or self.closing or _faults.are_active:
+            if self._outbox or self.closing:
                 return False
             self._write_frame(*_encode_message(header, payload), 1)
             return True
 
     def _write_in_turn(self, header: bytes, payload: bytes) -> bool:
-        """Queue a message behind others, when there is room."""
+        """Wait for room, then queue a message; return False if the connection closes."""
         if len(self._outbox) >= MAX_QUEUED:
             self._room.wait_until(self._has_room, None)
         was_taken = self.post(header, payload)
@@ -3038,8 +3067,8 @@ class _Connection:
                 break
         self._room.wake_all()
 
-    def _write_frame(self, body: bytes = b"", large: _Bytes = b"", count: int = 0) -> None:
-        """Write one frame, with so many messages of threads; `_write_lock` is held.
+    def _write_frame(self, body: bytes = b"", large: bytes = b"", count: int = 0) -> None:
+        """Write one frame; `_write_lock` is held.  `count` is how many messages are in it.
 
         If a fault cuts the peer off, the messages are lost.  If the network fails, or Ctrl-C
         interrupts the write, half a frame may be out, and no other can follow: this side's
@@ -3052,10 +3081,12 @@ class _Connection:
             pieces = self._make_frame(body, large)
             # The time is set before the answer can be read, as a read resets the time.
             self._last_write = monotonic()
+            # So is the number: the peer may tell of their loss.
+            self.sent += count
             for piece in pieces:
                 self._socket.sendall(piece, NO_SIGPIPE)
-            self.sent += count
         except BaseException as error:
+            self.sent -= count
             self._has_ended_output = True
             self._shut_down_writing()
             if isinstance(error, OSError):
@@ -3065,7 +3096,7 @@ class _Connection:
         finally:
             self._is_writing = False
 
-    def _make_frame(self, body: bytes, large: _Bytes) -> Sequence[_Bytes]:
+    def _make_frame(self, body: bytes, large: bytes) -> Sequence[_Bytes]:
         """Return a frame's bytes, in one piece unless joining costs too much."""
         frame = FRAME_START.pack(len(body), len(large)) + body
         frame += self._outgoing.mac(frame)
@@ -3137,8 +3168,8 @@ class _Connection:
             self._write_frame()
 
     def read_tick(self) -> None:
-        body, _ = self._read_frame()
-        if body:
+        body, large = self._read_frame()
+        if body or large is not None:
             raise ValueError("the peer speaks before its turn")
 
     def register_and_send_serials(self) -> None:
@@ -3201,13 +3232,13 @@ class _Connection:
         Raises EOFError or OSError if the connection ends, if it is silent for too long, or if
         bytes come that the peer has not written.
         """
+        self._frame_deadline = 0.0
         self._receive(FRAME_START.size)
         body_size, large_size = FRAME_START.unpack_from(self._unread)
         if body_size > MAX_FRAME:
             raise OSError(f"a frame of {body_size} bytes is too large")
         end = FRAME_START.size + body_size
-        if len(self._unread) < end + MAC_SIZE:
-            self._receive(end + MAC_SIZE)
+        self._receive(end + MAC_SIZE)
         unread = self._unread
         self._unread = unread[end + MAC_SIZE:]
         frame = unread[:end]
@@ -3223,40 +3254,56 @@ class _Connection:
         Silence ends the connection; so does a frame that does not come whole within the same
         time, from its first bytes.
         """
-        deadline = None
-        while len(self._unread) < size:
+        if len(self._unread) >= size:
+            return
+        pieces = [self._unread]
+        received = len(self._unread)
+        while True:
             try:
-                data = self._socket.recv(RECEIVE_SIZE)
+                piece = self._socket.recv(RECEIVE_SIZE)
             except (BlockingIOError, TimeoutError):
                 raise OSError("nothing was heard for too long") from None
-            if not data:
+            if not piece:
                 raise EOFError("it was cut off: the other side had not said that it ends")
-            self._unread += data
-            if len(self._unread) >= size:
+            pieces.append(piece)
+            received += len(piece)
+            if received >= size:
+                self._unread = b"".join(pieces)
                 return
             now = monotonic()
-            deadline = deadline or now + 0.8 * self.heartbeat
-            if now > deadline:
+            self._frame_deadline = self._frame_deadline or now + 0.8 * self.heartbeat
+            if now > self._frame_deadline:
                 raise OSError("a frame came too slowly: its length may have been altered")
 
     def _read_large(self, size: int) -> memoryview:
-        """Return the payload that follows a frame, uncopied."""
+        """Return the payload that follows a frame.
+
+        Memory is taken as the bytes come, for a peer may announce more than it sends.
+        """
         if size > self._max_incoming:
             raise OSError(f"a message of {size} bytes is too large")
-        data = memoryview(bytearray(size + MAC_SIZE))
-        count = min(len(self._unread), len(data))
-        data[:count] = self._unread[:count]
-        self._unread = self._unread[count:]
-        while count < len(data):
+        end = size + MAC_SIZE
+        data = bytearray(self._unread[:end])
+        self._unread = self._unread[end:]
+        while len(data) < end:
+            start = len(data)
+            data += bytes(min(max(start, MAX_JOINED), end - start))
+            with memoryview(data) as view:
+                self._receive_into(view[start:])
+        whole = memoryview(data)
+        self._check_mac(whole[:size], whole[size:])
+        return whole[:size]
+
+    def _receive_into(self, view: memoryview) -> None:
+        """Fill `view` with the next bytes from the socket."""
+        while view:
             try:
-                received = self._socket.recv_into(data[count:])
+                received = self._socket.recv_into(view)
             except (BlockingIOError, TimeoutError):
                 raise OSError("nothing was heard for too long") from None
             if not received:
                 raise EOFError("it was cut off in the middle of a message")
-            count += received
-        self._check_mac(data[:size], data[size:])
-        return data[:size]
+            view = view[received:]
 
     def _check_mac(self, piece: _Bytes, mac: _Bytes) -> None:
         if not hmac.compare_digest(self._incoming.mac(piece), mac):
@@ -3277,12 +3324,13 @@ class _Connection:
                 raise ValueError("a frame has less than its sizes say, or too many messages")
             data = body[start:end]
             payloads: Sequence[_Bytes] = [data]
-            if count != 1:
-                payloads = _decode_payloads(data, count)
-            elif large is not None:
-                if size or end < len(body):
+            if large is not None:
+                if count != 1 or size or end < len(body):
                     raise ValueError("a large payload is not alone")
                 payloads = [large]
+            elif count != 1:
+                sizes = struct.unpack_from(f">{count}I", data)
+                payloads = _split(data[4 * count:], sizes)
             target: int | str = id
             if name_size > MAX_NAME_SIZE:
                 raise ValueError("a name is too long")
@@ -3290,6 +3338,7 @@ class _Connection:
                 target = body[name_start:start].decode("utf-8", "surrogatepass")
             cause = None
             if clock:
+                # Only a trace needs this.
                 cause = _decode_cause(origin, thread, clock)
             self._dispatch(KINDS[kind], incarnation or None, target, caller,
                            tag.decode("latin-1"), cause, payloads)
@@ -3395,9 +3444,7 @@ class _Connection:
         """Log that messages from here reached no thread."""
         [count] = COUNT.unpack_from(payload)
         why = str(payload[COUNT.size:], "utf-8", "replace")
-        # A frame that is being written is not counted as sent yet.
-        most = self.sent + MAX_BATCH - self._lost
-        if not 0 < count <= most:
+        if not 0 < count <= self.sent - self._lost:
             raise ValueError(f"{count} messages cannot be lost")
         self._lost += count
         target = f"{_one_line(repr(id), MAX_NAME)} at {self.name}"
@@ -3522,24 +3569,30 @@ class _RemoteWatcher:
 def _encode_failure(tag: str, error: DistconcError, cause: _Cause) -> tuple[bytes, bytes]:
     """Return the header and the payload that tell a waiter on another node of `error`."""
     kind = "died"
-    traceback = None
+    name = ""
+    lines = ""
     reason = b""
     if isinstance(error, NoSuchThread):
         kind = "no thread"
     elif isinstance(error, RemoteError):
         kind = "unreadable"
-        traceback = error.type, str(error)[:MAX_ERROR_TEXT]
+        name = error.type
+        lines = str(error)
     elif not isinstance(error, ThreadDied) or error.reason is None:
         kind = "returned"
     else:
         remote_error: Any = error.__cause__
-        traceback = remote_error.type, str(remote_error)
+        name = remote_error.type
+        lines = str(remote_error)
         # A reason that cannot be pickled, or is too large, is sent as its traceback alone.
         with suppress(BaseException):
             reason = serialize(error.reason)
         if len(reason) > MAX_REASON:
             reason = b""
-    payload = pickle.dumps((kind, str(error)[:MAX_ERROR_TEXT], traceback, reason), 5)
+    parts = [text[:MAX_ERROR_TEXT].encode("utf-8", "backslashreplace")
+             for text in (str(error), name[:MAX_NAME], lines)]
+    parts.append(reason)
+    payload = FAILURE.pack(FAILURE_KINDS.index(kind), *map(len, parts)) + b"".join(parts)
     return _encode_header("failed", tag=tag, cause=cause), payload
 
 
@@ -3549,16 +3602,14 @@ class _RemoteFailure(_Failure):
     def __init__(self, connection: "_Connection", payload: _Bytes) -> None:
         self._connection = connection
         self._traceback: RemoteError | None = None
-        match _PlainUnpickler(io.BytesIO(payload)).load():
-            case str(kind), str(text), (str(name), str(lines)), bytes(reason):
-                self._traceback = RemoteError(_one_line(name, MAX_NAME), _clean_lines(lines))
-            case str(kind), str(text), None, bytes(reason):
-                pass
-            case _:
-                raise ValueError("a failure without a text")
-        if kind not in ("no thread", "returned", "died", "unreadable"):
-            raise ValueError(f"{kind!r:.100} is no kind of failure")
-        self._kind = kind
+        kind, *sizes = FAILURE.unpack_from(payload)
+        if sizes[-1] > MAX_REASON:
+            raise ValueError("a failure has too large a reason")
+        *texts, reason = _split(bytes(payload[FAILURE.size:]), sizes)
+        text, name, lines = [str(part, "utf-8", "replace") for part in texts]
+        if name:
+            self._traceback = RemoteError(_one_line(name, MAX_NAME), _clean_lines(lines))
+        self._kind = FAILURE_KINDS[kind]
         self._text = _clean_lines(text)
         self._reason = reason
 
@@ -3977,8 +4028,9 @@ class Node(AbstractContextManager["Node"]):
         self._heartbeat = float(heartbeat)
         self._connect_timeout = float(connect_timeout)
         self._max_message = max_message
-        # Made when it is first needed, because this imports the modules of plain data.
-        self._load_restricted: Callable[[Any], Any] | None = None
+        # The loader for plain data, and what it allows.  It is made when it is first needed,
+        # because making it imports many modules.
+        self._kept_loader: tuple[Any, Callable[[Any], Any]] | None = None
 
     def _start(self, address: NodeLike | None, authkey: Any, advertise: Any, allow: Any,
                heartbeat: float, connect_timeout: float, max_message: int) -> None:
@@ -4031,9 +4083,11 @@ class Node(AbstractContextManager["Node"]):
         allowed = self._allowed_from(is_local)
         if allowed == "anything" or module != __name__:
             return _make_loader(allowed, module)
-        if self._load_restricted is None:
-            self._load_restricted = _make_loader(allowed)
-        return self._load_restricted
+        kept = self._kept_loader
+        if kept is None or kept[0] is not allowed:
+            kept = (allowed, _make_loader(allowed))
+            self._kept_loader = kept
+        return kept[1]
 
     def _allowed_from(self, is_local: bool) -> "str | tuple[Any, ...]":
         """Return what messages may name that come from this machine, or from another."""
@@ -4049,6 +4103,7 @@ class Node(AbstractContextManager["Node"]):
         return allowed == "anything" or function in allowed
 
     # Counts and names
+
     def stats(self) -> dict[str, int]:
         """Return counts of messages, exact at any time.  Never blocks.
 
@@ -4596,8 +4651,6 @@ class RemoteThread(_Handle):
     def __init__(self, node: NodeLike | None, id: int | str,
                  incarnation: int | None = None) -> None:
         _check_id(id)
-        if incarnation is not None:
-            _check_incarnation(incarnation)
         self._node: Address | None = None
         if node is not None:
             self._node = _parse_address_cached(node)
@@ -4606,6 +4659,8 @@ class RemoteThread(_Handle):
             incarnation = getattr(node, "incarnation", None)
             if incarnation is None:
                 raise ValueError(f"not a node: {node!r}")
+        if incarnation is not None:
+            _check_incarnation(incarnation)
         # An int or a str of a subclass, such as an Enum, may compare in a way of its own.
         self._id: int | str = int(id) if isinstance(id, int) else str.__str__(id)
         self._incarnation = incarnation
@@ -4899,16 +4954,44 @@ def get_remote_thread(name_or_id: int | str) -> Thread:
     return thread
 
 
+class _NearNames:
+    """Finds the registered names that are near to a wrong one.
+
+    To compare names takes long, and a peer can ask for many wrong ones.  So after a second's
+    work no more is done than a tenth of the time, and otherwise nothing is found.
+    """
+
+    def __init__(self) -> None:
+        # Seconds of work for which no time has passed yet, and when that was so.  There is no
+        # lock, since an error would do no harm.
+        self._excess = 0.0
+        self._last_time = monotonic()
+
+    def find(self, wanted: str) -> list[str]:
+        from difflib import get_close_matches
+
+        now = monotonic()
+        self._excess = max(self._excess - (now - self._last_time) / 10, 0)
+        self._last_time = now
+        if self._excess > 1:
+            return []
+        start = thread_time()
+        names = sorted(_registry.by_name.copy())
+        near = get_close_matches(wanted, names, cutoff=0.5)
+        self._excess += thread_time() - start
+        return near or names[:5]
+
+
+_near_names = _NearNames()
+
+
 def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
     """Return the error, which suggests registered names: similar ones, or any."""
-    from difflib import get_close_matches
-
     if not isinstance(name_or_id, str):
         return NoSuchThread(f"no living thread has the id {name_or_id!r:.{MAX_NAME}}")
     # Registered names are shorter than this, so the rest of the text matches none of them.
     wanted = name_or_id[:MAX_NAME + 1]
-    names = sorted(_registry.by_name.copy())
-    near = get_close_matches(wanted, names, cutoff=0.5) or names[:5]
+    near = _near_names.find(wanted)
     hint = ""
     if near:
         hint = f"; did you mean {' or '.join(map(repr, near))}?"
@@ -5011,14 +5094,14 @@ def _do_request(connection: _Connection, request: Any, cause: _Cause) -> Any:
     match request:
         case ("ps",):
             return [_thread_info(thread) for thread in threads().values()]
-        case ("is alive", incarnation, id):
+        case ("is alive", incarnation, int() | str() as id):
             with suppress(NoSuchThread):
                 return connection._node._find(incarnation, id).is_alive()
             return False
-        case ("spawn", function, tuple(args), name, register, is_server, link):
+        case ("spawn", function, tuple(args), str(name), register, is_server, link):
             if not connection._node._may_call(function, connection.is_local):
                 raise _NotAllowed(f"{_function_name(function)} is not among what it allows")
-            if isinstance(name, str) and not name.isprintable():
+            if not name.isprintable():
                 raise ValueError(f"{name!r:.300} has characters that a log cannot show")
             wanted = _request(function, args, name, bool(register))
             watcher = None
@@ -5685,8 +5768,8 @@ def _after_fork() -> None:
     """Leave the parent its connections, and make all tables anew, in the child of a fork.
 
     Threads that do not exist in the child may hold the locks of these tables, which are made
-    anew, too.  (That of a Mailbox which the program made, no more than those of its queues.)
-    Handles of the parent's threads still denote these, and send to them over a connection.
+    anew, too.  Handles of the parent's threads still denote these, and send to them over a
+    connection.
     """
     global _own_incarnation
     parent = _process.node
@@ -5878,8 +5961,7 @@ class faults:
         duplicate = self._random.random()
         delay = self._random.random()
         if drop < self._drop:
-            *_, origin, thread, clock, _ = HEADER.unpack_from(header)
-            cause = _decode_cause(origin, thread, clock)
+            cause = _decode_cause(*HEADER.unpack_from(header)[5:8])
             _observer.record(None, "lost", cause, why="dropped by faults")
             return True
         copies = 1
