@@ -1830,10 +1830,11 @@ class AddressTests(Case):
             self.assertEqual(distconc._parse_address(text), address)
         self.assertEqual(distconc._format_address(None), "")
 
-    def test_long_paths_are_not_kept(self):
+    def test_paths_that_are_too_long_are_errors_and_not_kept(self):
         distconc._parse_and_keep.cache_clear()
         for number in range(50):
-            distconc._parse_address_cached(f"/{number}" + "x" * 1000)
+            path = f"/{number}" + "x" * 5000
+            self.assertRaises(ValueError, distconc._parse_address_cached, path)
         self.assertEqual(distconc._parse_and_keep.cache_info().currsize, 0)
 
     def test_only_digits_that_begin_with_127_are_loopback(self):
