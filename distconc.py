@@ -1780,6 +1780,46 @@ def demonitor(monitor: Monitor) -> None:
 
 
 ################ Part two: many nodes ################
+#
+######## The way of a message, and that of a call and its reply
+#
+# Each line is a step, and jumps to wherever its function stands in this file.  Small tools are
+# left out, such as `serialize`, `_encode_header`, `_Seal.mac` and `_WaitQueue`.
+#
+#   the sender         RemoteThread.send             pickles the message
+#                      _Connection.send              has it written at once; or one of many
+#                      _Connection.post              waits in the outbox for the writer
+#                      _Connection._write_frame      seals a frame, and writes it
+#   the peer's reader  _Connection.read_loop         waits for a frame
+#                      _Connection._read_frame       checks its seal
+#                      _Connection._hand_out         takes the messages out of it
+#                      _Connection._dispatch         tells their kinds apart
+#                      _Connection._on_send          finds the thread
+#                      Mailbox._put_all              wakes the thread
+#   the receiver       Mailbox._get                  takes the entry, in `receive`
+#                      _RemoteEntry.load             unpickles the message
+#
+# A call goes the same way, but for its two ends:
+#
+#   the caller         send_synchronous              makes a _PendingCall, which enters _pending
+#                      RemoteThread._call            makes the header, with the call's tag
+#                      _PendingCall.wait             waits for the outcome
+#   the peer's reader  _Connection._on_call          puts the call into the mailbox
+#                      _Registry.add_watcher         has the thread watched for the caller
+#   the server         Mailbox._get_if               takes the entry, in `handle_synchronous`
+#                      _RemoteCallEntry._unwrap      makes a Synchronous of the message
+#                      RemoteThread._reply           sends the reply, for `reply_synchronous`
+#                      _Registry.remove_watcher      ends the watch
+#   the caller's       _Connection._on_reply         has the reply
+#   reader             _PendingTable.resolve         finds the call by its tag
+#                      _PendingCall.resolve          wakes the caller
+#   the caller         _PendingCall.result           unpickles the reply
+#
+# If the server ends before it replies, its `Thread._end` tells the `_RemoteWatcher`, which
+# sends a failure.  If the node is lost, `Node._connection_closed` comes to
+# `Node._contact_lost`.  Both lead to `_PendingTable.fail`, and `_PendingCall.fail` wakes the
+# caller.
+
 ######## Serializing: serialize, deserialize, and what `allow` lets in
 
 

@@ -10089,6 +10089,14 @@ class Documents(unittest.TestCase):
         for name in names:
             self.assertTrue(operator.attrgetter(name)(distconc), name)
 
+    def test_every_function_on_the_way_of_a_message_exists(self):
+        with open(MODULE, encoding="utf-8") as file:
+            text = file.read().split("######## The way of a message")[1].split("########")[0]
+        steps = re.findall(r"(?m)^#.{22}([\w.]+)  ", text)
+        self.assertGreater(len(steps), 20)
+        for step in steps + re.findall(r"`([\w.]+)`", text):
+            self.assertTrue(operator.attrgetter(step)(distconc), step)
+
     def test_every_break_tells_where_its_answer_stands_in_the_file(self):
         with open(DOCUMENTS[1], encoding="utf-8") as file:
             text = file.read()
