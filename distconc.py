@@ -5141,6 +5141,9 @@ def _do_request(connection: _Connection, request: Any, cause: _Cause) -> Any:
         case ("spawn", function, tuple(args), str(name), register, is_server, link):
             if not connection._node._may_call(function, connection.is_local):
                 raise _NotAllowed(f"{_function_name(function)} is not among what it allows")
+            # These errors show nothing that may stand for much more than it is.
+            if not callable(function):
+                raise TypeError("only a function can be spawned")
             if not name.isprintable():
                 raise ValueError(f"{name!r:.300} has characters that a log cannot show")
             wanted = _request(function, args, name, bool(register))
