@@ -338,11 +338,13 @@ class _WaitQueue:
         """Have every waiting thread test its condition again.  Never blocks."""
         if self._sleepers:
             for sleeper in self._sleepers.copy():
-                try:
-                    sleeper.release()
-                except RuntimeError:
-                    # This thread has been woken already.
-                    pass
+                # Of a thread that has been woken, but has not run yet, the lock is free.
+                if sleeper.locked():
+                    try:
+                        sleeper.release()
+                    except RuntimeError:
+                        # Another thread has just released it.
+                        pass
 
 
 ######## Mailbox: put, get, get_if, get_all, empty
