@@ -200,10 +200,10 @@ class RemoteError(DistconcError):
 
 ######## Where the promises are kept
 #
-# Order      Of a mailbox: `Mailbox._entries`.  Of a connection: its outbox,
-#            which is written out under `_write_lock`, and one reader at the other end.  Over a
-#            lost connection and the next one: `_Handshake._exchange_serials`,
-#            `Node._connection_to`, and `Node._connection_closed`.
+# Order      Of a mailbox: `Mailbox._entries`.  Of a connection: its `_write_lock`, under which
+#            the outbox is written out, and a lone message only if the outbox is empty; and one
+#            reader at the other end.  Over a lost connection and the next one:
+#            `_Handshake._exchange_serials`, `Node._connection_to`, `Node._connection_closed`.
 # A late     No reply enters a mailbox.  `_PendingTable.resolve` gives a reply to the call that
 # reply      waits for its tag; if none does any more, nobody hears of the reply.
 # A lost     `_Connection.read_loop` notices the loss, by the connection's end or by silence;
@@ -212,13 +212,24 @@ class RemoteError(DistconcError):
 # A handle   `RemoteThread._is_local` recognizes the handle; a message sent to it goes straight
 # sent home  into the mailbox of its thread.
 #
-# Locks.  Each stands beside the data that it guards, and is taken alone, but for
-# `_Process.lock`, which the thread that starts a node takes before all others.  The holder of
-# that one may have to wait for the address of a name, and the holder of
-# `_Connection._write_lock` for the network; no other lock's holder waits.  No lock is held
-# while code of the user's runs, but for a `__del__`, which may interrupt any line.  A `__del__`
-# that sends there does not wait, unless just its message fills the socket: see
-# `_must_not_wait`.
+# Locks.  Each stands beside the data that it guards:
+#
+#   _PendingTable._lock         failures and removals of pendings
+#   _Registry.lock              living threads, their names, watchers and ends
+#   _Connection._write_lock     frames, their MACs, and taking from the outbox
+#   Node._lock                  connections, handshakes, counts
+#   _Process.lock               the node
+#   ChildNode._control_lock     the pipe to a child
+#   _LogThread, _LimitedLog     lines that wait to be logged
+#   _Recorder._lock             clocks, and the file of a trace
+#
+# A mailbox and an outbox have none.  Each lock is taken alone, but for `_Process.lock`, which
+# the thread that starts a node takes before all others.  The holder of a `_write_lock` may have
+# to wait for the peer, that of `_Process.lock` for the address of a name; no other holder waits
+# for the network.  No lock is held while code of the user's runs, but for an argument of
+# `start_node`, and for a `__del__`, which may interrupt any line.  A `__del__` that sends there
+# does not wait, either, unless the socket has no room for its message; then it waits until the
+# peer reads: see `_must_not_wait`.
 
 ######## Waiting: deadlines, and queues of threads that wait
 
@@ -479,7 +490,7 @@ class Mailbox:
                 if is_wanted and self._take(entry):
                     return entry
             # The first look is at the oldest few, so even without time there is a second one.
-            # There is no third: other threads may put messages as fast as this one looks.
+            # Without time there is no third: others may put messages as fast as this one looks.
             if refused and _remaining(deadline) == 0:
                 return None
             refused.update(newer)
@@ -502,7 +513,7 @@ class Mailbox:
 
         At first, with none refused, these are the oldest few, which are mostly enough.  Later
         they are all: the newest 20 are copied, or 40, 80 and so on, until one that was refused
-        is among them.  So the work is linear in the number of messages.
+        is among them.  So the work of one call is linear in the number of messages.
         """
         few = 20
         try:
@@ -531,7 +542,8 @@ class Mailbox:
         with suppress(RuntimeError):
             return list(self._entries)
         # One by one, from the newest on.  A put moves no entry, and a take moves some towards
-        # the oldest end.  So an entry may be met twice, but none is left out.
+        # the oldest end.  So an entry may be met twice, but none is left out, unless Ctrl-C in
+        # another thread has just put some back.
         entries: dict[_Entry, None] = {}
         for index in reversed(range(len(self._entries))):
             with suppress(IndexError):
@@ -737,12 +749,13 @@ class _Pending:
 
 
 class _PendingTable:
-    """A table of everything that threads of this process wait for, by tag."""
+    """The pendings of this process, by tag."""
 
     def __init__(self) -> None:
-        # Held while a pending fails, and while one is removed.  So when `remove` returns, the
-        # failure has been passed on already, or never will be.  A reply needs no lock: `pop`
-        # gives the pending to one thread alone, and a late reply does no harm to its caller.
+        # Held while a pending fails or is removed, and while a link gets its child.  So when
+        # `remove` returns, the failure has been passed on already, or never will be.  A reply
+        # needs no lock: `pop` gives the pending to one thread alone, and if the caller has
+        # given up, the reply sets a field at which nobody looks any more.
         self._lock = _Lock()
         self._by_tag: dict[str, _Pending] = {}
 
@@ -756,9 +769,9 @@ class _PendingTable:
     def resolve(self, tag: str, reply: _Entry, replier: Any = None) -> bool:
         """Give the pending of that tag its reply, from `replier` (None: this process).
 
-        Returns False if there is none.  A node that replies to a call which it watches stops
-        watching by itself.  If anyone else has replied, because the call was passed on, the
-        watched thread or node is told to stop.
+        Returns False if there is none.  A node that watches the called thread for the caller,
+        and itself replies, has stopped watching.  In any other case, as after a reply from this
+        process, the watched thread or node is told to stop.
         """
         pending = self._by_tag.pop(tag, None)
         if pending is None:
@@ -1198,7 +1211,8 @@ class _Local(threading.local):
     # The connection with the message that is being unpickled (part two).
     loading_from: Any = None
 
-    # True in threads of this module, and within a write, because others wait for these.
+    # True in readers, writers, the timer and the accept thread, and within a write, because
+    # others wait for these.
     must_not_wait = False
 
     # True while a logging handler of the user's runs.
@@ -1806,16 +1820,22 @@ def demonitor(monitor: Monitor) -> None:
 #   the caller         send_synchronous              makes a _PendingCall, which enters _pending
 #                      RemoteThread._call            makes the header, with the call's tag
 #                      _PendingCall.wait             waits for the outcome
-#   the peer's reader  _Connection._on_call          puts the call into the mailbox
-#                      _Registry.add_watcher         has the thread watched for the caller
-#   the server         Mailbox._get_if               takes the entry, in `handle_synchronous`
+#   the peer's reader  _Connection._on_call          finds the thread
+#                      _Registry.add_watcher         has it watched for the caller
+#                      Mailbox._put                  wakes the thread
+#   the server         handle_synchronous            wants the next request
+#                      receive_if                    looks for it
+#                      Mailbox._get_if               takes the entry
 #                      _RemoteCallEntry._unwrap      makes a Synchronous of the message
 #                      RemoteThread._reply           sends the reply, for `reply_synchronous`
 #                      _Registry.remove_watcher      ends the watch
 #   the caller's       _Connection._on_reply         has the reply
 #   reader             _PendingTable.resolve         finds the call by its tag
 #                      _PendingCall.resolve          wakes the caller
-#   the caller         _PendingCall.result           unpickles the reply
+#   the caller         _RemoteReply.load             unpickles it, for `_PendingCall.result`
+#
+# Without a connection, `RemoteThread._transmit` comes to `Node._connection_to`, and a reader is
+# started, which shakes hands in `_Handshake._run`.
 #
 # If the server ends before it replies, its `Thread._end` tells the `_RemoteWatcher`, which
 # sends a failure.  If the node is lost, `Node._connection_closed` comes to
@@ -2604,18 +2624,18 @@ def _read_when_written(file: Any) -> bytes:
 #
 # A message with a payload of more than 2048 bytes is alone in its frame, and its payload is
 # empty there.  The payload follows the frame, with a MAC of its own.  So no memory is taken for
-# a length that a stranger altered.  And since a frame must come whole within a heartbeat, a
+# a length that was altered on its way.  And since a frame must come whole within a heartbeat, a
 # false length does not swallow the next frames for longer.  A frame has 65,536 messages at
 # most.
 #
 # A MAC is BLAKE2b, keyed, of all frames and large payloads of that direction so far, without
-# their MACs.  Of a piece that is longer than 2048 bytes, the SHA-256 is taken instead.  The key
+# their MACs.  Of each that is longer than 2048 bytes, the SHA-256 is taken instead.  The key
 # is HMAC-SHA256(authkey, role of the sender + SHA-256(dialler's hello) + SHA-256(acceptor's
 # hello)).
 #
 # A frame with an empty body is a tick: a side that has nothing to send sends one every fifth of
-# the heartbeat.  Silence for four fifths of a heartbeat ends the connection.  The last frame of
-# a side has the kind "end"; then that side shuts down its writing half, and reads to the
+# the heartbeat.  Silence for four fifths of a heartbeat ends the connection.  The last message
+# of a side has the kind "end"; then that side shuts down its writing half, and reads to the
 # other's end.  A direction that ends without "end" was cut off: messages that were sent last
 # may be lost.
 #
@@ -2625,7 +2645,7 @@ def _read_when_written(file: Any) -> bytes:
 #   1  "call"         incarnation, id, caller, tag, cause  the message, pickled
 #   2  "reply"        tag, cause                           the reply, pickled
 #   3  "failed"       tag, cause                           a failure, see below
-#   4  "monitor"      incarnation, id, tag, cause          empty; "failed" answers, at the end
+#   4  "monitor"      incarnation, id, tag                 empty; "failed" answers, at the end
 #   5  "unwatch"      tag                                  empty; the end need not be reported
 #   6  "request"      tag, cause                           the request to the node, pickled
 #   7  "undelivered"  id, cause                            the number (4 bytes) of sends that
@@ -2644,8 +2664,9 @@ def _read_when_written(file: Any) -> bytes:
 #   ...       the traceback, or why the message is unreadable, in UTF-8
 #   ...       the exception that ended the thread, pickled; at most 65,536 bytes
 #
-# A thread may pass a call on to a third node, which knows no way to the caller.  The reply then
-# goes to the node that passed the call on, and that node sends the reply to the caller's node.
+# A thread may pass a call on to a third node, which may know no way to the caller.  The reply
+# then goes to the node that passed the call on, and that node sends the reply to the caller's
+# node.
 #
 # A request is ("ps",), ("is alive", incarnation, id), or ("spawn", func, args, name, register,
 # is_server, link): link is a tag, for which a failure of the new thread is reported, or None.
@@ -2781,6 +2802,7 @@ def _encode_batch(messages: Sequence[tuple[bytes, bytes, object]]) -> tuple[byte
     if len(messages) == 1:
         header, payload, _ = messages[0]
         return _encode_message(header, payload)
+    # Of several, all payloads are small: see `_Connection._take_batch`.
     groups = []
     for header, members in itertools.groupby(messages, key=itemgetter(0)):
         groups.append(_encode_group(header, [payload for _, payload, _ in members]))
@@ -2862,14 +2884,16 @@ class _Peer(NamedTuple):
 def _must_not_wait() -> bool:
     """Return whether others would wait for this thread, which therefore must not wait.
 
-    This is true in the threads of this module, and within a write.  It is also true when a
-    `__del__` that sends has struck while its thread held a lock which the readers take.
+    This is true in readers, writers, the timer and the accept thread, and within a write.  It
+    is also true when a `__del__` that sends has struck while its thread held a lock which the
+    readers take.
+    (They do not take `_process.lock`, nor the `_write_lock` of another connection.)
     """
     if _local.must_not_wait:
         return True
-    tables = [_registry.lock, _pending._lock, local_node()._lock, _log_thread._lock,
-              _losses._lock, _wrong_keys._lock, _noise._lock, _tracer._lock]
-    return any(map(_is_held, tables))
+    locks = [_registry.lock, _pending._lock, local_node()._lock, _log_thread._lock,
+             _losses._lock, _wrong_keys._lock, _noise._lock, _tracer._lock]
+    return any(map(_is_held, locks))
 
 
 def _is_held(lock: Any) -> bool:
@@ -2954,14 +2978,13 @@ class _Connection:
         self.delayed_until = 0.0
 
         # The writer or a sender holds this lock while it makes and writes a frame.  So frames,
-        # and the MACs in them, are in one order.  No other lock is held while the network may
-        # make its holder wait.
+        # and the MACs in them, are in one order.  The network may make the holder wait.
         self._write_lock = _Lock()
         # Whether a thread is making or writing a frame just now.
         self._is_writing = False
         # The time of the last write; 0 after a read, as the next message may be an answer.
         self._last_write = 0.0
-        # Whether no frame may follow.
+        # Whether no frame may follow.  `abort` sets this without the lock.
         self._has_ended_output = False
 
         # Set, under the node's lock, by the thread that reports the end.
@@ -3005,6 +3028,7 @@ class _Connection:
             _local.must_not_wait = True
             return self._write_at_once(header, payload) or self._write_in_turn(header, payload)
         finally:
+            # That is what it was before, see above.
             _local.must_not_wait = False
 
     def post(self, header: bytes, payload: bytes = b"") -> bool:
@@ -3100,7 +3124,11 @@ class _Connection:
         """
         size = 0
         while self._outbox and len(taken) < MAX_BATCH and size < MAX_BATCH_SIZE:
-            message = self._outbox.popleft()
+            try:
+                message = self._outbox.popleft()
+            except IndexError:
+                # The sender has taken its message back, since the connection closes.
+                break
             taken.append(message)
             size += len(message[1])
             if len(message[1]) > SMALL_PAYLOAD:
@@ -3121,14 +3149,13 @@ class _Connection:
         self._is_writing = True
         try:
             pieces = self._make_frame(body, large)
-            # The time is set before the answer can be read, as a read resets the time.
+            # Both are set before the peer can answer: a read resets the time, and the peer may
+            # tell that some were lost.
             self._last_write = monotonic()
-            # So is the number: the peer may tell of their loss.
             self.sent += count
             for piece in pieces:
                 self._socket.sendall(piece, NO_SIGPIPE)
         except BaseException as error:
-            self.sent -= count
             self._has_ended_output = True
             self._shut_down_writing()
             if isinstance(error, OSError):
@@ -3156,10 +3183,12 @@ class _Connection:
         _local.must_not_wait = True
         try:
             while not (self.closing and not self._outbox):
-                if self._work.wait_until(self._has_work, monotonic() + self.heartbeat / 5):
+                next_tick = monotonic() + self.heartbeat / 5
+                if self._outbox and not self._is_due():
+                    self._work.wait_until(self._is_due, min(next_tick, self.delayed_until))
+                elif self._work.wait_until(self._has_work, next_tick) and self._is_due():
                     self._write_waiting()
-                else:
-                    self._write_tick()
+                self._write_tick()
                 if self._has_ended_output:
                     break
             self._write_end()
@@ -3172,12 +3201,14 @@ class _Connection:
             self._writer_end.wake_all()
 
     def _has_work(self) -> bool:
-        if self.closing:
-            return True
-        return bool(self._outbox) and monotonic() >= self.delayed_until
+        return self.closing or bool(self._outbox)
+
+    def _is_due(self) -> bool:
+        """Return whether no fault holds the outbox up."""
+        return self.closing or monotonic() >= self.delayed_until
 
     def _write_tick(self) -> None:
-        """Show the peer that this node lives, unless a sender has just written."""
+        """Show the peer that this node lives, unless something was written of late."""
         if monotonic() - self._last_write < self.heartbeat / 10:
             return
         with self._write_lock:
@@ -3263,8 +3294,11 @@ class _Connection:
         if not self._writer_end.wait_until(lambda: self._writer_has_ended, deadline):
             self.abort()
             self._writer_end.wait_until(lambda: self._writer_has_ended, None)
-        if self._requests:
+        if self._requests is not None:
             self._requests.put(None)
+        # A call whose message is dropped here watches the peer already, so it hears of the loss
+        # below.  A message that is queued later is taken back by `post`.
+        self._outbox.clear()
         self._node._connection_closed(self)
         self._release()
 
@@ -3293,8 +3327,8 @@ class _Connection:
     def _receive(self, size: int) -> None:
         """Receive until `size` bytes are unread.
 
-        Silence ends the connection; so does a frame that does not come whole within the same
-        time, from its first bytes.
+        Silence of 0.8 heartbeats ends the connection.  So does a frame that is still incomplete
+        so long after its first bytes were received.
         """
         if len(self._unread) >= size:
             return
@@ -3320,7 +3354,8 @@ class _Connection:
     def _read_large(self, size: int) -> memoryview:
         """Return the payload that follows a frame.
 
-        Memory is taken as the bytes come, for a peer may announce more than it sends.
+        A peer may announce more than it sends.  So each time memory is taken for as much as has
+        come already.
         """
         if size > self._max_incoming:
             raise OSError(f"a message of {size} bytes is too large")
@@ -3353,6 +3388,7 @@ class _Connection:
 
     def _hand_out(self, body: bytes, large: memoryview | None) -> None:
         """Handle the messages of a frame; raise an error for nonsense."""
+        # Where the last group has ended, and the next one begins.
         end = 0
         messages = 0
         while end < len(body):
@@ -3532,10 +3568,9 @@ class _Connection:
         self._room.wake_all()
 
     def _release(self) -> None:
-        """Close the descriptors, which no thread uses any more, and free the buffers."""
+        """Close the descriptor, which no thread uses any more."""
         with self._write_lock:
             self._socket.close()
-        self._outbox.clear()
 
 
 # Whether `shutdown` wakes a thread that is blocked in a read or a write of that socket.  On
@@ -3720,8 +3755,8 @@ class _RemoteEntry(_Entry):
         """Return the message that the receiver gets, once the payload has been loaded."""
         if loaded.__class__ is not Reply:
             return loaded
-        # Replies have a kind of their own, so this one was made by hand.  It counts like any
-        # other, since its maker knows the tag, and belongs to no mailbox.
+        # Replies have a kind of their own, so a peer made this one by hand.  It counts like any
+        # other, since the peer knows the tag, and belongs to no mailbox.
         if isinstance(loaded.tag, str):
             _pending.resolve(loaded.tag, _Entry(loaded.data, self.cause))
         return _UNREADABLE
@@ -4056,7 +4091,7 @@ class Node(AbstractContextManager["Node"]):
 
         self._timer_is_running = False
 
-        # Woken when a connection comes, begins to close, or goes; when a handshake ends.
+        # Woken when a connection has been established, or has gone; when a handshake has ended.
         self._connections_changed = _WaitQueue()
         self._handshakes_changed = _WaitQueue()
         self._set_options(None, None, 10.0, 5.0, 1 << 28)
@@ -4628,8 +4663,9 @@ def local_node() -> Node:
     """
     if _process.node is None:
         with _process.lock:
-            if _process.node is None:
-                _process.node = Node()
+            node = Node()
+            # A `__del__` that has run meanwhile may have needed a node, too.
+            _process.node = _process.node or node
     return _process.node
 
 
@@ -5004,12 +5040,13 @@ class _NearNames:
     """
 
     def __init__(self) -> None:
-        # Seconds of work for which no time has passed yet, and when that was so.  There is no
+        # Seconds of work beyond a tenth of the time, and when that was reckoned.  There is no
         # lock, since an error would do no harm.
         self._excess = 0.0
         self._last_time = monotonic()
 
     def find(self, wanted: str) -> list[str]:
+        """Return similar names; without any, a few others."""
         from difflib import get_close_matches
 
         now = monotonic()
@@ -5031,7 +5068,7 @@ def _no_such_thread(name_or_id: int | str) -> NoSuchThread:
     """Return the error, which suggests registered names: similar ones, or any."""
     if not isinstance(name_or_id, str):
         return NoSuchThread(f"no living thread has the id {name_or_id!r:.{MAX_NAME}}")
-    # Registered names are shorter than this, so the rest of the text matches none of them.
+    # No registered name is so long, so what is cut off could not have made one match.
     wanted = name_or_id[:MAX_NAME + 1]
     near = _near_names.find(wanted)
     hint = ""

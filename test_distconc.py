@@ -8108,6 +8108,17 @@ class Faults(OneChild):
         send("end", target)
         return receive(T)
 
+    def test_a_lone_message_is_held_up_for_no_longer_than_the_delay(self):
+        stop_node()
+        self.node = start_node(heartbeat=20.0)
+        server = spawn_server(handle_synchronous, echo, node=self.child())
+        self.assertEqual(send_synchronous(0, server, T), 0)
+        start = monotonic()
+        with faults(delay=0.2, seed=3):
+            for number in range(5):
+                self.assertEqual(send_synchronous(number, server, T), number)
+        self.assertLess(monotonic() - start, 4)  # a tick comes only every four seconds
+
     def test_drop_loses_some_and_the_seed_says_which(self):
         some = self.through(drop=0.3, seed=5)
         self.assertLess(80, len(some))
