@@ -3445,6 +3445,42 @@ class TheWire(Net):
         self.assertTrue(old.is_cut() and old.has_read_end)
         self.assertEqual(late.call(2, "echo"), 2)
 
+    def test_a_call_that_is_queued_while_its_connection_is_forgotten_hears_of_the_loss(self):
+        paused, computed, appended = (threading.Event() for _ in range(3))
+        watching, results = distconc._pending.watching, queue.Queue()
+
+        class Slow(deque):
+            def append(self, message):
+                super().append(message)
+                appended.set()
+                while connection._socket.fileno() != -1:  # until the reader has done
+                    receive(0.01, None)
+
+        def pause(call, watched):
+            if watched is not None:
+                paused.set()
+                computed.wait(T)
+            vars(call)["_watched"] = watched
+
+        def watching_and_then(watched):
+            found = watching(watched)
+            computed.set()
+            appended.wait(T)
+            return found
+        peer = self.dial()
+        self.assertEqual(peer.call(1, "echo"), 1)
+        [connection] = self.node._established
+        handle = connection._caller(1)
+        handle._connection = connection
+        connection._outbox, connection._last_write = Slow(), math.inf  # so it is one of many
+        watched = property(lambda call: vars(call).get("_watched"), pause)
+        with mock.patch.object(distconc._PendingCall, "watched", watched, create=True), \
+                mock.patch.object(distconc._pending, "watching", watching_and_then):
+            spawn(lambda: results.put(outcome(send_synchronous, 1, handle)))
+            self.assertTrue(paused.wait(T))
+            peer.sock.shutdown(socket.SHUT_RDWR)
+            self.assertIsInstance(results.get(timeout=T), NodeDown)
+
     def test_a_message_that_comes_too_late_takes_none_that_is_equal_with_it(self):
         self.assertEqual(self.dial().call(1, "echo"), 1)
         [connection] = self.node._established
