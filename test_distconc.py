@@ -249,6 +249,32 @@ class Case(unittest.TestCase):
 class WaitingTests(Case):
     @unittest.skipIf(sys.version_info < (3, 11), "3.10: a second Ctrl-C ends a `with` early")
     @not_on_windows("timer that interrupts")
+    def test_ctrl_c_while_threads_are_woken_leaves_none_asleep(self):
+        waiting, is_true, release = distconc._WaitQueue(), [], distconc._release
+        threads_ = [spawn(waiting.wait_until, lambda: bool(is_true), None) for _ in range(3)]
+        end = monotonic() + WAIT
+        while len(waiting._sleepers) < 3 and monotonic() < end:
+            receive(0.001, None)
+        struck = []
+
+        def strike(lock):
+            if not struck:
+                struck.append(True)
+                raise KeyboardInterrupt
+            release(lock)
+        is_true.append(True)
+        with mock.patch.object(distconc, "_release", strike):
+            self.assertRaises(KeyboardInterrupt, waiting.wake_all)
+        self.assertTrue(all(thread.join(WAIT) for thread in threads_))
+
+    def test_a_thread_that_is_woken_in_vain_is_woken_again(self):
+        waiting, is_true = distconc._WaitQueue(), []
+        thread = spawn(waiting.wait_until, lambda: len(is_true) == 1000, None)
+        for number in range(1000):
+            is_true.append(number)
+            waiting.wake_all()
+        self.assertTrue(thread.join(WAIT))
+
     def test_ctrl_c_leaves_no_lock_held(self):
         lock = distconc._Lock()
 
