@@ -247,8 +247,6 @@ class Case(unittest.TestCase):
 
 
 class WaitingTests(Case):
-    @unittest.skipIf(sys.version_info < (3, 11), "3.10: a second Ctrl-C ends a `with` early")
-    @not_on_windows("timer that interrupts")
     def test_ctrl_c_while_threads_are_woken_leaves_none_asleep(self):
         waiting, is_true, release = distconc._WaitQueue(), [], distconc._release
         threads_ = [spawn(waiting.wait_until, lambda: bool(is_true), None) for _ in range(3)]
@@ -275,6 +273,8 @@ class WaitingTests(Case):
             waiting.wake_all()
         self.assertTrue(thread.join(WAIT))
 
+    @unittest.skipIf(sys.version_info < (3, 11), "3.10: a second Ctrl-C ends a `with` early")
+    @not_on_windows("timer that interrupts")
     def test_ctrl_c_leaves_no_lock_held(self):
         lock = distconc._Lock()
 
