@@ -5055,12 +5055,12 @@ class _NearNames:
     """Finds the registered names that are near to a wrong one.
 
     To compare names takes long, and a peer can ask for many wrong ones.  So after a second's
-    work no more is done than a tenth of the time, and otherwise nothing is found.
+    work no more is done than a hundredth of the time, and otherwise nothing is found.
     """
 
     def __init__(self) -> None:
-        # Seconds of work beyond a tenth of the time, and when that was reckoned.  There is no
-        # lock, since an error would do no harm.
+        # Seconds of work beyond a hundredth of the time, and when that was reckoned.  There is
+        # no lock, since an error would do no harm.
         self._excess = 0.0
         self._last_time = monotonic()
 
@@ -5069,7 +5069,7 @@ class _NearNames:
         from difflib import get_close_matches
 
         now = monotonic()
-        self._excess = max(self._excess - (now - self._last_time) / 10, 0)
+        self._excess = max(self._excess - (now - self._last_time) / 100, 0)
         self._last_time = now
         if self._excess > 1:
             return []
