@@ -2719,6 +2719,8 @@ MAX_REASON = 1 << 16  # bytes
 RECEIVE_SIZE = 1 << 14
 # A larger payload is not joined with its frame, as copying costs more than a second write.
 MAX_JOINED = 1 << 16  # bytes
+# Memory for the first bytes of a large payload.
+FIRST_ROOM = 1 << 16  # bytes
 # The most that a thread's id or a clock may be in a peer's cause.
 MAX_CLOCK = 1 << 63
 # A letter takes four bytes at most.
@@ -3383,7 +3385,7 @@ class _Connection:
         self._unread = self._unread[end:]
         while len(data) < end:
             start = len(data)
-            data += bytes(min(max(start, MAX_JOINED), end - start))
+            data += bytes(min(max(start, FIRST_ROOM), end - start))
             with memoryview(data) as view:
                 self._receive_into(view[start:])
         whole = memoryview(data)

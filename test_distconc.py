@@ -407,6 +407,18 @@ class Weak:
     """Can be referred to weakly."""
 
 
+class Struck(deque):
+    """A deque at whose third `popleft` Ctrl-C strikes."""
+
+    strikes = 3
+
+    def popleft(self):
+        self.strikes -= 1
+        if self.strikes == 0:
+            raise KeyboardInterrupt
+        return super().popleft()
+
+
 class MailboxTests(Case):
     def test_what_ctrl_c_struck_in_get_all_is_all_there_in_order(self):
         class StruckOnce(distconc._Entry):
@@ -610,14 +622,6 @@ class MailboxTests(Case):
         self.assertEqual(box.get_all(), [*range(77), *range(78, 100)])
 
     def test_ctrl_c_in_get_all_costs_no_message(self):
-        class Struck(deque):
-            strikes = 3
-
-            def popleft(self):
-                self.strikes -= 1
-                if self.strikes == 0:
-                    raise KeyboardInterrupt
-                return super().popleft()
         box = Mailbox()
         box._entries = Struck()
         for number in range(5):
@@ -3519,14 +3523,6 @@ class TheWire(Net):
             self.assertEqual([message[1] for message in connection._outbox], [equal, other])
 
     def test_ctrl_c_while_messages_are_taken_to_be_written_costs_none_of_other_threads(self):
-        class Struck(deque):
-            strikes = 3
-
-            def popleft(self):
-                self.strikes -= 1
-                if self.strikes == 0:
-                    raise KeyboardInterrupt
-                return super().popleft()
         peer = self.dial()
         self.assertEqual(peer.call(1, "echo"), 1)
         [connection] = self.node._established
